@@ -1,0 +1,3 @@
+"""Train vision-language models with autoregressive semantic visual reconstruction (ASVR)."""
+
+__version__ = "0.1.0"

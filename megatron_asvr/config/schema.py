@@ -1,0 +1,240 @@
+"""Every setting of a run, as frozen dataclasses; the field comments are the reference manual.
+
+Sizes are never hard-coded elsewhere: what a checkpoint, an encoder or a tokenizer brings is read
+from these classes. ``load.py`` fills them (preset < YAML < ``a.b=c``), ``check.py`` refuses what
+cannot work.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PARTS = ("vision_encoder", "projector", "language_model", "visual_head")
+Part = Literal["vision_encoder", "projector", "language_model", "visual_head"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageConfig:
+    """The language model, in Hugging Face's terms."""
+
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    hidden_size: int = 4096
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int | None = None  # default: num_heads
+    head_dim: int | None = None  # default: hidden_size / num_heads
+    ffn_hidden_size: int = 11008
+    vocab_size: int = 32000
+    max_positions: int = 4096
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    sliding_window: int | None = None  # positions a token sees, itself included
+    init_std: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads (grouped-query attention)."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def width_per_head(self) -> int:
+        """Width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether query, key and value projections have a bias (Qwen2 only)."""
+        return self.family == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head (Qwen3 only)."""
+        return self.family == "qwen3"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """A SigLIP / SigLIP2 vision encoder."""
+
+    hidden_size: int = 1152
+    num_layers: int = 27
+    num_heads: int = 16
+    ffn_hidden_size: int = 4304
+    image_size: int = 384  # pixels, square
+    patch_size: int = 14  # pixels, square
+    norm_eps: float = 1e-6
+    feature_layer: int = -2  # index into HF hidden_states: -2 is the output of the last layer but one
+    init_std: float = 0.02
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side (the border that does not fill a patch is dropped)."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.grid**2
+
+    @property
+    def num_feature_layers(self) -> int:
+        """Transformer layers that must run to produce the selected feature."""
+        index = self.feature_layer
+        return index if index >= 0 else self.num_layers + 1 + index
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProjectorConfig:
+    """From encoder features to the language model's width."""
+
+    kind: Literal["mlp2x_gelu"] = "mlp2x_gelu"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisualHeadConfig:
+    """The autoregressive head that predicts an image position's codes, depth by depth."""
+
+    width: int = 2048
+    num_layers: int = 3
+    num_heads: int | None = None  # default: width / 128, at least 1
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    @property
+    def heads(self) -> int:
+        """Attention heads."""
+        return self.num_heads or max(1, self.width // 128)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The whole model."""
+
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    visual_head: VisualHeadConfig = field(default_factory=VisualHeadConfig)
+    text_tokenizer: str | None = None  # SentencePiece model file
+    visual_tokenizer: str | None = None  # folder written by `asvr tokenizer fit`
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitConfig:
+    """Where each part's weights come from; a part without a source is initialised from the seed.
+
+    A source is a Hugging Face folder, an `asvr` run folder or one of its checkpoints.
+    """
+
+    all: str | None = None  # default source of every part
+    vision_encoder: str | None = None
+    projector: str | None = None
+    language_model: str | None = None
+    visual_head: str | None = None
+
+    def source(self, part: str) -> str | None:
+        """Folder that ``part`` starts from, or None."""
+        return getattr(self, part) or self.all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The joint objective: L = L_text + visual_weight * L_visual."""
+
+    mode: Literal["exact", "official"] = "exact"
+    visual_weight: float = 1.0  # 0 is the text-only baseline: head and codes are not built
+    target_shift: Literal[0, 1] = 0  # 0: a position predicts its own patch; 1: the next one
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One LLaVA-format JSON file and the folder its image paths are relative to."""
+
+    path: str
+    images: str | None = None  # default: the folder of the JSON file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What is trained and evaluated on, and how samples become tokens."""
+
+    train: tuple[SourceConfig, ...] = ()
+    eval: tuple[SourceConfig, ...] = ()
+    template: str = "vicuna_v1"  # conversation template, see data/conversation.py
+    max_length: int = 2048  # positions of one sample, image patches included
+    on_overlong: Literal["drop", "cut_text"] = "cut_text"  # counted and reported; never cuts an image
+    image_fit: Literal["square", "pad"] = "square"  # resize, or pad with the mean colour first
+    blank_images: bool = False  # every image becomes the mean colour (the blind control)
+    on_bad_sample: Literal["replace", "error"] = "replace"  # replace: by the next good one, counted
+    max_image_pixels: int = 50_000_000  # larger images are refused from their header
+    codes: Literal["cache", "online"] = "cache"  # the tokenizer's codes: from disk, or every step
+    cache_dir: str | None = None  # default: <run.dir>/../codes
+    decode_threads: int = 1
+    prefetch_batches: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with warm-up and a cosine."""
+
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup_fraction: float = 0.03  # of all steps
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0  # global norm, 0 turns clipping off
+    distributed: bool = True  # shard optimizer state over data-parallel ranks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """One training stage."""
+
+    trainable: tuple[Part, ...] = ("projector", "visual_head", "language_model")
+    steps: int | None = None  # give steps or epochs, not both
+    epochs: float | None = None
+    global_batch: int = 256  # samples of one optimizer step
+    micro_batch: int = 1  # samples of one forward pass on one data-parallel rank
+    precision: Literal["fp32", "bf16"] = "bf16"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    threads_per_rank: int = 1  # CPU threads; part of a run's identity (it changes rounding)
+    eval_every_steps: int = 0  # 0: only at the end, when data.eval is given
+    save_every_steps: int = 500
+    keep_checkpoints: int = 2
+    log_every_steps: int = 10
+    cosine_every_steps: int = 0  # gradient cosine of the two losses; 0 is never
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Model-parallel degrees; the data-parallel degree is what remains of the world size."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    cp: int = 1
+    sp: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = "runs/default"
+    seed: int = 0
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    wandb_project: str = "megatron_asvr"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run: everything `asvr train` needs."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,0 +1,38 @@
+"""Packaging of megatron_asvr; ``pip install .`` needs no flags."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_asvr",
+    version="0.1.0",
+    description="Train vision-language models with autoregressive semantic visual reconstruction",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_asvr", "megatron_asvr.*"]),
+    package_data={"megatron_asvr": ["config/presets/*.yaml"]},
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "packaging",
+        # 0.17 and later declare Python >= 3.12; the platform layer runs both.
+        'megatron-core==0.16.1; python_version < "3.12"',
+        'megatron-core==0.19.2; python_version >= "3.12"',
+        "psutil",  # megatron-core's checkpoint writer needs it undeclared
+        "einops",
+        "nvidia-dali-cuda130==2.4.0",
+        "pillow",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "transformers>=5.23",
+        "matplotlib",
+        "rich",
+        "wandb",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "mpi": ["mpi4py", "mpich"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "pre-commit"],
+        "quickstart": ["easy-vqa==1.0"],
+    },
+    entry_points={"console_scripts": ["asvr=megatron_asvr.cli.main:main"]},
+)
