@@ -1,0 +1,1 @@
+"""Tests: unit (one process), world (several gloo ranks), gpu, golden (expected numbers)."""

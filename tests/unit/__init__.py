@@ -1,0 +1,1 @@
+"""Tests of one process, each well under a second."""
