@@ -30,8 +30,7 @@ def check_world(config: Config, world_size: int) -> int:
     model = p.tp * p.pp * p.cp
     if world_size % model:
         raise ConfigError(
-            f"{world_size} ranks cannot hold parallel.tp*pp*cp={model}; "
-            f"use a multiple of {model}"
+            f"{world_size} ranks cannot hold parallel.tp*pp*cp={model}; use a multiple of {model}"
         )
     dp = world_size // model
     share = dp * config.train.micro_batch
@@ -143,9 +142,7 @@ def _check_train(config: Config) -> None:
         0 <= o.warmup_fraction < 1,
         f"train.optim.warmup_fraction={o.warmup_fraction} must be in [0, 1)",
     )
-    _require(
-        0 <= o.min_lr <= o.lr, f"train.optim.min_lr={o.min_lr} must be in [0, lr={o.lr}]"
-    )
+    _require(0 <= o.min_lr <= o.lr, f"train.optim.min_lr={o.min_lr} must be in [0, lr={o.lr}]")
     _require(bool(t.trainable), f"train.trainable is empty; choose from {', '.join(PARTS)}")
     if config.loss.visual_weight == 0 and "visual_head" in t.trainable:
         raise ConfigError(

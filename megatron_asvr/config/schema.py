@@ -63,7 +63,7 @@ class VisionConfig:
     image_size: int = 384  # pixels, square
     patch_size: int = 14  # pixels, square
     norm_eps: float = 1e-6
-    feature_layer: int = -2  # index into HF hidden_states: -2 is the output of the last layer but one
+    feature_layer: int = -2  # index into HF hidden_states; -2: last layer but one
     init_std: float = 0.02
 
     @property
@@ -161,7 +161,7 @@ class DataConfig:
     eval: tuple[SourceConfig, ...] = ()
     template: str = "vicuna_v1"  # conversation template, see data/conversation.py
     max_length: int = 2048  # positions of one sample, image patches included
-    on_overlong: Literal["drop", "cut_text"] = "cut_text"  # counted and reported; never cuts an image
+    on_overlong: Literal["drop", "cut_text"] = "cut_text"  # counted; no image is ever cut
     image_fit: Literal["square", "pad"] = "square"  # resize, or pad with the mean colour first
     blank_images: bool = False  # every image becomes the mean colour (the blind control)
     on_bad_sample: Literal["replace", "error"] = "replace"  # replace: by the next good one, counted

@@ -1,0 +1,40 @@
+"""`asvr`: parse the command line, run one command, turn our errors into one clear line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from megatron_asvr import __version__
+from megatron_asvr.cli import chat, convert, evaluate, tokenizer, train
+from megatron_asvr.errors import AsvrError
+
+COMMANDS = (train, tokenizer, evaluate, chat, convert)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line of `asvr`."""
+    parser = argparse.ArgumentParser(
+        prog="asvr",
+        description="Train vision-language models with autoregressive semantic visual "
+        "reconstruction on megatron-core.",
+    )
+    parser.add_argument("--version", action="version", version=f"asvr {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        module.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status of one `asvr` call: 0, or 1 after an error of ours."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except AsvrError as err:
+        print(f"asvr {args.command}: {type(err).__name__}: {err}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

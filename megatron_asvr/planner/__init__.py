@@ -1,0 +1,1 @@
+"""What a configuration will cost, by arithmetic alone: no model is built."""

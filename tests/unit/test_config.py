@@ -1,0 +1,130 @@
+import dataclasses
+
+import pytest
+
+from megatron_asvr.config.check import check, check_world
+from megatron_asvr.config.load import PRESETS, flatten, from_dict, load, save, to_dict
+from megatron_asvr.config.schema import Config, VisionConfig
+from megatron_asvr.errors import ConfigError
+
+FILES = [
+    "model.text_tokenizer=t.model",
+    "model.visual_tokenizer=tok",
+    "data.train=[{path: a.json}]",
+]
+
+
+def good(*overrides):
+    return load(None, [*FILES, "train.steps=10", *overrides])
+
+
+def test_precedence_is_preset_then_yaml_then_override(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {steps: 1, global_batch: 64, micro_batch: 2}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("preset: base.yaml\ntrain: {steps: 2, global_batch: 32}\n")
+    train = load(top, ["train.steps=3"]).train
+    assert (train.steps, train.global_batch, train.micro_batch) == (3, 32, 2)
+
+
+def test_saved_configuration_reads_back_equal(tmp_path):
+    config = good("parallel.tp=2", "model.language.sliding_window=128")
+    save(config, tmp_path / "c.yaml")
+    assert load(tmp_path / "c.yaml") == config
+    assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.global_bach=4", ["train.global_bach", "global_batch"]),
+        ("trian.steps=4", ["trian", "'train'"]),
+        ("train.steps=many", ["train.steps='many'", "int"]),
+        ("train.steps=true", ["train.steps=True", "int"]),
+        ("loss.mode=exakt", ["loss.mode='exakt'", "nearest: 'exact'", "official"]),
+        ("loss.target_shift=2", ["loss.target_shift=2", "0, 1"]),
+        ("data.train=a.json", ["data.train='a.json'", "list"]),
+        ("data.train=[{pat: a}]", ["data.train[0].pat", "path"]),
+        ("data.train=[{images: a}]", ["data.train[0].path", "required"]),
+        ("train=3", ["train=3", "mapping"]),
+        ("train", ["a.b=c"]),
+        ("train.optim.lr=[", ["not valid YAML"]),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_way_out(override, words):
+    with pytest.raises(ConfigError) as err:
+        load(None, [override])
+    assert all(word in str(err.value) for word in words), str(err.value)
+
+
+def test_float_written_without_a_dot_is_a_float():
+    assert good("train.optim.lr=1e-3").train.optim.lr == 1e-3
+
+
+def test_missing_file_lists_presets():
+    with pytest.raises(ConfigError, match="vicuna7b_stage1"):
+        load("vicuna7b_stage")
+
+
+def test_preset_loop_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("preset: a.yaml\n")
+    with pytest.raises(ConfigError, match="back to itself"):
+        load(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("parallel.tp=3", ["parallel.tp=3", "num_heads=32", "1, 2, 4, 8, 16, 32"]),
+        ("model.language.num_kv_heads=5", ["num_kv_heads=5", "num_heads=32"]),
+        ("model.vision.feature_layer=28", ["feature_layer=28", "-28 to 27"]),
+        ("model.visual_head.num_heads=3", ["num_heads=3", "width=2048"]),
+        ("train.epochs=1", ["exactly one", "steps", "epochs"]),
+        ("train.micro_batch=3", ["global_batch=256", "micro_batch=3"]),
+        ("train.optim.min_lr=1", ["min_lr=1.0", "lr=0.001"]),
+        ("loss.visual_weight=-1", ["visual_weight=-1"]),
+        ("loss.visual_weight=0", ["visual_head", "visual_weight=0"]),
+        ("model.visual_tokenizer=null", ["visual_tokenizer", "asvr tokenizer fit"]),
+        ("data.train=[]", ["data.train is empty"]),
+        ("parallel.sp=true", ["parallel.sp", "tp > 1"]),
+        ("train.trainable=[]", ["trainable is empty", "projector"]),
+    ],
+)
+def test_impossible_settings_are_refused_before_work(override, words):
+    with pytest.raises(ConfigError) as err:
+        check(good(override))
+    assert all(word in str(err.value) for word in words), str(err.value)
+
+
+def test_official_mode_refuses_what_it_is_not_defined_for():
+    official = good("loss.mode=official")
+    assert check_world(check(official), 1) == 1
+    with pytest.raises(ConfigError, match="one data-parallel rank"):
+        check_world(official, 2)
+    with pytest.raises(ConfigError, match="target_shift"):
+        check(good("loss.mode=official", "loss.target_shift=1"))
+
+
+def test_world_must_divide():
+    with pytest.raises(ConfigError, match="multiple of 2"):
+        check_world(good("parallel.tp=2"), 3)
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        check_world(good(), 3)
+
+
+def test_feature_layer_counts_layers_to_run():
+    for layer, wanted in ((-1, 27), (-2, 26), (0, 0), (5, 5)):
+        assert VisionConfig(feature_layer=layer).num_feature_layers == wanted
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.yaml")))
+def test_every_preset_passes_the_checks(preset):
+    config = check(load(preset, FILES))
+    assert check_world(config, 8) >= 1
+
+
+def test_flatten_names_every_leaf():
+    names = flatten(good())
+    assert names["train.optim.lr"] == 1e-3
+    assert names["model.vision.patch_size"] == 14
+    assert not any(dataclasses.is_dataclass(v) for v in names.values())
+    assert len(names) > len(dataclasses.fields(Config))
