@@ -1,0 +1,265 @@
+"""The causal language model on megatron-core: Llama, Mistral, Qwen2 and Qwen3 settings.
+
+``LanguageModel`` is a GPTModel whose three steps are called separately: tokens to embeddings,
+embeddings to hidden states, hidden states to logits. Between the first two the image features are
+spliced in; before the last one the positions that have a target are selected, so that the
+vocabulary is never multiplied with an image position. Rotary positions and the attention mask are
+inputs: documents and branches restart their positions and do not see one another.
+"""
+
+import math
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_asvr import platforms, precision
+from megatron_asvr.config.schema import LanguageConfig
+from megatron_asvr.errors import AsvrError
+from megatron_asvr.model import sharding
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.plan import ParallelPlan
+from megatron_asvr.precision.local import attention_mask
+
+VOCAB_MULTIPLE = 64  # the padded vocabulary is the same for every tensor-parallel degree up to 64
+MASKED_LOGIT = -1e30  # exp() of it is exactly 0, and no difference of two logits overflows
+RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding over all ranks: ``vocab_size`` rounded up so that ``tp`` divides it."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tp)
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    config: LanguageConfig, plan: ParallelPlan, dtype: torch.dtype
+) -> TransformerConfig:
+    """megatron-core's configuration of the language model.
+
+    Args:
+        config: the language model.
+        plan: parallel degrees.
+        dtype: of the parameters and the computation, float32 or bfloat16.
+    """
+    virtual = plan.vpp is not None
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        num_query_groups=config.kv_heads,
+        kv_channels=config.width_per_head,
+        ffn_hidden_size=config.ffn_hidden_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=config.init_std,
+        perform_initialization=False,  # sharding.seeded_init or load_weights follows
+        use_cpu_initialization=platforms.select()[0].name == "cpu",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        virtual_pipeline_model_parallel_size=plan.vpp,
+        context_parallel_size=plan.cp,
+        sequence_parallel=plan.sp,
+        # megatron-core's batched point-to-point calls give wrong numbers under gloo with
+        # virtual stages, so those use the overlapped ones.
+        overlap_p2p_comm=virtual,
+        batch_p2p_comm=not virtual,
+        calculate_per_token_loss=True,  # the losses are divided by exact global counts
+        # Checkpoint keys carry global layer numbers: the canonical names.
+        hetereogenous_dist_checkpoint=True,
+        # Fusions that need CUDA extensions or a compiler.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+class LanguageModel(GPTModel):
+    """A pipeline stage of the language model; its parameters are uninitialised.
+
+    Args:
+        config: the language model.
+        groups: process groups and this rank's place in them.
+        dtype: of the parameters and the computation, float32 or bfloat16.
+        pre_process: this stage holds the embedding.
+        post_process: this stage holds the final norm and the output layer.
+        vp_stage: model chunk under virtual pipeline stages.
+    """
+
+    def __init__(
+        self,
+        config: LanguageConfig,
+        *,
+        groups: Groups,
+        dtype: torch.dtype,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        platform = platforms.select()[0]
+        megatron_config = transformer_config(config, groups.plan, dtype)
+        backend, reason = precision.select_backend(platform)
+        super().__init__(
+            megatron_config,
+            precision.block_spec(megatron_config, backend, vp_stage=vp_stage),
+            padded_vocab_size(config.vocab_size, groups.plan.tp),
+            config.max_positions,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=config.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=config.rope_theta,
+            scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
+        )
+        self.language_config = config
+        self.groups = groups
+        self.backend, self.backend_reason = backend, reason
+        self.to(platform.device)
+        sharding.mark_parallel_linears(self)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                sharding.mark(parameter, dim=0, full_size=config.vocab_size)
+            elif name.endswith("mlp.linear_fc1.weight"):
+                sharding.mark(parameter, dim=0, blocks=2)
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation that the matrix called ``name`` is initialised with.
+
+        The two linears that write to the residual stream are scaled down with depth.
+        """
+        std = self.language_config.init_std
+        if name.endswith(RESIDUAL_OUTPUTS):
+            return std / math.sqrt(2 * self.language_config.num_layers)
+        return std
+
+    def mask(self, document_BS: Tensor, branch_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
+        """The model's attention mask, bool [B, 1, S, S], True = hidden.
+
+        Args:
+            document_BS: int, document of each position, -1 for padding.
+            branch_BS: int, branch of each position, 0 for the shared prefix.
+            position_ids_BS: int, rotary position of each position.
+        """
+        return attention_mask(
+            document_BS,
+            branch_BS,
+            position_ids_BS,
+            sliding_window=self.language_config.sliding_window,
+        )
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Embeddings [S, B, H] of the whole sequence, on every rank; first stage only.
+
+        Args:
+            tokens_BS: int64 token ids below the vocabulary size.
+        """
+        return self.embedding(input_ids=tokens_BS, position_ids=None)
+
+    def rotary(self, position_ids_BS: Tensor) -> Tensor:
+        """Rotary angles, float32 [S, B, 1, head width], in radians.
+
+        Args:
+            position_ids_BS: int, rotary position of each position.
+        """
+        width = self.language_config.width_per_head
+        exponent = torch.arange(0, width, 2, device=position_ids_BS.device).float() / width
+        frequency = 1.0 / self.language_config.rope_theta**exponent
+        angle_SB = position_ids_BS.t().float()[..., None] * frequency
+        return torch.cat([angle_SB, angle_SB], -1)[:, :, None]
+
+    def forward(
+        self, embeds_SBH: Tensor | None, position_ids_BS: Tensor, mask_B1SS: Tensor
+    ) -> Tensor:
+        """Hidden states: after the final norm on the last stage, before it on the others.
+
+        Args:
+            embeds_SBH: embeddings of the whole sequence, the same on every rank of the
+                tensor-parallel group; None on later stages (see ``set_input_tensor``).
+            position_ids_BS: int64, rotary position of each position.
+            mask_B1SS: bool, True = hidden; from ``mask``.
+
+        Returns:
+            [S, B, H] of the whole sequence on the last stage; under sequence parallelism this
+            rank's part of the positions on the other stages.
+
+        Raises:
+            AsvrError: sequence parallelism, and the tensor-parallel degree does not divide S.
+        """
+        plan = self.groups.plan
+        num_positions = position_ids_BS.shape[1]
+        if plan.sp and num_positions % plan.tp:
+            raise AsvrError(
+                f"sequence parallelism splits {num_positions} positions over parallel.tp={plan.tp} "
+                f"ranks; pad the batch to a multiple of {plan.tp}"
+            )
+        if self.pre_process and plan.sp:
+            embeds_SBH = scatter_to_sequence_parallel_region(embeds_SBH, group=self.groups.tp)
+        hidden_SBH = self.decoder(
+            hidden_states=embeds_SBH,
+            attention_mask=mask_B1SS,
+            rotary_pos_emb=self.rotary(position_ids_BS),
+        )
+        if self.post_process and plan.sp:
+            # What follows computes the full gradient on every rank, so the backward only splits.
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=False, group=self.groups.tp
+            )
+        return hidden_SBH
+
+    def logits(self, hidden_XH: Tensor) -> Tensor:
+        """This rank's shard of the logits, float32 [X, padded vocabulary / tp]; last stage only.
+
+        The columns beyond the vocabulary hold ``MASKED_LOGIT``.
+
+        Args:
+            hidden_XH: final hidden states of any positions, the same on every rank of the group;
+                leading dimensions are free.
+        """
+        tied = self.share_embeddings_and_output_weights
+        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        hidden_XH = copy_to_tensor_model_parallel_region(hidden_XH, group=self.groups.tp)
+        logits_XV = F.linear(hidden_XH, weight_VH).float()
+        num_rows = weight_VH.shape[0]
+        num_real = self.language_config.vocab_size - self.groups.tp_rank * num_rows
+        if num_real < num_rows:
+            # Unseen by autograd on purpose: the softmax of these columns, and with it their
+            # gradient, is exactly 0.
+            with torch.no_grad():
+                logits_XV[..., max(0, num_real) :].fill_(MASKED_LOGIT)
+        return logits_XV
+
+    def logits_full(self, hidden_XH: Tensor) -> Tensor:
+        """The logits of the whole vocabulary, float32 [X, T], on every rank; last stage only.
+
+        Args:
+            hidden_XH: final hidden states of any positions, the same on every rank of the group;
+                leading dimensions are free.
+        """
+        logits_XV = gather_from_tensor_model_parallel_region(
+            self.logits(hidden_XH), group=self.groups.tp
+        )
+        return logits_XV[..., : self.language_config.vocab_size]

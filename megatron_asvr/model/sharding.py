@@ -1,0 +1,266 @@
+"""Full tensors to a rank's shards and back, under one set of names for every layout.
+
+A parameter's canonical name is its path in the model with global layer numbers. How it is split
+over the tensor-parallel group is written on the parameter itself: megatron-core's attributes
+(``tensor_model_parallel``, ``partition_dim``) and two of ours (see ``mark``). So loading,
+initialising and collecting weights need no table, and give the same weights in every layout.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
+from torch import Tensor, nn
+
+from megatron_asvr.errors import CheckpointError
+from megatron_asvr.parallel.groups import Groups
+
+# Transformer Engine holds the norm before a linear inside the linear.
+FUSED_NORMS = (
+    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
+    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
+)
+_LAYER = re.compile(r"(?:.*\.)?layers\.\d+")
+_SHOWN = 5  # names listed in an error
+
+
+def mark(
+    parameter: nn.Parameter, *, dim: int, full_size: int | None = None, blocks: int = 1
+) -> nn.Parameter:
+    """Return ``parameter`` after writing on it how the tensor-parallel group splits it.
+
+    Args:
+        parameter: this rank's shard.
+        dim: the axis that is split.
+        full_size: size of that axis in the full tensor when the shards together are longer
+            (padding at the end); None when they are exactly the full tensor.
+        blocks: equal parts along the axis, each split on its own (2 for the gate and up halves of
+            a gated linear: a rank holds its share of both).
+    """
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+    parameter.asvr_full_size = full_size
+    parameter.asvr_blocks = blocks
+    return parameter
+
+
+def mark_parallel_linears(module: nn.Module) -> None:
+    """Mark the weights of megatron-core's parallel layers in ``module``.
+
+    megatron-core 0.16 marks them only when it also initialises them (tensor_parallel/layers.py:228
+    and :865); 0.19 always does. Parameters that are marked already are left alone.
+    """
+    for part in module.modules():
+        if isinstance(part, (VocabParallelEmbedding, ColumnParallelLinear)):
+            dim = 0
+        elif isinstance(part, RowParallelLinear):
+            dim = 1
+        else:
+            continue
+        if part.weight is not None and not hasattr(part.weight, "tensor_model_parallel"):
+            mark(part.weight, dim=dim)
+
+
+def canonical_names(module: nn.Module, *, prefix: str = "") -> dict[str, str]:
+    """Canonical name of every parameter, by its name in ``module.named_parameters()``.
+
+    Args:
+        module: a model or a part of one (of this pipeline stage).
+        prefix: where ``module`` sits in the model, e.g. ``"language_model."``.
+    """
+    local_layer = {
+        path + ".": f"{path.rsplit('.', 1)[0]}.{part.layer_number - 1}."
+        for path, part in module.named_modules()
+        if _LAYER.fullmatch(path) and hasattr(part, "layer_number")
+    }
+    tied = [
+        f"{path}." if path else ""
+        for path, part in module.named_modules()
+        if getattr(part, "share_embeddings_and_output_weights", False)
+    ]
+    names = {}
+    for name, _ in module.named_parameters():
+        canonical = name
+        for local, final in local_layer.items():
+            if name.startswith(local):
+                canonical = final + name.removeprefix(local)
+        for fused, plain in FUSED_NORMS:
+            canonical = canonical.replace(fused, plain)
+        for part in tied:  # the last stage's copy of the embedding
+            if canonical == f"{part}output_layer.weight":
+                canonical = f"{part}embedding.word_embeddings.weight"
+        names[name] = prefix + canonical
+    return names
+
+
+def full_shape(parameter: nn.Parameter, *, groups: Groups) -> tuple[int, ...]:
+    """Shape of the full tensor of which ``parameter`` is a shard."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        dim = parameter.partition_dim
+        full_size = getattr(parameter, "asvr_full_size", None)
+        shape[dim] = full_size if full_size is not None else shape[dim] * groups.plan.tp
+    return tuple(shape)
+
+
+def _shard(full: Tensor, parameter: nn.Parameter, groups: Groups) -> Tensor:
+    """This rank's shard of ``full``; padding is zero."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    dim, tp = parameter.partition_dim, groups.plan.tp
+    missing = parameter.shape[dim] * tp - full.shape[dim]
+    if missing:
+        padding = list(full.shape)
+        padding[dim] = missing
+        full = torch.cat([full, full.new_zeros(padding)], dim)
+    blocks = full.chunk(getattr(parameter, "asvr_blocks", 1), dim)
+    return torch.cat([block.chunk(tp, dim)[groups.tp_rank] for block in blocks], dim)
+
+
+def _gather(parameter: nn.Parameter, groups: Groups) -> Tensor:
+    """The full tensor of ``parameter``, without padding; collective over the TP group."""
+    shard = parameter.detach().contiguous()
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return shard
+    dim = parameter.partition_dim
+    shards = [shard]
+    if groups.plan.tp > 1:
+        shards = [torch.empty_like(shard) for _ in range(groups.plan.tp)]
+        dist.all_gather(shards, shard, group=groups.tp)
+    num_blocks = getattr(parameter, "asvr_blocks", 1)
+    by_rank = [part.chunk(num_blocks, dim) for part in shards]
+    full = torch.cat([rank[b] for b in range(num_blocks) for rank in by_rank], dim)
+    return full.narrow(dim, 0, full_shape(parameter, groups=groups)[dim])
+
+
+def load_weights(
+    module: nn.Module,
+    get: Callable[[str], Tensor | None],
+    *,
+    groups: Groups,
+    prefix: str = "",
+    strict: bool = True,
+) -> list[str]:
+    """Copy this rank's shard of every parameter; return the names that ``get`` does not have.
+
+    Args:
+        module: a model or a part of one (of this pipeline stage).
+        get: full tensor of a canonical name, or None. Any dtype and device.
+        groups: gives the tensor-parallel rank and degree.
+        prefix: where ``module`` sits in the model, e.g. ``"language_model."``.
+        strict: a missing tensor is an error.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the model, or ``strict`` and one is
+            missing. Nothing tells which parameters were already overwritten.
+    """
+    names, missing = canonical_names(module, prefix=prefix), []
+    for local, parameter in module.named_parameters():
+        full = get(names[local])
+        if full is None:
+            missing.append(names[local])
+            continue
+        wanted = full_shape(parameter, groups=groups)
+        if tuple(full.shape) != wanted:
+            raise CheckpointError(
+                f"{names[local]} has shape {tuple(full.shape)}; this model wants {wanted}. "
+                "The weights belong to another model: compare its configuration with this run's"
+            )
+        with torch.no_grad():
+            parameter.copy_(_shard(full, parameter, groups))
+    if strict and missing:
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise CheckpointError(
+            f"{len(missing)} of {len(names)} weights are missing: "
+            f"{', '.join(missing[:_SHOWN])}{more}. Give a complete source for this part"
+        )
+    return missing
+
+
+def full_state(
+    module: nn.Module, *, groups: Groups, prefix: str = ""
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (canonical name, full tensor on the CPU) of every parameter, on every rank.
+
+    The exact inverse of ``load_weights``. Collective: all ranks of the tensor- and
+    pipeline-parallel groups must iterate to the end. A tied weight comes once.
+
+    Args:
+        module: a model or a part of one (of this pipeline stage).
+        groups: where to gather.
+        prefix: where ``module`` sits in the model, e.g. ``"language_model."``.
+    """
+    names = canonical_names(module, prefix=prefix)
+    mine = {names[local]: parameter for local, parameter in module.named_parameters()}
+    stages = [list(mine)]
+    if groups.plan.pp > 1:
+        stages = [None] * groups.plan.pp
+        dist.all_gather_object(stages, list(mine), group=groups.pp)
+    seen: set[str] = set()
+    for stage, stage_names in enumerate(stages):
+        for name in stage_names:
+            if name in seen:
+                continue
+            seen.add(name)
+            full = _gather(mine[name], groups) if stage == groups.pp_rank else None
+            yield name, _from_stage(full, stage, groups).cpu()
+
+
+def _from_stage(full: Tensor | None, stage: int, groups: Groups) -> Tensor:
+    """``full`` of pipeline stage ``stage``, on every stage."""
+    if groups.plan.pp == 1:
+        return full
+    source = dist.get_global_rank(groups.pp, stage)
+    form = [(full.shape, full.dtype, full.device.type) if full is not None else None]
+    dist.broadcast_object_list(form, src=source, group=groups.pp)
+    shape, dtype, device = form[0]
+    full = full.contiguous() if full is not None else torch.empty(shape, dtype=dtype, device=device)
+    dist.broadcast(full, src=source, group=groups.pp)
+    return full
+
+
+def seeded_init(
+    module: nn.Module,
+    seed: int,
+    *,
+    groups: Groups,
+    std: float | Callable[[str], float],
+    prefix: str = "",
+) -> None:
+    """Initialise every parameter from (seed, canonical name): the same weights in every layout.
+
+    Matrices are normal, biases zero, one-dimensional weights (norms) one. Every draw is made on
+    the full tensor, on the CPU in fp32, and then sharded and cast.
+
+    Args:
+        module: a model or a part of one (of this pipeline stage).
+        seed: of the run.
+        groups: gives the tensor-parallel rank and degree.
+        std: standard deviation of the matrices, or a function of the canonical name.
+        prefix: where ``module`` sits in the model; part of the names that are hashed.
+    """
+    names = canonical_names(module, prefix=prefix)
+    for local, parameter in module.named_parameters():
+        name = names[local]
+        shape = full_shape(parameter, groups=groups)
+        if name.endswith("bias"):
+            full = torch.zeros(shape)
+        elif len(shape) == 1:
+            full = torch.ones(shape)
+        else:
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            full = torch.randn(shape, generator=generator)
+            full *= std(name) if callable(std) else std
+        with torch.no_grad():
+            parameter.copy_(_shard(full, parameter, groups))

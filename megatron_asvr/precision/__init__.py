@@ -1,0 +1,51 @@
+"""Which implementation the transformer layers use, chosen in one place and with a reason."""
+
+import importlib
+from typing import TYPE_CHECKING, Literal
+
+from megatron_asvr.platforms import Platform
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+Backend = Literal["te", "local"]
+
+
+def select_backend(platform: Platform) -> tuple[Backend, str]:
+    """Name of the layer implementation for ``platform``, and why.
+
+    Args:
+        platform: what ``platforms.select()`` returned.
+    """
+    if platform.name != "cuda":
+        return "local", f"Transformer Engine needs CUDA; the platform is {platform.name}"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:
+        reason = f"Transformer Engine cannot be imported ({error}); the extra 'gpu' installs it"
+        return "local", reason
+    return "te", "CUDA with Transformer Engine"
+
+
+def block_spec(
+    config: "TransformerConfig", backend: Backend, *, vp_stage: int | None = None
+) -> "TransformerBlockSubmodules":
+    """The layers of this pipeline stage (and model chunk) and the norm after the last one.
+
+    Args:
+        config: megatron-core's configuration of the model.
+        backend: from ``select_backend``.
+        vp_stage: model chunk under virtual pipeline stages.
+    """
+    layers = importlib.import_module(f"megatron_asvr.precision.{backend}")
+    from megatron.core.transformer.transformer_block import (
+        TransformerBlockSubmodules,
+        get_num_layers_to_build,
+    )
+
+    from megatron_asvr.precision.local import RMSNorm
+
+    spec = layers.layer_spec(qk_norm=config.qk_layernorm)
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
