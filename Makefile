@@ -1,0 +1,69 @@
+# One command for each thing; every target sets up what it needs first.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+VENV := .venv
+MCORE19 := .venv-mcore19
+BIN := $(VENV)/bin
+
+# One thread per process: unit tests run beside one another, world tests start several ranks.
+export OMP_NUM_THREADS ?= 1
+export WANDB_MODE ?= offline
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart quickstart-short test test-unit test-world test-mcore19 check format \
+	docs clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
+		| awk -F': ' '{ printf "make %-18s %s\n", $$1, $$2 }'
+
+setup: $(VENV)/.installed  ## create .venv with everything installed (quick when done)
+
+# torch comes first and by version, so that no later requirement picks another build of it.
+$(VENV)/.installed: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable ".[dev,quickstart]"
+	touch $@
+
+# megatron-core 0.19.2 alone, in a folder that comes before .venv's packages on the path. It declares
+# Python >= 3.12, and runs on 3.11.
+$(MCORE19)/.installed: $(VENV)/.installed
+	rm -rf $(MCORE19)
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --target $(MCORE19) \
+		megatron-core==0.19.2
+	touch $@
+
+quickstart: setup  ## train, evaluate, export and verify a small model on two CPU cores
+	$(BIN)/python -m examples.quickstart.run
+
+quickstart-short: setup  ## the same in its short form, to see that everything works
+	$(BIN)/python -m examples.quickstart.run --short
+
+test: test-unit test-world test-mcore19  ## run all tests, the multi-rank ones on both megatron-cores
+
+test-unit: setup  ## run the tests of one process
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not world"
+
+test-world: setup  ## run the tests of several ranks
+	$(BIN)/python -m pytest -m world
+
+test-mcore19: $(MCORE19)/.installed  ## run multi-rank and oracle tests against megatron-core 0.19.2
+	PYTHONPATH="$(CURDIR)/$(MCORE19)" $(BIN)/python -m pytest -k "world or oracle"
+
+check: setup  ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## apply the formatter and the safe fixes of the linter
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: setup  ## write docs/configuration.md from the schema's comments
+	$(BIN)/python tools/config_reference.py
+
+clean:  ## remove caches and build output; .venv and runs stay
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache *.egg-info
