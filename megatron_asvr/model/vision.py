@@ -1,0 +1,136 @@
+"""The SigLIP / SigLIP2 vision encoder in plain torch, numerically the one of transformers.
+
+Every rank holds the whole encoder: a tensor-parallel group splits the images, not the weights.
+All layers exist, so that a Hugging Face folder loads and saves without loss, but the forward
+pass stops at the selected hidden state; the layers above it and the final norm never run.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megatron_asvr.config.schema import VisionConfig
+from megatron_asvr.shapes import check_shape
+
+NUM_CHANNELS = 3  # red, green, blue
+
+
+class SiglipEmbeddings(nn.Module):
+    """Patches to vectors: a strided convolution plus learned positions, no class token."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(
+            NUM_CHANNELS,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+        )
+        self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
+
+    def forward(self, pixels_ICHW: Tensor) -> Tensor:
+        """Patch embeddings [I, N, F]."""
+        patches_IFN = self.patch_embedding(pixels_ICHW).flatten(2)
+        return patches_IFN.transpose(1, 2) + self.position_embedding.weight
+
+
+class SiglipAttention(nn.Module):
+    """Bidirectional attention among the patches of one image."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_INF: Tensor) -> Tensor:
+        """Attended vectors [I, N, F]."""
+        query, key, value = (
+            projection(x_INF).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class SiglipMLP(nn.Module):
+    """Two linear layers around the tanh approximation of GELU."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
+        self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x_INF: Tensor) -> Tensor:
+        """Transformed vectors [I, N, F]."""
+        return self.fc2(F.gelu(self.fc1(x_INF), approximate="tanh"))
+
+
+class SiglipLayer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(self, x_INF: Tensor) -> Tensor:
+        """The layer's output [I, N, F]."""
+        x_INF = x_INF + self.self_attn(self.layer_norm1(x_INF))
+        return x_INF + self.mlp(self.layer_norm2(x_INF))
+
+
+class SiglipStack(nn.Module):
+    """The layers, under the name that Hugging Face gives them."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_layers))
+
+
+class SiglipEncoder(nn.Module):
+    """Images to one feature per patch: ``hidden_states[feature_layer]`` of Hugging Face.
+
+    Parameter names are those of ``SiglipVisionTransformer`` without its pooling head.
+
+    Args:
+        config: sizes, and the hidden state to stop at.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = SiglipEmbeddings(config)
+        self.encoder = SiglipStack(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, in which the forward pass computes."""
+        return self.post_layernorm.weight.dtype
+
+    def forward(self, pixels_ICHW: Tensor) -> Tensor:
+        """Features [I, N, F] in the type of the weights.
+
+        Args:
+            pixels_ICHW: normalised pixels, any floating type; I may be 0.
+
+        Raises:
+            AsvrError: the pixels are not images of ``config.image_size``.
+        """
+        side = self.config.image_size
+        check_shape("pixels_ICHW", pixels_ICHW, "I C H W", C=NUM_CHANNELS, H=side, W=side)
+        x_INF = self.embeddings(pixels_ICHW.to(self.dtype))
+        for layer in self.encoder.layers[: self.config.num_feature_layers]:
+            x_INF = layer(x_INF)
+        return x_INF
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the forward pass never reads: those above the selected hidden state."""
+        above = self.encoder.layers[self.config.num_feature_layers :]
+        return [*above.parameters(), *self.post_layernorm.parameters()]
