@@ -1,0 +1,1 @@
+"""Data: LLaVA-format JSON and images in, micro-batches out."""

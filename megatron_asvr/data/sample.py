@@ -1,0 +1,222 @@
+"""One record to token rows: images expanded, targets shifted, branches laid out.
+
+Independent conversations about the same images share them: BOS and everything up to the last image
+token are branch 0, the rest of each conversation is a branch of its own, whose positions continue
+right after the prefix. A branch therefore has the ids, positions and targets of a sample that asks
+it alone. Where the attention in use cannot do that (``branches=False``) each conversation is a row
+of its own; the images are repeated, and only the first copy counts in the visual loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_asvr.batch import IGNORE
+from megatron_asvr.config.schema import Config
+from megatron_asvr.data.conversation import find_template, render
+from megatron_asvr.data.records import Record
+from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One sequence of positions, one document.
+
+    Attributes:
+        tokens_S: int64 ids; an image is ``num_patches`` copies of the image token.
+        targets_S: int64, the id that each position predicts, or IGNORE.
+        positions_S: int64 rotary positions.
+        branch_S: int32, 0 for the shared prefix.
+        image_starts: position of each image's first patch (``official`` mode only: it may lie
+            behind the cut).
+        counts_images: whether the images count in the visual loss (one copy of them does).
+    """
+
+    tokens_S: np.ndarray
+    targets_S: np.ndarray
+    positions_S: np.ndarray
+    branch_S: np.ndarray
+    image_starts: tuple[int, ...]
+    counts_images: bool = True
+
+    @property
+    def length(self) -> int:
+        """Positions."""
+        return len(self.tokens_S)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One record as rows; without rows it did not fit and has to be replaced.
+
+    Attributes:
+        id: the record's id.
+        images: paths of the record's images; every row shows all of them, in this order.
+        rows: one, or one a conversation when images are repeated.
+        cut_tokens: text positions cut from the end to fit ``data.max_length``.
+        dropped_rows: rows that did not fit.
+        lost_targets: supervised tokens right after a prefix shared by several branches: there is
+            no single position that could predict them.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    rows: tuple[Row, ...]
+    cut_tokens: int = 0
+    dropped_rows: int = 0
+    lost_targets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Ids with their supervision, images already expanded."""
+
+    ids: list[int]
+    supervised: list[bool]
+    image_starts: list[int]
+
+    def head(self, stop: int) -> "_Piece":
+        return _Piece(self.ids[:stop], self.supervised[:stop], self.image_starts)
+
+    def tail(self, start: int) -> "_Piece":
+        return _Piece(self.ids[start:], self.supervised[start:], [])
+
+
+class SampleBuilder:
+    """Turns records into samples.
+
+    Args:
+        config: template, lengths, policy, loss mode and patches.
+        tokenizer: of the language model.
+        branches: whether attention can keep conversations of one row apart.
+
+    Raises:
+        ConfigError: the tokenizer has ids that the language model does not.
+    """
+
+    def __init__(self, config: Config, tokenizer: TextTokenizer, *, branches: bool) -> None:
+        vocab_size = config.model.language.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"model.language.vocab_size={vocab_size} is smaller than the "
+                f"{tokenizer.vocab_size} ids of model.text_tokenizer={tokenizer.path} (with "
+                f"<image>); set it to at least {tokenizer.vocab_size}"
+            )
+        self.tokenizer = tokenizer
+        self.template = find_template(config.data.template)
+        self.branches = branches
+        self.num_patches = config.model.vision.num_patches
+        self.max_length = config.data.max_length
+        self.drop_overlong = config.data.on_overlong == "drop"
+        self.official = config.loss.mode == "official"
+
+    def build(self, record: Record) -> Sample:
+        """The record's sample; its rows are empty when nothing of it fits."""
+        pieces = [self._piece(turns) for turns in record.conversations]
+        lost = 0
+        if len(pieces) > 1 and self.branches:
+            shared = self._prefix_length(pieces[0], len(record.images))
+            lost = sum(p.supervised[shared] for p in pieces)
+            rows = [_branched(pieces, shared)]
+        else:
+            rows = [_flat(piece) for piece in pieces]
+        fitted = [self._fit(row) for row in rows]
+        kept = [row for row in fitted if row is not None]
+        return Sample(
+            id=record.id,
+            images=record.images,
+            rows=tuple(_count_images_once(kept)),
+            cut_tokens=sum(
+                row.length - cut.length
+                for row, cut in zip(rows, fitted, strict=True)
+                if cut is not None
+            ),
+            dropped_rows=len(rows) - len(kept),
+            lost_targets=lost,
+        )
+
+    def expand(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """``ids`` with every image token repeated for its patches, and where each image starts."""
+        out: list[int] = []
+        starts = []
+        for token in ids:
+            if token == self.tokenizer.image_id:
+                starts.append(len(out))
+                out.extend([token] * self.num_patches)
+            else:
+                out.append(token)
+        return out, starts
+
+    def _piece(self, turns: Sequence) -> _Piece:
+        ids, supervised, starts = [self.tokenizer.bos_id], [False], []
+        for segment in render(turns, self.template, self.tokenizer):
+            expanded, inside = self.expand(segment.ids)
+            starts.extend(len(ids) + start for start in inside)
+            ids.extend(expanded)
+            supervised.extend([segment.supervised] * len(expanded))
+        return _Piece(ids, supervised, starts)
+
+    def _prefix_length(self, piece: _Piece, num_images: int) -> int:
+        return piece.image_starts[num_images - 1] + self.num_patches if num_images else 1
+
+    def _fit(self, row: Row) -> Row | None:
+        """The row within ``max_length``, or None when it has to be dropped."""
+        images_end = row.image_starts[-1] + self.num_patches if row.image_starts else 0
+        overlong = row.length > self.max_length
+        hopeless = self.drop_overlong or images_end > self.max_length
+        if overlong and hopeless and not self.official:
+            return None
+        cut = _cut(row, self.max_length) if overlong else row
+        teaches = bool(cut.image_starts) or bool((cut.targets_S != IGNORE).any())
+        return cut if teaches or self.official else None
+
+
+def _targets(piece: _Piece) -> np.ndarray:
+    ids = np.asarray(piece.ids[1:], dtype=np.int64)
+    targets = np.full(len(piece.ids), IGNORE, dtype=np.int64)
+    targets[:-1] = np.where(np.asarray(piece.supervised[1:], dtype=bool), ids, IGNORE)
+    return targets
+
+
+def _flat(piece: _Piece) -> Row:
+    length = len(piece.ids)
+    return Row(
+        tokens_S=np.asarray(piece.ids, dtype=np.int64),
+        targets_S=_targets(piece),
+        positions_S=np.arange(length, dtype=np.int64),
+        branch_S=np.zeros(length, dtype=np.int32),
+        image_starts=tuple(piece.image_starts),
+    )
+
+
+def _branched(pieces: Sequence[_Piece], shared: int) -> Row:
+    parts = [pieces[0].head(shared), *(piece.tail(shared) for piece in pieces)]
+    lengths = [len(part.ids) for part in parts]
+    offsets = [0, *[shared] * len(pieces)]
+    return Row(
+        tokens_S=np.concatenate([np.asarray(p.ids, dtype=np.int64) for p in parts]),
+        targets_S=np.concatenate([_targets(p) for p in parts]),
+        positions_S=np.concatenate(
+            [np.arange(o, o + n, dtype=np.int64) for o, n in zip(offsets, lengths, strict=True)]
+        ),
+        branch_S=np.repeat(np.arange(len(parts), dtype=np.int32), lengths),
+        image_starts=tuple(pieces[0].image_starts),
+    )
+
+
+def _cut(row: Row, length: int) -> Row:
+    targets_S = row.targets_S[:length].copy()
+    targets_S[-1] = IGNORE  # it predicted a token that is gone
+    return replace(
+        row,
+        tokens_S=row.tokens_S[:length],
+        targets_S=targets_S,
+        positions_S=row.positions_S[:length],
+        branch_S=row.branch_S[:length],
+    )
+
+
+def _count_images_once(rows: Sequence[Row]) -> list[Row]:
+    return [replace(row, counts_images=number == 0) for number, row in enumerate(rows)]

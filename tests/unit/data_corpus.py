@@ -1,0 +1,40 @@
+"""Texts, records and configurations shared by the data tests."""
+
+from megatron_asvr.config.load import from_dict
+
+TEXTS = [
+    "USER: <image>\nWhat color is the circle? ASSISTANT: red",
+    "Is there a blue triangle in the picture?  no\nyes",
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "What shape does the image contain? a rectangle, a circle",
+] * 20
+
+
+def turn(speaker, value):
+    """One LLaVA turn."""
+    return {"from": speaker, "value": value}
+
+
+def ask(question, answer):
+    """One LLaVA conversation of a question and its answer."""
+    return [turn("human", question), turn("gpt", answer)]
+
+
+def config(**changes):
+    """A small configuration; ``section__key=value`` changes it."""
+    tree = {
+        "model": {
+            "language": {"vocab_size": 512, "hidden_size": 32, "num_heads": 4},
+            "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_heads": 4},
+        },
+        "data": {"template": "vicuna_short", "max_length": 256},
+        "train": {"global_batch": 4, "micro_batch": 1, "steps": 10},
+    }
+    for name, value in changes.items():
+        node = tree
+        *path, key = name.split("__")
+        for part in path:
+            node = node.setdefault(part, {})
+        node[key] = value
+    return from_dict(tree)
