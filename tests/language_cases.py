@@ -1,0 +1,94 @@
+"""Small language models and one-rank process groups for the tests of several packages."""
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_asvr.config.schema import LanguageConfig
+from megatron_asvr.model import sharding
+from megatron_asvr.model.language import LanguageModel
+from megatron_asvr.parallel import groups as process_groups
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.plan import ParallelPlan
+
+SMALL = LanguageConfig(
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_hidden_size=48,
+    vocab_size=301,  # neither a multiple of 2 nor of the padding
+    init_std=0.2,  # large enough for attention to be far from uniform
+)
+CASES = {
+    "llama": SMALL,
+    "llama_tied_no_gqa": dataclasses.replace(SMALL, tied_embeddings=True, num_kv_heads=None),
+    "mistral": dataclasses.replace(SMALL, family="mistral", sliding_window=5, rope_theta=1e6),
+    "qwen2": dataclasses.replace(SMALL, family="qwen2", tied_embeddings=True),
+    "qwen3": dataclasses.replace(SMALL, family="qwen3", head_dim=12, norm_eps=1e-5),
+}
+
+
+@contextlib.contextmanager
+def one_rank() -> Iterator[Groups]:
+    """Process groups of a world of one, taken down afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            yield process_groups.initialize(ParallelPlan(), 60.0)
+        finally:
+            process_groups.destroy()
+            dist.destroy_process_group()
+
+
+def build(config: LanguageConfig, groups: Groups, *, dtype: torch.dtype = torch.float32):
+    """This rank's part of a language model; every weight, norm and bias is drawn from a seed."""
+    model = LanguageModel(
+        config,
+        groups=groups,
+        dtype=dtype,
+        pre_process=groups.is_first_stage,
+        post_process=groups.is_last_stage,
+    )
+    sharding.seeded_init(model, 5, groups=groups, std=model.init_std)
+    vectors = {name: vector(name, x) for name, x in full_vectors(model, groups).items()}
+    sharding.load_weights(model, vectors.get, groups=groups, strict=False)
+    return model
+
+
+def full_vectors(model: LanguageModel, groups: Groups) -> dict[str, tuple[int, ...]]:
+    """Full shapes of the norms and biases, which the initialisation leaves at one and zero."""
+    names = sharding.canonical_names(model)
+    shapes = {n: sharding.full_shape(p, groups=groups) for n, p in model.named_parameters()}
+    return {names[n]: shape for n, shape in shapes.items() if len(shape) == 1}
+
+
+def vector(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Values around the usual ones that depend on the name only."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    return float(name.endswith("norm.weight")) + 0.3 * torch.randn(shape, generator=generator)
+
+
+def plain_batch(tokens_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Document, branch and position ids of rows that are one document each."""
+    zeros_BS = torch.zeros_like(tokens_BS, dtype=torch.int32)
+    positions_BS = torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)
+    return zeros_BS, zeros_BS, positions_BS
+
+
+def hidden(
+    model: LanguageModel,
+    tokens_BS: Tensor,
+    document_BS: Tensor,
+    branch_BS: Tensor,
+    position_ids_BS: Tensor,
+) -> Tensor:
+    """Final hidden states [S, B, H] of a one-stage model."""
+    mask_B1SS = model.mask(document_BS, branch_BS, position_ids_BS)
+    return model(model.embed(tokens_BS), position_ids_BS, mask_B1SS)
