@@ -1,0 +1,1 @@
+"""How the ranks of a job come to life: on this machine, or under torchrun and Slurm."""

@@ -1,0 +1,182 @@
+"""The process that local ranks are born from: ``python -m megatron_asvr.launch.nursery``.
+
+It imports torch, megatron-core and our modules once; on the CPU each rank is then a fork, which
+costs milliseconds and shares that memory. It has one thread and never computes, so forking is safe.
+On a GPU, where a fork would inherit CUDA's state, each rank is an interpreter of its own.
+
+The launcher talks to it over two pipes, one JSON value a line: jobs and signals in, reports out.
+When the launcher goes, its end of the pipe closes and the nursery ends; when the nursery ends, so
+do its ranks (a request to the kernel, so that holds for SIGKILL too).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+from megatron_asvr.platforms.shims import die_with_parent
+
+from megatron_asvr.launch.worker import Job, leave, preload, run_rank
+
+GRACE_S = 1.0  # for the other ranks to write their own tracebacks after the first has failed
+PRELOAD = (
+    "megatron_asvr.parallel.groups",
+    "megatron_asvr.parallel.collectives",
+    "megatron_asvr.launch.job",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.distributed",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.dist_checkpointing",
+)
+
+
+class Nursery:
+    """Starts the ranks of one job after the other, and reports how each of them ended."""
+
+    def __init__(self, commands: int, reports: int) -> None:
+        self._commands = commands  # file descriptors
+        self._reports = reports
+        self._unread = b""
+        self._child_ended, wake = os.pipe()
+        os.set_blocking(self._child_ended, False)
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        """Run jobs until the launcher closes its pipe."""
+        while (command := self._next_command()) is not None:
+            if isinstance(command, dict):
+                self._run(Job(**command))
+
+    def _next_command(self) -> Any:
+        """What the launcher sent, or None when it has closed its pipe."""
+        while b"\n" not in self._unread:
+            data = os.read(self._commands, 1 << 16)
+            if not data:
+                return None
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return json.loads(line)
+
+    def _run(self, job: Job) -> None:
+        if job.fork:
+            for entry in reversed(job.path):
+                if entry not in sys.path:
+                    sys.path.insert(0, entry)
+            preload((*PRELOAD, job.module))
+        pids = {self._start(job, rank): rank for rank in range(job.world_size)}
+        deadline: float | None = None
+        stopping = False
+        while pids:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready, _, _ = select.select([self._child_ended, self._commands], [], [], left)
+            if self._child_ended in ready:
+                os.read(self._child_ended, 4096)
+            stop = self._commands in ready and self._obey(list(pids))
+            failed = self._reap(pids, stopping)
+            if failed and deadline is None:
+                deadline = time.monotonic() + GRACE_S
+            if stop or (deadline is not None and time.monotonic() >= deadline):
+                _kill(list(pids), signal.SIGKILL)
+                stopping = True
+                deadline = time.monotonic() + GRACE_S
+        self._report(done=True)
+
+    def _obey(self, pids: list[int]) -> bool:
+        """Pass a signal on to the ranks; whether they must be killed."""
+        command = self._next_command()
+        if command is None:
+            _kill(pids, signal.SIGKILL)
+            sys.exit(0)
+        if isinstance(command, int):
+            _kill(pids, command)
+        return command == signal.SIGKILL
+
+    def _reap(self, pids: dict[int, int], stopping: bool) -> bool:
+        """Report the ranks that have ended; whether one of them failed."""
+        failed = False
+        for pid in list(pids):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+                rank = pids.pop(pid)
+                self._report(rank=rank, code=code, time_ns=time.time_ns(), stopped=stopping)
+                failed = failed or code != 0
+        return failed
+
+    def _start(self, job: Job, rank: int) -> int:
+        """Process id of a new rank."""
+        if not job.fork:
+            return _spawn(job, rank)
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            self._become_rank(job, rank)
+        return pid
+
+    def _become_rank(self, job: Job, rank: int) -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for descriptor in (self._commands, self._reports, self._child_ended):
+            os.close(descriptor)
+        _settle()
+        leave(run_rank(job, rank))
+
+    def _report(self, **fields: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._reports, json.dumps(fields).encode() + b"\n")
+
+
+def _settle() -> None:
+    """A rank has its own process group (a signal reaches its helpers too) and dies with us."""
+    os.setpgid(0, 0)
+    parent = os.getppid()
+    die_with_parent()
+    if os.getppid() != parent or parent == 1:
+        os._exit(1)
+
+
+def _spawn(job: Job, rank: int) -> int:
+    path = pathlib.Path(job.folder, "job")
+    if not path.exists():
+        path.write_text(json.dumps(dataclasses.asdict(job)))
+    command = [sys.executable, "-m", __spec__.name, "--job", str(path), "--rank", str(rank)]
+    env = {**job.env, "PYTHONPATH": os.pathsep.join(entry or job.cwd for entry in job.path)}
+    return os.posix_spawn(sys.executable, command, env)
+
+
+def _kill(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def main() -> None:
+    """Serve a launcher, or be one rank of a job whose ranks are not forked."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--commands", type=int)
+    parser.add_argument("--reports", type=int)
+    parser.add_argument("--job")
+    parser.add_argument("--rank", type=int)
+    args = parser.parse_args()
+    if args.job is not None:
+        _settle()
+        leave(run_rank(Job(**json.loads(pathlib.Path(args.job).read_text())), args.rank))
+    die_with_parent()
+    Nursery(args.commands, args.reports).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The process groups of a rank, made once by megatron-core and passed on by hand from here."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import ProcessGroup
+
+from megatron_asvr.errors import LaunchError
+from megatron_asvr.parallel.plan import ParallelPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """This rank's place in the plan and the groups it belongs to.
+
+    Attributes:
+        plan: the degrees.
+        rank: this rank in the world.
+        tp_rank: its place among the ranks that share matrices; likewise the next three.
+        tp: ranks that share matrices.
+        dp: ranks with the same share of the model and other samples.
+        pp: ranks with the other stages of the same model copy.
+        cp: ranks with the other parts of the same sequences.
+        dp_cp: ``dp`` and ``cp`` together: what gradients are summed over.
+        tp_cp: ``tp`` and ``cp`` together: the ranks of a stage that see the same samples.
+        world: all ranks.
+    """
+
+    plan: ParallelPlan
+    rank: int
+    tp_rank: int
+    dp_rank: int
+    pp_rank: int
+    cp_rank: int
+    tp: ProcessGroup
+    dp: ProcessGroup
+    pp: ProcessGroup
+    cp: ProcessGroup
+    dp_cp: ProcessGroup
+    tp_cp: ProcessGroup
+    world: ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds tokens and images."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the losses."""
+        return self.pp_rank == self.plan.pp - 1
+
+
+def initialize(plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0) -> Groups:
+    """The groups of this rank; every rank of the world must call it with the same plan.
+
+    Args:
+        plan: degrees; ``plan.world`` must be the size of the initialised default group.
+        timeout_s: how long a collective may wait for the other ranks; rounded up to minutes.
+        seed: start of megatron-core's random states (dropout; weights have their own).
+
+    Raises:
+        LaunchError: torch.distributed is not initialised, or with another number of ranks.
+    """
+    if not dist.is_initialized():
+        raise LaunchError(
+            "torch.distributed is not initialised; start ranks with launch.local.run_ranks or "
+            "call launch.job.init_rank first"
+        )
+    if dist.get_world_size() != plan.world:
+        raise LaunchError(f"the plan has {plan.world} ranks, the job {dist.get_world_size()}")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        virtual_pipeline_model_parallel_size=plan.vpp,
+        context_parallel_size=plan.cp,
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return Groups(
+        plan=plan,
+        rank=dist.get_rank(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_cp=parallel_state.get_tensor_and_context_parallel_group(),
+        world=dist.group.WORLD,
+    )
+
+
+def destroy() -> None:
+    """Forget the groups, so that ``initialize`` can be called again; the default group stays."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()

@@ -1,0 +1,74 @@
+"""The CPU: gloo between ranks, and megatron-core behind the shims of ``shims.py``."""
+
+import os
+from typing import Literal
+
+from megatron_asvr.platforms import apex, shims
+from megatron_asvr.platforms.base import Capabilities
+
+import torch
+
+from megatron_asvr.errors import ConfigError
+
+
+class CpuPlatform:
+    """See ``base.Platform``."""
+
+    name: Literal["cpu"] = "cpu"
+    backend: Literal["gloo"] = "gloo"
+    device = torch.device("cpu")
+    capabilities = Capabilities(supports_fp8=False, attention="dense", supports_fork=True)
+
+    def __init__(self, *, hide_cuda: bool = False) -> None:
+        self._hide_cuda = hide_cuda
+
+    def prepare(self) -> None:
+        """Install the shims that megatron-core needs to be imported and to run without CUDA.
+
+        Raises:
+            ConfigError: the CPU is forced, but this process has used CUDA already.
+        """
+        if self._hide_cuda:
+            if torch.cuda.is_initialized():
+                raise ConfigError(
+                    "ASVR_PLATFORM=cpu was set after this process had used CUDA; set it earlier"
+                )
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        apex.block()  # even NVIDIA's: its kernels need a GPU
+        shims.install_before_import()
+
+    def after_import(self) -> None:
+        """Install the shims that replace attributes of imported megatron-core modules."""
+        shims.install_after_import()
+
+    def per_rank(self, threads: int = 1) -> None:
+        """Set the threads and the handling of denormals, and start the checkpoint helper.
+
+        Denormals are flushed because peaked logits would otherwise double the time of a step.
+        """
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(True)
+        shims.install_per_rank()
+
+    def set_device(self, local_rank: int) -> None:
+        """Nothing: all ranks of a node share its CPU."""
+
+    def synchronize(self) -> None:
+        """Nothing: CPU operators have finished when they return."""
+
+    def peak_memory_bytes(self) -> int:
+        """Highest resident set of this process so far."""
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        return 0
+
+    def rng_state(self) -> dict[str, torch.Tensor]:
+        """State of torch's CPU generator."""
+        return {"cpu": torch.get_rng_state()}
+
+    def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what ``rng_state`` returned."""
+        torch.set_rng_state(state["cpu"])

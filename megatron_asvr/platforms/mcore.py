@@ -1,0 +1,16 @@
+"""megatron-core, imported after this process was prepared for it.
+
+Every module of ours that imports from ``megatron`` imports this one first; the order is kept by the
+import sorting of ``pyproject.toml``.
+"""
+
+from megatron_asvr.platforms.choose import select
+
+_platform, _ = select()
+_platform.prepare()
+
+import megatron.core  # noqa: E402
+
+_platform.after_import()
+
+version: str = megatron.core.__version__
