@@ -1,0 +1,260 @@
+"""The one door to transformers, and the translation of configurations through it.
+
+transformers is imported on first use: it takes seconds and most commands never need it.
+"""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from megatron_asvr.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from megatron_asvr.errors import ConversionError
+
+TEXT_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+TEXT_CONFIGS = {
+    "llama": "LlamaConfig",
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+}
+LLAVA_ARCHITECTURE = "LlavaForConditionalGeneration"
+VISION_MODEL_TYPE = "siglip_vision_model"
+
+
+def transformers() -> ModuleType:
+    """The transformers package, quiet: our callers report what matters themselves.
+
+    Raises:
+        ConversionError: it cannot be imported.
+    """
+    try:
+        module = importlib.import_module("transformers")
+    except ImportError as e:
+        raise ConversionError(
+            f"transformers cannot be imported ({e}); install: pip install 'transformers>=5.23'"
+        ) from e
+    module.utils.logging.set_verbosity_error()
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+def read_hf_config(folder: str | Path) -> Any:
+    """The configuration object of a Hugging Face folder; code in the folder is never run.
+
+    Raises:
+        ConversionError: there is no valid ``config.json`` of a model that transformers knows.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{path} does not exist; give a folder in Hugging Face format")
+    auto = transformers().AutoConfig
+    try:
+        return auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as e:  # transformers raises many types here, all of them about this file
+        raise ConversionError(f"{path} cannot be read as a model configuration: {e}") from e
+
+
+def language_config_from_hf(folder: str | Path) -> LanguageConfig:
+    """Settings of the language model in a text-only or LLaVA folder.
+
+    Raises:
+        ConversionError: no such model, or one with a property this project does not build.
+    """
+    return language_from(read_hf_config(folder), str(folder))
+
+
+def vision_config_from_hf(folder: str | Path, *, feature_layer: int = -2) -> VisionConfig:
+    """Settings of the vision encoder in a SigLIP or LLaVA folder.
+
+    Args:
+        folder: a folder in Hugging Face format.
+        feature_layer: selected layer of a vision-only folder; a LLaVA folder brings its own.
+
+    Raises:
+        ConversionError: no such encoder, or one with a property this project does not build.
+    """
+    return vision_from(read_hf_config(folder), str(folder), feature_layer=feature_layer)
+
+
+def _require(where: str, config: Any, **allowed: tuple) -> None:
+    """Refuse a property (absent counts as its usual value, the first) that we would get wrong."""
+    for key, values in allowed.items():
+        got = getattr(config, key, values[0])
+        if got not in values:
+            wanted = " or ".join(repr(v) for v in values)
+            raise ConversionError(f"{where}: {key} is {got!r}; only {wanted} can be converted")
+
+
+def language_from(config: Any, where: str) -> LanguageConfig:
+    """Settings of the language model that a transformers configuration describes."""
+    text = getattr(config, "text_config", config)
+    if text.model_type not in TEXT_ARCHITECTURES:
+        known = ", ".join(TEXT_ARCHITECTURES)
+        raise ConversionError(
+            f"{where}: no language model of a known family (model_type {text.model_type!r}); "
+            f"known are {known}"
+        )
+    _require(where, text, hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,))
+    rope = text.rope_parameters or {}
+    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
+        raise ConversionError(f"{where}: rope_parameters {rope} are not plain rotary embeddings")
+    width = getattr(text, "head_dim", None)
+    plain_width = text.hidden_size // text.num_attention_heads
+    return LanguageConfig(
+        family=text.model_type,
+        hidden_size=text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=None if width in (None, plain_width) else width,
+        ffn_hidden_size=text.intermediate_size,
+        vocab_size=text.vocab_size,
+        max_positions=text.max_position_embeddings,
+        rope_theta=float(rope["rope_theta"]),
+        norm_eps=text.rms_norm_eps,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        sliding_window=_sliding_window(text, where),
+        init_std=text.initializer_range,
+    )
+
+
+def _sliding_window(text: Any, where: str) -> int | None:
+    if text.model_type == "llama":
+        return None
+    kinds = set(getattr(text, "layer_types", None) or [])
+    if len(kinds) > 1:
+        raise ConversionError(
+            f"{where}: layers differ in attention ({sorted(kinds)}); not supported"
+        )
+    return None if kinds == {"full_attention"} else text.sliding_window
+
+
+def vision_from(config: Any, where: str, *, feature_layer: int = -2) -> VisionConfig:
+    """Settings of the vision encoder that a transformers configuration describes."""
+    vision = getattr(config, "vision_config", config)
+    if vision.model_type != VISION_MODEL_TYPE:
+        raise ConversionError(
+            f"{where}: vision model_type is {vision.model_type!r}; only {VISION_MODEL_TYPE!r} "
+            "(SigLIP, and SigLIP2 with a fixed resolution) can be converted"
+        )
+    _require(where, vision, hidden_act=("gelu_pytorch_tanh",), num_channels=(3,))
+    if config.model_type == "llava":
+        _require(where, config, vision_feature_select_strategy=("full",))
+        _require(where, config, projector_hidden_act=("gelu",), multimodal_projector_bias=(True,))
+        feature_layer = config.vision_feature_layer
+        if not isinstance(feature_layer, int):
+            raise ConversionError(
+                f"{where}: vision_feature_layer is {feature_layer}; one layer is supported"
+            )
+    return VisionConfig(
+        hidden_size=vision.hidden_size,
+        num_layers=vision.num_hidden_layers,
+        num_heads=vision.num_attention_heads,
+        ffn_hidden_size=vision.intermediate_size,
+        image_size=_side(vision.image_size, "image_size", where),
+        patch_size=_side(vision.patch_size, "patch_size", where),
+        norm_eps=vision.layer_norm_eps,
+        feature_layer=feature_layer,
+    )
+
+
+def _side(size: Any, key: str, where: str) -> int:
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1:
+        raise ConversionError(f"{where}: {key} {size} is not square")
+    return int(sides.pop())
+
+
+def text_config(language: LanguageConfig, ids: dict[str, int]) -> Any:
+    """The transformers configuration of a language model.
+
+    Args:
+        language: our settings.
+        ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+
+    Raises:
+        ConversionError: the family cannot express one of the settings.
+    """
+    family = language.family
+    fields: dict[str, Any] = dict(
+        hidden_size=language.hidden_size,
+        num_hidden_layers=language.num_layers,
+        num_attention_heads=language.num_heads,
+        num_key_value_heads=language.kv_heads,
+        intermediate_size=language.ffn_hidden_size,
+        vocab_size=language.vocab_size,
+        max_position_embeddings=language.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+        rms_norm_eps=language.norm_eps,
+        tie_word_embeddings=language.tied_embeddings,
+        initializer_range=language.init_std,
+        **ids,
+    )
+    if family != "qwen2" or language.head_dim is not None:
+        fields["head_dim"] = language.width_per_head
+    if family == "mistral":
+        fields["sliding_window"] = language.sliding_window
+    elif language.sliding_window is not None:
+        if family == "llama":
+            raise ConversionError(
+                "language.sliding_window is set, but the llama family has none in transformers; "
+                "use family mistral"
+            )
+        fields |= {"use_sliding_window": True, "max_window_layers": 0}
+        fields["sliding_window"] = language.sliding_window
+    return _build(TEXT_CONFIGS[family], fields)
+
+
+def llava_config(model: ModelConfig, ids: dict[str, int], image_token_id: int) -> Any:
+    """The transformers configuration of the whole model."""
+    vision = model.vision
+    tower = {
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.num_layers,
+        "num_attention_heads": vision.num_heads,
+        "intermediate_size": vision.ffn_hidden_size,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.norm_eps,
+        "vision_use_head": False,
+    }
+    fields = dict(
+        vision_config=_build("SiglipVisionConfig", tower),
+        text_config=text_config(model.language, ids),
+        image_token_index=image_token_id,
+        image_seq_length=vision.num_patches,
+        projector_hidden_act="gelu",
+        multimodal_projector_bias=True,
+        vision_feature_layer=vision.feature_layer,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=model.language.tied_embeddings,
+        **ids,
+    )
+    return _build("LlavaConfig", fields)
+
+
+def _build(kind: str, fields: dict[str, Any]) -> Any:
+    try:
+        return getattr(transformers(), kind)(**fields)
+    except Exception as e:  # its validators raise their own types
+        raise ConversionError(f"transformers refuses these settings as {kind}: {e}") from e
+
+
+def stock_shapes(architecture: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the stock model's weights in memory (tied weights once).
+
+    Args:
+        architecture: name of a transformers model class.
+        config: its configuration.
+    """
+    torch = importlib.import_module("torch")
+    with torch.device("meta"):
+        model = getattr(transformers(), architecture)(config)
+    skip = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in skip}
