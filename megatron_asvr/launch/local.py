@@ -27,7 +27,7 @@ from megatron_asvr.platforms import select
 
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.rank import DEFAULT_TIMEOUT_S
-from megatron_asvr.launch.worker import Job
+from megatron_asvr.launch.worker import LOG_START, Job
 
 LOG_TAIL_LINES = 20
 ABORT_S = 2.0  # for ranks that ran out of time to write where they stand
@@ -254,14 +254,14 @@ def _explain(job: Job, outcome: _Outcome, timeout_s: float | None) -> str:
     order = sorted(failures, key=lambda rank: failures[rank][0])
     parts = [f"rank {rank}: {failures[rank][1]}" for rank in order]
     if outcome.late:
-        parts.insert(0, f"ranks {outcome.stopped} had not finished after {timeout_s:g} s")
+        late = [f"rank {rank}: {_log_tail(job, rank)}" for rank in outcome.stopped]
+        parts += [f"ranks {outcome.stopped} had not finished after {timeout_s:g} s", *late]
     elif outcome.stopped:
         parts.append(f"ranks {outcome.stopped} were stopped because of that")
     if not parts:
         parts.append("the process that starts the ranks died; was it killed for memory?")
-    return f"{len(order)} of {job.world_size} ranks failed, the earliest first:\n" + "\n".join(
-        parts
-    )
+    head = f"{len(order)} of {job.world_size} ranks failed"
+    return "\n".join([f"{head}, the earliest first:" if len(order) > 1 else f"{head}:", *parts])
 
 
 def _cause(code: int) -> str:
@@ -273,4 +273,6 @@ def _log_tail(job: Job, rank: int) -> str:
         return ""
     path = pathlib.Path(job.log_dir, f"rank_{rank}.log")
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    starts = [i for i, line in enumerate(lines) if line.startswith(LOG_START)]
+    lines = lines[starts[-1] :] if starts else lines
     return "\n".join([f"last lines of {path}:", *lines[-LOG_TAIL_LINES:]])

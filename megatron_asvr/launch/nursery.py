@@ -81,25 +81,29 @@ class Nursery:
             ready, _, _ = select.select([self._child_ended, self._commands], [], [], left)
             if self._child_ended in ready:
                 os.read(self._child_ended, 4096)
-            stop = self._commands in ready and self._obey(list(pids))
+            if self._commands in ready:
+                self._obey(list(pids))
             failed = self._reap(pids, stopping)
             if failed and deadline is None:
                 deadline = time.monotonic() + GRACE_S
-            if stop or (deadline is not None and time.monotonic() >= deadline):
-                _kill(list(pids), signal.SIGKILL)
+            if deadline is not None and time.monotonic() >= deadline:
+                _kill_groups(list(pids))
                 stopping = True
                 deadline = time.monotonic() + GRACE_S
         self._report(done=True)
 
-    def _obey(self, pids: list[int]) -> bool:
-        """Pass a signal on to the ranks; whether they must be killed."""
-        command = self._next_command()
-        if command is None:
-            _kill(pids, signal.SIGKILL)
-            sys.exit(0)
-        if isinstance(command, int):
-            _kill(pids, command)
-        return command == signal.SIGKILL
+    def _obey(self, pids: list[int]) -> None:
+        """Pass on the signal that the launcher asks for; end everything when it has gone."""
+        while True:
+            command = self._next_command()
+            if command is None:
+                _kill_groups(pids)
+                sys.exit(0)
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, command)  # to the ranks only, not to their helpers
+            if b"\n" not in self._unread:
+                return
 
     def _reap(self, pids: dict[int, int], stopping: bool) -> bool:
         """Report the ranks that have ended; whether one of them failed."""
@@ -154,13 +158,13 @@ def _spawn(job: Job, rank: int) -> int:
     return os.posix_spawn(sys.executable, command, env)
 
 
-def _kill(pids: list[int], number: int) -> None:
+def _kill_groups(pids: list[int]) -> None:
+    """Kill ranks together with the processes they have started."""
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, number)
-            continue
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:  # too early: the rank has no group of its own yet
+            os.kill(pid, signal.SIGKILL)
 
 
 def main() -> None:

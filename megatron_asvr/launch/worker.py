@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from megatron_asvr.launch.rank import init_group, leave_group, prepare_rank
 
 FAILED = 1  # exit status of a rank whose function raised
+LOG_START = "=== "  # begins the line that opens each call's part of a rank's log
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +134,8 @@ def _enter(job: Job, rank: int) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(1, f"{LOG_START}rank {rank} of {job.world_size}, {started}\n".encode())
         sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
         if rank == 0:

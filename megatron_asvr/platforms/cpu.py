@@ -1,6 +1,8 @@
 """The CPU: gloo between ranks, and megatron-core behind the shims of ``shims.py``."""
 
+import importlib
 import os
+import warnings
 from typing import Literal
 
 from megatron_asvr.platforms import apex, shims
@@ -35,6 +37,8 @@ class CpuPlatform:
                 )
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         apex.block()  # even NVIDIA's: its kernels need a GPU
+        # megatron-core warns, module by module, that it falls back to torch; here it is meant to.
+        warnings.filterwarnings("ignore", ".*Apex (is|are) not installed", module=r"megatron\.core")
         shims.install_before_import()
 
     def after_import(self) -> None:
@@ -49,6 +53,7 @@ class CpuPlatform:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
         torch.set_flush_denormal(True)
+        importlib.import_module("megatron_asvr.platforms.mcore")  # prepares, where nobody has
         shims.install_per_rank()
 
     def set_device(self, local_rank: int) -> None:

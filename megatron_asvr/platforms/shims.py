@@ -32,6 +32,8 @@ from megatron_asvr.platforms.null import NullEvent, NullStream
 
 import torch
 
+from megatron_asvr.errors import ConfigError
+
 used: Counter[str] = Counter()  # how often each redirect was taken, by the name of the shim
 _installed: set[str] = set()
 
@@ -47,7 +49,16 @@ class Shim:
 
 
 def install_before_import(skip: frozenset[str] = frozenset()) -> None:
-    """Install the shims of stage ``before``, except those named in ``skip``; idempotent."""
+    """Install the shims of stage ``before``, except those named in ``skip``; idempotent.
+
+    Raises:
+        ConfigError: megatron-core is imported already.
+    """
+    if "megatron.core" in sys.modules and not _installed:
+        raise ConfigError(
+            "megatron.core was imported before this process was prepared for a machine without a "
+            "GPU; import megatron_asvr.platforms.mcore first"
+        )
     _install("before", skip)
 
 
