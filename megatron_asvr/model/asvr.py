@@ -1,0 +1,360 @@
+"""The model: encoder, projector, language model and visual head, from micro-batch to loss sums.
+
+The first pipeline stage encodes images and splices them into the token embeddings, the last one
+computes both losses. Every rank of a tensor-parallel group sees the same micro-batch and encodes
+its own share of the images; the features are gathered, so no image is encoded twice, and the
+gradients of a trained encoder are partial (``partial_grad_parameters``).
+
+A micro-batch without images or without text targets runs the same operations on empty tensors:
+no rank waits for a collective that another one skipped, and every trained parameter always
+receives a gradient, if only zero.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
+
+import torch
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import (
+    make_sharded_tensor_for_checkpoint,
+    make_tp_sharded_tensor_for_checkpoint,
+)
+from torch import Tensor, nn
+
+from megatron_asvr import platforms
+from megatron_asvr.batch import IGNORE, MicroBatch, image_share
+from megatron_asvr.config.schema import PARTS, Config
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.model import sharding
+from megatron_asvr.model.fusion import splice_images, take_positions
+from megatron_asvr.model.language import LanguageModel, transformer_config
+from megatron_asvr.model.loss import LossSums, cross_entropy
+from megatron_asvr.model.projector import Projector
+from megatron_asvr.model.tokenizer import VisualTokenizer
+from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder
+from megatron_asvr.model.visual_head import VisualHead
+from megatron_asvr.parallel.collectives import gather_images
+from megatron_asvr.parallel.groups import Groups
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class AsvrModel(MegatronModule):
+    """A pipeline stage of the model.
+
+    Args:
+        config: the run.
+        groups: process groups and this rank's place in them.
+        tokenizer: the frozen visual tokenizer; its codebooks feed the visual head, and with
+            ``data.codes=online`` it encodes the images too. None when the visual loss is off.
+        pre_process: this stage embeds tokens and images.
+        post_process: this stage computes the losses.
+        vp_stage: model chunk under virtual pipeline stages.
+
+    Raises:
+        ConfigError: a visual loss without a tokenizer, or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        groups: Groups,
+        tokenizer: VisualTokenizer | None,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> None:
+        dtype = DTYPES[config.train.precision]
+        super().__init__(config=transformer_config(config.model.language, groups.plan, dtype))
+        self.run_config = config
+        self.groups = groups
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.official = config.loss.mode == "official"
+        tp = groups.tp if groups.plan.tp > 1 else None
+        self.tp = tp
+        model, device = config.model, platforms.select()[0].device
+        if pre_process:
+            self.vision_encoder = SiglipEncoder(model.vision).to(device, dtype)
+            self.projector = Projector(model, tp=tp, dtype=dtype).to(device)
+        self.language_model = LanguageModel(
+            model.language,
+            groups=groups,
+            dtype=dtype,
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=vp_stage,
+        )
+        self.visual_head: VisualHead | None = None
+        online = None
+        if config.loss.visual_weight and post_process:
+            tables = _checked(tokenizer, config).codebooks.tables()
+            head = VisualHead(
+                model.visual_head, model.language.hidden_size, tables, tp=tp, dtype=dtype
+            )
+            self.visual_head = head.to(device)
+            online = tokenizer.to(device) if config.data.codes == "online" else None
+        # A tuple hides it from torch: the tokenizer is no part of the model's weights.
+        self._tokenizer = (online,)
+        self._freeze(config.train.trainable)
+
+    @property
+    def tokenizer(self) -> VisualTokenizer | None:
+        """The tokenizer that encodes images during training, with ``data.codes=online``."""
+        return self._tokenizer[0]
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        """Whether embedding and output layer are one tensor (megatron-core asks)."""
+        return self.language_model.share_embeddings_and_output_weights
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight (megatron-core asks, to sum its gradients over stages)."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take what the stage before sent."""
+        if isinstance(input_tensor, list):
+            (input_tensor,) = input_tensor
+        self.language_model.set_input_tensor(input_tensor)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that this stage holds, by the names that ``train.trainable`` uses."""
+        found = {name: getattr(self, name, None) for name in PARTS}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def partial_grad_parameters(self) -> list[nn.Parameter]:
+        """Trained parameters whose gradients must be summed over the tensor-parallel group.
+
+        Each rank encodes only its share of the images, so a trained encoder's gradients are
+        partial; those of every other replicated parameter are already the same on all ranks.
+        """
+        if self.tp is None or not self.pre_process:
+            return []
+        return [x for x in self.vision_encoder.parameters() if x.requires_grad]
+
+    def init_std(self, name: str) -> float:
+        """Standard deviation that the matrix with this canonical name is initialised with."""
+        part, _, rest = name.partition(".")
+        model = self.run_config.model
+        if part == "language_model":
+            return self.language_model.init_std(rest)
+        own = {"vision_encoder": model.vision, "visual_head": model.visual_head}
+        return own.get(part, model.language).init_std
+
+    def encode_images(self, batch: MicroBatch) -> Tensor:
+        """Encoder features [I, N, F] of all images, on every rank of the group.
+
+        Args:
+            batch: holds this rank's share of the pixels.
+        """
+        encoder = self.vision_encoder
+        trained = encoder.embeddings.patch_embedding.weight.requires_grad
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            return self._gather(encoder(self._pixels(batch)), batch)
+
+    def embeddings(self, batch: MicroBatch) -> Tensor:
+        """Token embeddings with the projected image features in place, [S, B, H]."""
+        features_PF = self.encode_images(batch).flatten(0, 1)
+        return splice_images(
+            self.language_model.embed(batch.tokens_BS),
+            self.projector(features_PF),
+            batch.image_positions_P,
+            may_be_cut=self.official,
+        )
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """What this stage's layers give: on the last stage the final hidden states [S, B, H]."""
+        embeds_SBH = self.embeddings(batch) if self.pre_process else None
+        mask_B1SS = self.language_model.mask(
+            batch.document_BS, batch.branch_BS, batch.position_ids_BS
+        )
+        return self.language_model(embeds_SBH, batch.position_ids_BS, mask_B1SS)
+
+    def codes(self, batch: MicroBatch) -> Tensor:
+        """Target codes of every patch, int64 [P, D]: from the batch, or from the tokenizer."""
+        if batch.codes_PD is not None:
+            return batch.codes_PD
+        if self.tokenizer is None:
+            raise ConfigError(
+                "the micro-batch brings no codes and the model has no tokenizer; fill the code "
+                "cache (data.codes=cache) or set data.codes=online"
+            )
+        return self._gather(self.tokenizer.encode(self._pixels(batch)), batch).flatten(0, 1)
+
+    def forward(self, batch: MicroBatch) -> LossSums | Tensor:
+        """Loss sums on the last stage, hidden states for the next stage on the others.
+
+        Args:
+            batch: one micro-batch, on this rank's device.
+        """
+        hidden_SBH = self.hidden(batch)
+        return self.loss_sums(hidden_SBH, batch) if self.post_process else hidden_SBH
+
+    def loss_sums(self, hidden_SBH: Tensor, batch: MicroBatch) -> LossSums:
+        """Both losses as sums and counts, from the final hidden states.
+
+        Args:
+            hidden_SBH: of the whole sequence, the same on every rank of the group.
+            batch: the micro-batch they belong to.
+        """
+        targets_X = batch.text_targets_BS.flatten()
+        positions_X = (targets_X != IGNORE).nonzero().squeeze(1)
+        logits_XV = self.language_model.logits(
+            take_positions(hidden_SBH, positions_X, may_be_cut=False)
+        )
+        text_1X, correct_1X = cross_entropy(
+            [logits_XV], targets_X[positions_X][:, None], tp=self.tp
+        )
+        text = {
+            "text_sum": text_1X.sum(),
+            "text_count": positions_X.numel(),
+            "text_correct": correct_1X.sum(),
+        }
+        if self.visual_head is None:
+            none = text_1X.new_zeros(0)
+            return LossSums(
+                **text,
+                visual_sum_D=none,
+                visual_count=0,
+                visual_correct_D=none.long(),
+                codes_MD=None,
+            )
+        hidden_MH = take_positions(hidden_SBH, batch.visual_positions_M, may_be_cut=self.official)
+        codes_MD = self.codes(batch)[batch.visual_patches_M]
+        visual_DM, correct_DM = cross_entropy(
+            self.visual_head(hidden_MH, codes_MD), codes_MD, tp=self.tp
+        )
+        return LossSums(
+            **text,
+            visual_sum_D=visual_DM.sum(1),
+            visual_count=batch.num_visual_targets,
+            visual_correct_D=correct_DM.sum(1),
+            codes_MD=codes_MD,
+        )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple = (),
+        metadata: dict | None = None,
+    ) -> dict[str, Any]:
+        """This stage's parameters for megatron-core's checkpoints, under canonical names.
+
+        Args:
+            prefix: put before every key.
+            sharded_offsets: as in megatron-core.
+            metadata: as in megatron-core; passed on to the language model.
+        """
+        state = self.language_model.sharded_state_dict(
+            f"{prefix}language_model.", sharded_offsets, metadata
+        )
+        groups = {"tp_group": self.groups.tp, "dp_cp_group": self.groups.dp_cp}
+        for name, parameter in self._own_parameters():
+            key = prefix + name
+            if getattr(parameter, "tensor_model_parallel", False):
+                state[key] = make_tp_sharded_tensor_for_checkpoint(
+                    parameter,
+                    key,
+                    parameter.partition_dim,
+                    prepend_offsets=sharded_offsets,
+                    # codewords are padded to a multiple of the degree: lengths differ by layout
+                    allow_shape_mismatch=parameter.asvr_full_size is not None,
+                    **groups,
+                )
+            else:
+                state[key] = make_sharded_tensor_for_checkpoint(
+                    parameter, key, prepend_offsets=sharded_offsets, **groups
+                )
+        return state
+
+    def _own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters outside the language model."""
+        for part, module in self.parts().items():
+            if part != "language_model":
+                for name, parameter in module.named_parameters():
+                    yield f"{part}.{name}", parameter
+
+    def _freeze(self, trainable: tuple[str, ...]) -> None:
+        """Set which parameters train; what the forward pass never reads does not."""
+        for name, part in self.parts().items():
+            part.requires_grad_(name in trainable)
+        if self.pre_process:
+            for parameter in self.vision_encoder.unused_parameters():
+                parameter.requires_grad_(False)
+
+    def _pixels(self, batch: MicroBatch) -> Tensor:
+        """This rank's share of the images, of length 0 when there are none."""
+        if batch.pixel_values_ICHW is not None:
+            return batch.pixel_values_ICHW
+        side = self.run_config.model.vision.image_size
+        device = batch.tokens_BS.device
+        return torch.empty(0, NUM_CHANNELS, side, side, device=device)
+
+    def _gather(self, x_IN: Tensor, batch: MicroBatch) -> Tensor:
+        """The rows of all images from this rank's share of them."""
+        if self.tp is None or not batch.num_images:
+            return x_IN
+        ways = self.groups.plan.tp
+        shares = [image_share(batch.num_images, rank, ways) for rank in range(ways)]
+        return gather_images(x_IN, sizes=[end - start for start, end in shares], group=self.tp)
+
+
+def build_model(
+    config: Config,
+    *,
+    groups: Groups,
+    tokenizer: VisualTokenizer | None,
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+) -> AsvrModel:
+    """The model (stage) of a run with weights drawn from ``run.seed``, on this rank's device.
+
+    The weights are the same in every layout. Sources of ``config.init`` are loaded over them by
+    the caller. The arguments are those of ``AsvrModel``.
+    """
+    model = AsvrModel(
+        config,
+        groups=groups,
+        tokenizer=tokenizer,
+        pre_process=pre_process,
+        post_process=post_process,
+        vp_stage=vp_stage,
+    )
+    sharding.seeded_init(model, config.run.seed, groups=groups, std=model.init_std)
+    return model
+
+
+def share_of(batch: MicroBatch, rank: int, ways: int) -> MicroBatch:
+    """The batch with only the images that ``rank`` of ``ways`` encodes.
+
+    Args:
+        batch: a batch that holds the pixels of all its images.
+        rank: place in the tensor-parallel group.
+        ways: size of the group.
+    """
+    start, end = image_share(batch.num_images, rank, ways)
+    pixels_ICHW = batch.pixel_values_ICHW
+    if pixels_ICHW is not None:
+        pixels_ICHW = pixels_ICHW[start:end]
+    return dataclasses.replace(batch, pixel_values_ICHW=pixels_ICHW, image_share=(start, end))
+
+
+def _checked(tokenizer: VisualTokenizer | None, config: Config) -> VisualTokenizer:
+    """The tokenizer, after checking that there is one and that it fits the encoder."""
+    if tokenizer is None:
+        raise ConfigError(
+            f"loss.visual_weight={config.loss.visual_weight} needs model.visual_tokenizer; fit one "
+            "with `asvr tokenizer fit`, or set loss.visual_weight=0 for the text-only baseline"
+        )
+    tokenizer.check_fits(config.model.vision)
+    return tokenizer

@@ -1,0 +1,273 @@
+"""The visual head: the codes of an image position, one depth after the other.
+
+One hidden state of the language model goes in; out come, for every depth d, logits over the
+K_d codewords, given the true codes of depths 0..d-1 (teacher forcing)::
+
+    x_0 = projector(hidden)            x_d = code_projection(C_0[c_0] + .. + C_{d-1}[c_{d-1}])
+    per layer:   y = x + attention(norm1(x))        causal over depth, no position embedding
+                 r = norm2(y)                       the residual stream is *replaced* by its norm
+                 x = r + W2_d gelu(W1_d r)          own matrices for each depth, no biases
+    logits_d = heads_d(norm(x_d))
+
+Under tensor parallelism the attention heads, the inner widths of both MLPs and the codewords are
+split. Activations are depth first, [D, M, E]: the per-depth matrices are then one batched product.
+
+Source: arXiv 2506.09040, section 3, as its official code computes it (commit ea87c3e).
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from megatron_asvr.config.schema import VisualHeadConfig
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.model.layers import MLP, degree, enter, leave, normal, share, zeros
+from megatron_asvr.model.quantize import Codebooks
+from megatron_asvr.model.sharding import mark
+
+logger = logging.getLogger(__name__)
+
+MASKED_LOGIT = -1e30  # of a padding codeword: its probability and gradient are exactly 0
+WIDTH = "model.visual_head.width"
+
+
+class Affine(nn.Module):
+    """A weight and a bias under a common name; what is done with them stands where they are used.
+
+    Args:
+        weight: any shape.
+        bias: any shape.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+
+class DepthAttention(nn.Module):
+    """Multi-head attention, causal over the depths of one position.
+
+    Args:
+        config: width and number of attention heads.
+        tp: group that splits the attention heads, or None.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self, config: VisualHeadConfig, *, tp: ProcessGroup | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.num_heads = config.heads // degree(tp)  # of this rank
+        width, rows, std = config.width, config.width // degree(tp), config.init_std
+        self.in_proj = Affine(
+            normal(3, rows, width, dtype=dtype, std=std), zeros(3, rows, dtype=dtype)
+        )
+        self.out_proj = Affine(normal(width, rows, dtype=dtype, std=std), zeros(width, dtype=dtype))
+        if tp is not None:
+            for parameter in (self.in_proj.weight, self.in_proj.bias, self.out_proj.weight):
+                mark(parameter, dim=1)
+
+    def forward(self, x_DME: Tensor) -> Tensor:
+        """Attended vectors [D, M, E], the same on every rank."""
+        x_DME = enter(x_DME, self.tp)
+        packed = F.linear(x_DME, self.in_proj.weight.flatten(0, 1), self.in_proj.bias.flatten())
+        # [D, M, 3, heads, head width] -> three of [M, heads, D, head width]
+        split = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 1, 3, 0, 4)
+        attended = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
+        attended = attended.permute(2, 0, 1, 3).flatten(2)
+        if self.tp is None:
+            return F.linear(attended, self.out_proj.weight, self.out_proj.bias)
+        return leave(F.linear(attended, self.out_proj.weight), self.tp) + self.out_proj.bias
+
+
+class DepthMLP(nn.Module):
+    """Two matrices of its own for each depth, around an exact GELU; no biases.
+
+    Args:
+        config: width.
+        depth: number of depths.
+        tp: group that splits the inner width, or None.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: VisualHeadConfig,
+        depth: int,
+        *,
+        tp: ProcessGroup | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        width, std = config.width, config.init_std
+        inner = share(f"2 * {WIDTH}", 2 * width, tp)
+        self.w1 = mark(normal(depth, inner, width, dtype=dtype, std=std), dim=1)
+        self.w2 = mark(normal(depth, width, inner, dtype=dtype, std=std), dim=2)
+
+    def forward(self, x_DME: Tensor) -> Tensor:
+        """``x`` plus its transform, [D, M, E], the same on every rank."""
+        inner = F.gelu(torch.bmm(enter(x_DME, self.tp), self.w1.transpose(1, 2)))
+        if self.tp is None:
+            return torch.baddbmm(x_DME, inner, self.w2.transpose(1, 2))
+        return x_DME + leave(torch.bmm(inner, self.w2.transpose(1, 2)), self.tp)
+
+
+class DepthLayer(nn.Module):
+    """One layer of the depth transformer.
+
+    Args:
+        config: width, attention heads, eps of the norms.
+        depth: number of depths.
+        tp: tensor-parallel group, or None.
+        attention_tp: the same group when it splits the attention heads, else None.
+        dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: VisualHeadConfig,
+        depth: int,
+        *,
+        tp: ProcessGroup | None,
+        attention_tp: ProcessGroup | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.attention = DepthAttention(config, tp=attention_tp, dtype=dtype)
+        self.norm2 = nn.RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp = DepthMLP(config, depth, tp=tp, dtype=dtype)
+
+    def forward(self, x_DME: Tensor) -> Tensor:
+        """The layer's output [D, M, E]."""
+        return self.mlp(self.norm2(x_DME + self.attention(self.norm1(x_DME))))
+
+
+class VisualHead(nn.Module):
+    """Hidden states and true codes to the logits of every depth.
+
+    Args:
+        config: sizes of the head.
+        hidden_size: width of the language model.
+        codebooks: the tokenizer's frozen tables, one [K_d, C] for each depth.
+        tp: tensor-parallel group, or None.
+        dtype: of the parameters.
+
+    Raises:
+        ConfigError: the attention heads do not divide the width, or ``tp`` does not.
+    """
+
+    def __init__(
+        self,
+        config: VisualHeadConfig,
+        hidden_size: int,
+        codebooks: Sequence[Tensor],
+        *,
+        tp: ProcessGroup | None,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tp = tp
+        self.codebook_sizes = tuple(len(table) for table in codebooks)
+        self.codebooks = Codebooks(codebooks, persistent=False)
+        attention_tp, self.attention_reason = split_attention(config, tp)
+        logger.info("visual head attention: %s", self.attention_reason)
+        width, std, depth = config.width, config.init_std, len(codebooks)
+        self.projector = MLP(WIDTH, hidden_size, width, tp=tp, dtype=dtype, std=std)
+        self.code_projection = Affine(
+            normal(width, codebooks[0].shape[1], dtype=dtype, std=std), zeros(width, dtype=dtype)
+        )
+        self.layers = nn.ModuleList(
+            DepthLayer(config, depth, tp=tp, attention_tp=attention_tp, dtype=dtype)
+            for _ in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(width, eps=config.norm_eps, dtype=dtype)
+        self.heads = nn.ModuleList(self._head(size, dtype) for size in self.codebook_sizes)
+
+    @property
+    def depth(self) -> int:
+        """Number of depths."""
+        return len(self.codebook_sizes)
+
+    def forward(self, hidden_MH: Tensor, codes_MD: Tensor) -> list[Tensor]:
+        """Logits of each depth: fp32 [M, K_d padded / tp], this rank's codewords.
+
+        Args:
+            hidden_MH: final hidden states, the same on every rank; M may be 0.
+            codes_MD: int64 true codes; those of the last depth are not read.
+        """
+        start_ME = self.projector(hidden_MH)
+        sums_DMC = self._code_sums(codes_MD).to(start_ME.dtype)
+        codes_DME = F.linear(sums_DMC, self.code_projection.weight, self.code_projection.bias)
+        x_DME = torch.cat([start_ME[None], codes_DME])
+        for layer in self.layers:
+            x_DME = layer(x_DME)
+        x_DME = enter(self.norm(x_DME), self.tp)
+        return [self._logits(depth, x_ME) for depth, x_ME in enumerate(x_DME.unbind(0))]
+
+    def _head(self, size: int, dtype: torch.dtype) -> Affine:
+        """The output layer of one depth, its codewords padded to a multiple of the degree."""
+        rows = -(-size // degree(self.tp))
+        return Affine(
+            mark(
+                normal(rows, self.config.width, dtype=dtype, std=self.config.init_std),
+                dim=0,
+                full_size=size,
+            ),
+            mark(zeros(rows, dtype=dtype), dim=0, full_size=size),
+        )
+
+    def _code_sums(self, codes_MD: Tensor) -> Tensor:
+        """fp32 [D - 1, M, C]: for depths 1.. the sum of the code vectors of all depths before."""
+        tables = self.codebooks.tables()
+        if self.depth == 1:
+            return tables[0].new_zeros(0, codes_MD.shape[0], tables[0].shape[1])
+        sums = [F.embedding(codes_MD[:, 0], tables[0])]
+        for depth in range(1, self.depth - 1):
+            sums.append(sums[-1] + F.embedding(codes_MD[:, depth], tables[depth]))
+        return torch.stack(sums)
+
+    def _logits(self, depth: int, x_ME: Tensor) -> Tensor:
+        """This rank's logits of one depth, fp32."""
+        head = self.heads[depth]
+        logits_MK = F.linear(x_ME, head.weight, head.bias).float()
+        if self.tp is not None:
+            rows = logits_MK.shape[1]
+            real = self.codebook_sizes[depth] - self.tp.rank() * rows
+            if real < rows:
+                # Unseen by autograd on purpose: these columns have no probability, so no gradient.
+                with torch.no_grad():
+                    logits_MK[:, max(0, real) :].fill_(MASKED_LOGIT)
+        return logits_MK
+
+
+def split_attention(
+    config: VisualHeadConfig, tp: ProcessGroup | None
+) -> tuple[ProcessGroup | None, str]:
+    """The group that splits the head's attention (None: replicated), and the reason.
+
+    Raises:
+        ConfigError: the attention heads do not divide the width.
+    """
+    if config.width % config.heads:
+        fits = [str(n) for n in range(1, config.width + 1) if config.width % n == 0]
+        raise ConfigError(
+            f"model.visual_head.num_heads={config.heads} does not divide {WIDTH}={config.width}; "
+            f"use one of {', '.join(fits)}"
+        )
+    if tp is None:
+        return None, f"{config.heads} heads on one rank"
+    if config.heads % tp.size():
+        return None, (
+            f"replicated: parallel.tp={tp.size()} does not divide its {config.heads} heads, so "
+            "every rank computes all of them"
+        )
+    return tp, f"{config.heads} heads split over parallel.tp={tp.size()} ranks"
