@@ -1,0 +1,1 @@
+"""Recorded numbers that tests compare with."""
