@@ -1,0 +1,71 @@
+"""The README.md of an exported folder: facts that the export itself knows, nothing else."""
+
+import torch
+
+from megatron_asvr.config.schema import Config
+from megatron_asvr.hf.stock import LLAVA_ARCHITECTURE, TEXT_ARCHITECTURES
+
+_FIT = {
+    "pad": "padded to a square with grey (127) first, then resized",
+    "square": "resized to a square",
+}
+_LOAD_LLAVA = """from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)"""
+_LOAD_TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
+
+
+def model_card(config: Config, *, kind: str, dtype: torch.dtype, has_head: bool) -> str:
+    """Markdown text that says what is in the folder and how to load it.
+
+    Args:
+        config: the run that made the weights.
+        kind: "llava" or "text".
+        dtype: of the weights on disk.
+        has_head: whether the visual head's file is there.
+    """
+    language, vision = config.model.language, config.model.vision
+    llava = kind == "llava"
+    name = LLAVA_ARCHITECTURE if llava else TEXT_ARCHITECTURES[language.family]
+    facts = [
+        f"language model: {language.family}, {language.num_layers} layers, width "
+        f"{language.hidden_size}, vocabulary {language.vocab_size}",
+        f"weights: {str(dtype).removeprefix('torch.')}",
+    ]
+    if llava:
+        facts += [
+            f"vision encoder: SigLIP, {vision.num_layers} layers, width {vision.hidden_size}, "
+            f"feature layer {vision.feature_layer}",
+            f"images: {_FIT[config.data.image_fit]} to {vision.image_size} px (bicubic), "
+            f"{vision.num_patches} tokens each",
+        ]
+    if has_head:
+        facts.append(
+            "`visual_head.safetensors`, `visual_head_config.json`: the head that predicted image "
+            "codes in training; generation does not use it"
+        )
+    tag = "image-text-to-text" if llava else "text-generation"
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            f"pipeline_tag: {tag}",
+            "---",
+            f"# {name}",
+            "",
+            "Trained and exported with megatron_asvr. It needs no code but transformers.",
+            "",
+            *(f"- {fact}" for fact in facts),
+            "",
+            "```python",
+            _LOAD_LLAVA if llava else _LOAD_TEXT,
+            "```",
+            "",
+            "Licence and limits follow from the weights and data it was trained from.",
+            "",
+        ]
+    )
