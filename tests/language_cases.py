@@ -47,14 +47,22 @@ def one_rank() -> Iterator[Groups]:
             dist.destroy_process_group()
 
 
-def build(config: LanguageConfig, groups: Groups, *, dtype: torch.dtype = torch.float32):
+def build(
+    config: LanguageConfig,
+    groups: Groups,
+    *,
+    dtype: torch.dtype = torch.float32,
+    vp_stage: int = 0,
+) -> LanguageModel:
     """This rank's part of a language model; every weight, norm and bias is drawn from a seed."""
+    virtual = groups.plan.vpp is not None
     model = LanguageModel(
         config,
         groups=groups,
         dtype=dtype,
-        pre_process=groups.is_first_stage,
-        post_process=groups.is_last_stage,
+        pre_process=groups.is_first_stage and vp_stage == 0,
+        post_process=groups.is_last_stage and vp_stage == (groups.plan.vpp or 1) - 1,
+        vp_stage=vp_stage if virtual else None,
     )
     sharding.seeded_init(model, 5, groups=groups, std=model.init_std)
     vectors = {name: vector(name, x) for name, x in full_vectors(model, groups).items()}

@@ -59,17 +59,17 @@ def test_shards_of_halves_padding_and_columns(groups):
 def test_marks_are_what_megatron_core_reads(groups):
     model = empty(SMALL, groups)
     marks = {
-        name: (parameter.partition_dim, parameter.partition_stride)
+        name: parameter.partition_dim
         for name, parameter in model.named_parameters()
         if getattr(parameter, "tensor_model_parallel", False)
     }
     layer = "decoder.layers.1."
-    assert marks[f"{layer}self_attention.linear_qkv.weight"] == (0, 1)
-    assert marks[f"{layer}self_attention.linear_proj.weight"] == (1, 1)
-    assert marks[f"{layer}mlp.linear_fc1.weight"] == (0, 1)
-    assert marks[f"{layer}mlp.linear_fc2.weight"] == (1, 1)
-    assert marks["embedding.word_embeddings.weight"] == (0, 1)
-    assert marks["output_layer.weight"] == (0, 1)
+    assert marks[f"{layer}self_attention.linear_qkv.weight"] == 0
+    assert marks[f"{layer}self_attention.linear_proj.weight"] == 1
+    assert marks[f"{layer}mlp.linear_fc1.weight"] == 0
+    assert marks[f"{layer}mlp.linear_fc2.weight"] == 1
+    assert marks["embedding.word_embeddings.weight"] == 0
+    assert marks["output_layer.weight"] == 0
     assert not any("norm" in name for name in marks)
 
 
