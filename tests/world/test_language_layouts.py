@@ -112,8 +112,10 @@ def finish_gradients(model: LanguageModel, groups: Groups) -> None:
     names = sharding.canonical_names(model)
     for local, parameter in model.named_parameters():
         gradient = parameter.grad
-        partial = getattr(parameter, "sequence_parallel", False) or "_layernorm.weight" in local
-        if partial and (groups.plan.sp or "self_attention" in local):
+        # megatron-core's rule, distributed/finalize_model_grads.py
+        sequence_parallel = groups.plan.sp and getattr(parameter, "sequence_parallel", False)
+        per_head = model.config.qk_layernorm and ("q_layernorm" in local or "k_layernorm" in local)
+        if sequence_parallel or per_head:
             dist.all_reduce(gradient, group=groups.tp)
         tied = model.share_embeddings_and_output_weights and "embedding" in names[local]
         if tied and groups.plan.pp > 1:
