@@ -1,0 +1,1 @@
+"""Save a run, continue it bit by bit, and read its weights without building a model."""

@@ -1,0 +1,94 @@
+"""Weights that a stage does not train: written once per run, named by their content.
+
+The file is an ordinary safetensors file of full tensors. It is written tensor by tensor, so no
+rank ever holds a whole language model in memory: the header's room is reserved first and filled
+in at the end (the format allows trailing spaces in it).
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_asvr.checkpoint.folder import fsync
+from megatron_asvr.errors import CheckpointError
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_ENTRY_BYTES = 160  # a header entry without its name: dtype, up to 5 sizes, two 20-digit offsets
+
+
+def write_frozen(
+    folder: Path, part: str, names: Iterable[str], tensors: Iterable[tuple[str, Tensor]]
+) -> str:
+    """Name of the file that holds one part's frozen weights, after writing it.
+
+    Args:
+        folder: the run's ``frozen`` folder.
+        part: e.g. ``vision_encoder``, the first part of the file's name.
+        names: at least the canonical names that ``tensors`` will bring (to reserve the header).
+        tensors: canonical name and full tensor on the CPU, one at a time.
+
+    Raises:
+        CheckpointError: a tensor's type cannot be written or a name was not announced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{part}.partial"
+    room = -(-sum(len(name) + _ENTRY_BYTES for name in names) // 8 + 8) * 8 + 8
+    header: dict[str, dict[str, object]] = {}
+    content = hashlib.sha256()
+    offset = 0
+    with partial.open("wb") as stream:
+        stream.seek(8 + room)
+        for name, tensor in tensors:
+            data = _bytes(part, name, tensor)
+            entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+            content.update(json.dumps([name, entry]).encode())
+            content.update(data)
+            header[name] = {**entry, "data_offsets": [offset, offset + len(data)]}
+            offset += len(data)
+            stream.write(data)
+        text = json.dumps(header).encode()
+        if len(text) > room:
+            raise CheckpointError(f"{partial}: more tensors than announced, {len(header)} written")
+        stream.seek(0)
+        stream.write(struct.pack("<Q", room) + text.ljust(room))
+    fsync(partial)
+    path = folder / f"{part}-{content.hexdigest()[:16]}.safetensors"
+    partial.rename(path)
+    fsync(folder)
+    return path.name
+
+
+def open_frozen(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """Every tensor of a frozen file by its canonical name, read when called.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    try:
+        handle = safe_open(path, framework="pt")
+        return {name: lambda name=name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as err:
+        raise CheckpointError(
+            f"{path} cannot be read: {err}. It holds weights that this run does not train; restore "
+            "it, or start again in a new run.dir"
+        ) from None
+
+
+def keep_names(
+    tensors: Iterable[tuple[str, Tensor]], names: set[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Only the tensors called ``names``."""
+    return ((name, tensor) for name, tensor in tensors if name in names)
+
+
+def _bytes(part: str, name: str, tensor: Tensor) -> memoryview:
+    if tensor.dtype not in _DTYPES:
+        raise CheckpointError(f"frozen {part}: {name} is {tensor.dtype}, which is not a weight")
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())

@@ -1,0 +1,92 @@
+"""What makes a run the same run: every setting that changes its numbers, and its files' content.
+
+A run may only be continued as itself. Settings that change neither the mathematics nor the
+rounding (where to log, how often to save) may differ between two starts; the layout of the ranks
+may differ too, since a checkpoint does not depend on it, but then the continuation is equal only
+up to rounding, which is logged.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_asvr.config.load import flatten
+from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import CheckpointError, ConfigError
+
+# May change between two starts of one run.
+_FREE = {
+    "run.dir",
+    "run.wandb",
+    "run.wandb_project",
+    "data.eval",
+    "data.cache_dir",
+    "data.decode_threads",
+    "data.prefetch_batches",
+    "train.eval_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "train.cosine_every_steps",
+}
+# Files count by their content, not by where they lie.
+_BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}
+_LAYOUT = "parallel."
+
+
+def identity(config: Config, *, tokenizer_fingerprint: str | None) -> dict[str, Any]:
+    """Everything that a continuation of the run must have in common with it, by name.
+
+    Args:
+        config: the run's configuration.
+        tokenizer_fingerprint: content hash of the visual tokenizer, None without one.
+
+    Raises:
+        ConfigError: a training file or the text tokenizer cannot be read.
+    """
+    facts: dict[str, Any] = {}
+    for key, value in flatten(config).items():
+        if key not in _FREE | _BY_CONTENT and not key.startswith(_LAYOUT):
+            facts[key] = list(value) if isinstance(value, tuple) else value
+    facts["data.train (number of files)"] = len(config.data.train)
+    for number, source in enumerate(config.data.train):
+        name = f"data.train[{number}].path"
+        facts[f"{name} (content)"] = _sha256(name, source.path)
+    if config.model.text_tokenizer is not None:
+        name = "model.text_tokenizer"
+        facts[f"{name} (content)"] = _sha256(name, config.model.text_tokenizer)
+    facts["model.visual_tokenizer (content)"] = tokenizer_fingerprint
+    return facts
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
+    """Return when a run may continue from a checkpoint.
+
+    Args:
+        saved: the checkpoint's identity.
+        now: the identity of the run that wants to continue.
+        where: the checkpoint's path.
+
+    Raises:
+        CheckpointError: they differ; every key is named with its old and new value.
+    """
+    keys = sorted(saved.keys() | now.keys())
+    changed = [
+        f"{key}: checkpoint has {saved.get(key)!r}, this run has {now.get(key)!r}"
+        for key in keys
+        if saved.get(key) != now.get(key)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{where} belongs to another run; " + "; ".join(changed) + ". Restore these settings "
+            "to continue it, or set run.dir to a new folder (init.all can start from this one)"
+        )
+
+
+def _sha256(key: str, path: str) -> str:
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as err:
+        raise ConfigError(f"{key}={path!r} cannot be read: {err.strerror}") from None

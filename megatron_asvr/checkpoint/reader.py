@@ -1,0 +1,144 @@
+"""Read the weights of a finished or running run, tensor by tensor, without building its model."""
+
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from megatron_asvr.checkpoint.folder import META, RunFolder
+from megatron_asvr.checkpoint.frozen import open_frozen
+from megatron_asvr.checkpoint.meta import Meta, read_meta
+from megatron_asvr.config.load import from_dict
+from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import CheckpointError
+
+_FROZEN_ABOVE = "../../frozen"  # of checkpoints/step_N
+
+
+def read_run(path: str | Path) -> tuple[Config, Callable[[str], Tensor | None]]:
+    """A run's configuration, and a function from canonical name to full tensor.
+
+    The function returns None for a name that the run does not have. Tensors are read when asked
+    for, on the CPU, in the type they were trained in, without padding.
+
+    Args:
+        path: a run folder (its newest checkpoint is read) or one of its checkpoints.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it is damaged.
+    """
+    step = find_checkpoint(Path(path))
+    meta = read_meta(step)
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for name in meta.frozen.values():
+        tensors |= open_frozen(step / _FROZEN_ABOVE / name)
+    tensors |= _trained_tensors(step, meta)
+
+    def get(name: str) -> Tensor | None:
+        read = tensors.get(name)
+        return read() if read is not None else None
+
+    return from_dict(meta.config), get
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the newest one of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / META).is_file():
+        return path
+    folder = RunFolder(path)
+    latest = folder.latest()
+    if latest is None:
+        raise CheckpointError(
+            f"{path} is neither a complete checkpoint nor a run folder with one; wanted a folder "
+            f"with {META}, or with {folder.checkpoints.name}/step_N/{META}"
+        )
+    return folder.step(latest)
+
+
+def _trained_tensors(step: Path, meta: Meta) -> dict[str, Callable[[], Tensor]]:
+    if not meta.trained:
+        return {}
+    stored = SafeReader(step).read_metadata().state_dict_metadata
+    missing = [name for name in meta.trained if name not in stored]
+    if missing:
+        raise CheckpointError(f"{step} promises {missing[0]} in its {META} but does not hold it")
+
+    def reading(name: str, shape: list[int]) -> Callable[[], Tensor]:
+        entry = stored[name]
+
+        def read() -> Tensor:
+            assert isinstance(entry, TensorStorageMetadata)
+            full = torch.empty(entry.size, dtype=entry.properties.dtype)
+            load({name: full}, storage_reader=SafeReader(step), no_dist=True)
+            return full[tuple(slice(size) for size in shape)]  # cut the padding of vocabularies
+
+        return read
+
+    return {name: reading(name, shape) for name, shape in meta.trained.items()}
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of a distributed checkpoint, for folders that others may have written.
+
+    The tensors themselves are read with ``weights_only``; the index beside them is a pickle, so
+    it is unpickled here with nothing but the index's own classes allowed.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index of the checkpoint.
+
+        Raises:
+            CheckpointError: it is missing, damaged or names foreign classes.
+        """
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError) as err:
+            raise CheckpointError(f"{path} cannot be read: {err}") from None
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+# What an index consists of: classes defined in these modules, and a few names beside dtypes.
+_INDEX_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.distributed.checkpoint.planner",
+)
+_INDEX_NAMES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("builtins", "dict"),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """One of the index's own classes or a dtype.
+
+        Raises:
+            pickle.UnpicklingError: anything else.
+        """
+        if module in _INDEX_MODULES:
+            found = super().find_class(module, name)
+            # A class defined there, not one of the many things those modules import.
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        if (module, name) in _INDEX_NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index needs")

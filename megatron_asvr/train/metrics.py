@@ -1,0 +1,201 @@
+"""What a run tells: a progress line, metrics.jsonl, and wandb; only rank 0 writes."""
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_asvr.checkpoint.folder import RunFolder, write_durably
+from megatron_asvr.config.load import to_dict
+from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.model.loss import read_totals
+from megatron_asvr.train.step import Agreement, StepResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """The steps since the last logged line; it is saved with a checkpoint, so lines survive it.
+
+    Attributes:
+        steps: optimizer steps in it.
+        totals: sum of their ``StepResult.totals``.
+        loss: sum of their losses.
+        grad_norm: sum of their gradient norms.
+        num_tokens: positions without padding.
+        data_s: seconds spent waiting for data.
+        train_s: seconds spent in the steps, waiting included.
+    """
+
+    steps: int = 0
+    totals: list[float] = field(default_factory=list)
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    num_tokens: int = 0
+    data_s: float = 0.0
+    train_s: float = 0.0
+
+    def add(
+        self, result: StepResult, agreement: Agreement, *, data_s: float, train_s: float
+    ) -> None:
+        """Count one more step."""
+        new = result.totals.tolist()
+        self.totals = [a + b for a, b in zip(self.totals or [0.0] * len(new), new, strict=True)]
+        self.steps += 1
+        self.loss += result.loss
+        self.grad_norm += result.grad_norm
+        self.num_tokens += agreement.num_tokens
+        self.data_s += data_s
+        self.train_s += train_s
+
+    def values(self) -> dict[str, float]:
+        """Means over the window: losses per target, the rest per step or second."""
+        totals: Tensor = torch.tensor(self.totals, dtype=torch.float64)
+        return {
+            "loss": self.loss / self.steps,
+            **read_totals(totals),
+            "grad_norm": self.grad_norm / self.steps,
+            "tokens_per_s": self.num_tokens / self.train_s,
+            "step_s": self.train_s / self.steps,
+            "data_wait": self.data_s / self.train_s,
+        }
+
+
+def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -> str:
+    """One line for a person.
+
+    Args:
+        values: of a window, with ``lr``.
+        step: steps done.
+        total_steps: steps of the whole run.
+    """
+    line = f"step {step}/{total_steps} loss {values['loss']:.4f} text {values['text_loss']:.4f}"
+    if "visual_loss" in values:
+        depths = (values[key] for key in sorted(values) if key.startswith("visual_loss_"))
+        line += f" visual {values['visual_loss']:.4f} [{' '.join(f'{v:.3f}' for v in depths)}]"
+    line += f" lr {values['lr']:.2e} gnorm {values['grad_norm']:.3f}"
+    line += f" tok/s {values['tokens_per_s']:,.0f}"
+    line += f" ETA {clock((total_steps - step) * values['step_s'])}"
+    return f"{line} data {values['data_wait']:.0%}"
+
+
+def clock(seconds: float) -> str:
+    """``h:mm:ss`` of a duration."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+class MetricsLog:
+    """``with MetricsLog(...) as log:`` appends to metrics.jsonl and wandb, and closes both.
+
+    Args:
+        folder: the run's folder.
+        config: the run's configuration.
+        done_steps: steps of the checkpoint the run continues from: later lines are dropped first.
+        active: true on rank 0 only; the others write nothing.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config, *, done_steps: int, active: bool) -> None:
+        self._file = None
+        self._wandb: Any = None
+        if active:
+            keep_lines(folder.metrics, done_steps)
+            self._file = folder.metrics.open("a", encoding="utf-8")
+            self._wandb = _start_wandb(folder, config)
+
+    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Add one line.
+
+        Args:
+            step: steps done.
+            kind: ``train`` or ``eval``; a prefix of the names in wandb.
+            values: numbers by name.
+        """
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": v for name, v in values.items()}, step=step)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.finish(exit_code=0 if kind is None else 1, quiet=True)
+            wandb.teardown()  # without it the offline file may stay incomplete
+
+
+def keep_lines(path: Path, done_steps: int) -> None:
+    """Drop the lines of steps after ``done_steps``, and a last line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step <= done_steps and line.endswith("\n"):
+            kept.append(line)
+    write_durably(path, "".join(kept).encode())
+
+
+def _start_wandb(folder: RunFolder, config: Config) -> Any:
+    if config.run.wandb == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"run.wandb={config.run.wandb!r} needs the package wandb; install it (pip install "
+            "wandb) or set run.wandb=disabled"
+        ) from None
+    settings = wandb.Settings(
+        silent=True,
+        console="off",  # the rank logs have it
+        x_disable_stats=True,  # sampling would take time from a rank on a small machine
+        disable_git=True,
+        save_code=False,
+    )
+    return wandb.init(
+        project=config.run.wandb_project,
+        name=folder.root.name,
+        dir=folder.root,
+        mode=config.run.wandb,
+        config=to_dict(config),
+        settings=settings,
+    )
+
+
+def log_to_stdout() -> None:
+    """Send this package's log lines to standard output, unless the caller has set them up."""
+    root = logging.getLogger("megatron_asvr")
+    if not root.handlers and not logging.getLogger().handlers:
+        root.addHandler(_StdoutHandler())
+        root.setLevel(logging.INFO)
+
+
+class _StdoutHandler(logging.Handler):
+    """Plain lines to whatever ``sys.stdout`` is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        sys.stdout.write(self.format(record) + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,257 @@
+"""One optimizer step: exact counts first, then gradients, then AdamW.
+
+A loss is a sum divided by the number of its targets in the whole global batch. That number is
+known from the data, so it is summed over the data-parallel ranks before the first backward pass,
+and every micro-batch's loss is already its exact part of the global one. Nothing is rescaled
+afterwards: gradients are summed over ranks and micro-batches, never averaged.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_asvr.batch import MicroBatch
+from megatron_asvr.config.schema import LossConfig
+from megatron_asvr.errors import AsvrError
+from megatron_asvr.model.loss import LossSums, joint_loss, official_loss
+from megatron_asvr.parallel.groups import Groups
+
+LossFunction = Callable[[LossSums], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """What all ranks must know before a step.
+
+    Attributes:
+        text_count: text targets of the global batch.
+        visual_count: positions with a visual target, in the global batch.
+        num_tokens: positions of the global batch, without padding.
+        stop: some rank was asked to stop after this step.
+    """
+
+    text_count: int
+    visual_count: int
+    num_tokens: int
+    stop: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What one micro-batch contributed, detached.
+
+    Attributes:
+        totals: ``LossSums.totals``.
+        loss: its part of the step's loss, fp32 scalar.
+        codes_MD: int64 target codes, None without a visual head.
+    """
+
+    totals: Tensor
+    loss: Tensor
+    codes_MD: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one step did, the same on every rank of the last stage (``parts``: of this rank).
+
+    Attributes:
+        totals: fp64 sum of ``LossSums.totals`` over the global batch.
+        loss: the joint loss of the global batch.
+        grad_norm: before clipping.
+        parts: this rank's micro-batches.
+    """
+
+    totals: Tensor
+    loss: float
+    grad_norm: float
+    parts: list[Part]
+
+
+def agree(batches: Sequence[MicroBatch], *, stop: bool, groups: Groups) -> Agreement:
+    """Counts of the whole global batch and the joint decision to stop: one small all-reduce.
+
+    Args:
+        batches: this rank's micro-batches of the step.
+        stop: this rank was asked to stop.
+        groups: process groups of the layout.
+    """
+    counts = [0, 0, 0]
+    if groups.tp_rank == groups.pp_rank == groups.cp_rank == 0:  # the others hold the same samples
+        counts = [
+            sum(b.num_text_targets for b in batches),
+            sum(b.num_visual_targets for b in batches),
+            sum(int((b.document_BS >= 0).sum()) for b in batches),
+        ]
+    values = torch.tensor([*counts, int(stop)], device=select()[0].device)
+    if groups.plan.world > 1:
+        dist.all_reduce(values, group=groups.world)
+    text_count, visual_count, num_tokens, stops = values.tolist()
+    return Agreement(
+        text_count=text_count, visual_count=visual_count, num_tokens=num_tokens, stop=stops > 0
+    )
+
+
+def loss_function(
+    config: LossConfig, agreement: Agreement, *, num_micro_batches: int
+) -> LossFunction:
+    """The function from one micro-batch's sums to its part of the loss.
+
+    Args:
+        config: mode and weight.
+        agreement: counts of the global batch.
+        num_micro_batches: ``official`` averages over them, as the official trainer does.
+    """
+    if config.mode == "official":
+        return lambda sums: (
+            official_loss(sums, visual_weight=config.visual_weight) / num_micro_batches
+        )
+    return lambda sums: joint_loss(
+        sums,
+        global_text_count=agreement.text_count,
+        global_visual_count=agreement.visual_count,
+        visual_weight=config.visual_weight,
+    )
+
+
+def backward(
+    model: DistributedDataParallel, batches: Sequence[MicroBatch], loss: LossFunction
+) -> list[Part]:
+    """What every micro-batch contributed, after adding gradients to the buffers.
+
+    Empty on all but the last pipeline stage.
+
+    Args:
+        model: the wrapped model.
+        batches: this rank's micro-batches.
+        loss: from sums to the scalar that is differentiated.
+    """
+
+    def finish(sums: LossSums) -> tuple[Tensor, Tensor, Part]:
+        # A triple (loss, number of tokens, report). With calculate_per_token_loss the schedule
+        # divides by nothing (schedules.py, forward_step_calc_loss), and the number is unused.
+        value = loss(sums)
+        part = Part(totals=sums.totals(), loss=value.detach(), codes_MD=sums.codes_MD)
+        return value, torch.zeros((), dtype=torch.int), part
+
+    def forward(
+        iterator: Iterator[MicroBatch], model: DistributedDataParallel
+    ) -> tuple[Any, Callable[..., Any]]:
+        return model(next(iterator)), finish
+
+    return get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens_BS.shape[1],
+        micro_batch_size=batches[0].tokens_BS.shape[0],
+        forward_only=False,
+    )
+
+
+def reduce_gradients(model: DistributedDataParallel, *, groups: Groups) -> None:
+    """Sum the gradient buffers over the ranks that hold other parts of them.
+
+    megatron-core sums over data-parallel ranks and, under sequence parallelism, the norms; the
+    encoder's are summed here, because each tensor-parallel rank encodes other images.
+
+    Args:
+        model: the wrapped model.
+        groups: process groups of the layout.
+    """
+    finalize_model_grads([model], None)
+    sum_over_tp([p.main_grad for p in model.module.partial_grad_parameters()], groups=groups)
+
+
+def sum_over_tp(grads: Sequence[Tensor], *, groups: Groups) -> None:
+    """Sum tensors over the tensor-parallel group in place, in one collective."""
+    if groups.plan.tp == 1 or not grads:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=groups.tp)
+    for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    batches: Sequence[MicroBatch],
+    loss: LossFunction,
+    *,
+    step: int,
+    groups: Groups,
+) -> StepResult:
+    """Losses and gradient norm of one step, after updating the weights.
+
+    Args:
+        model: the wrapped model.
+        optimizer: of its parameters.
+        batches: this rank's micro-batches.
+        loss: see ``loss_function``.
+        step: number of the step, for messages.
+        groups: process groups of the layout.
+
+    Raises:
+        AsvrError: a loss or a gradient is not finite; nothing was saved of this step.
+    """
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    parts = backward(model, batches, loss)
+    totals, value = _reduce(parts, groups)
+    if not (math.isfinite(value) and bool(totals.isfinite().all())):
+        raise AsvrError(_blame(parts, batches, step, groups))
+    reduce_gradients(model, groups=groups)
+    updated, norm, _ = optimizer.step()
+    grad_norm = float(norm or 0.0)
+    if not updated or not math.isfinite(grad_norm):
+        ids = [name for batch in batches for name in batch.sample_ids]
+        raise AsvrError(
+            f"step {step}, rank {groups.rank}: the losses are finite but the gradient norm is "
+            f"{grad_norm}; this rank's samples: {', '.join(ids)}. Lower train.optim.lr or set "
+            "train.optim.clip_grad, and start again from the last checkpoint"
+        )
+    return StepResult(totals=totals, loss=value, grad_norm=grad_norm, parts=parts)
+
+
+def _reduce(parts: Sequence[Part], groups: Groups) -> tuple[Tensor, float]:
+    """Totals and loss of the global batch."""
+    reports = torch.stack([torch.cat([p.totals, p.loss.double()[None]]) for p in parts])
+    summed = reports.sum(0)
+    if groups.plan.dp > 1:
+        dist.all_reduce(summed, group=groups.dp)
+    return summed[:-1].cpu(), float(summed[-1])
+
+
+def _blame(
+    parts: Sequence[Part],
+    batches: Sequence[MicroBatch],
+    step: int,
+    groups: Groups,
+) -> str:
+    """Which ranks and samples made a loss non-finite; every rank of a stage arrives here."""
+    mine = [
+        f"rank {groups.rank}: loss {float(part.loss)} from samples {', '.join(batch.sample_ids)}"
+        for part, batch in zip(parts, batches, strict=True)
+        if not (part.loss.isfinite() and part.totals.isfinite().all())
+    ]
+    everyone: list[list[str]] = [mine]
+    if groups.plan.dp > 1:
+        everyone = [[] for _ in range(groups.plan.dp)]
+        dist.all_gather_object(everyone, mine, group=groups.dp)
+    found = "; ".join(line for lines in everyone for line in lines)
+    return (
+        f"step {step}: the loss is not finite ({found}). Look at these samples, or lower "
+        "train.optim.lr; the run can start again from its last checkpoint"
+    )

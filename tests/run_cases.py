@@ -1,0 +1,186 @@
+"""A small model, its tokenizer and synthetic micro-batches, for the tests of training."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401
+
+import torch
+from torch import Tensor
+
+from megatron_asvr.batch import IGNORE, MicroBatch
+from megatron_asvr.checkpoint.folder import RunFolder
+from megatron_asvr.checkpoint.load import load_frozen, load_trained
+from megatron_asvr.checkpoint.meta import Meta
+from megatron_asvr.config.load import from_dict
+from megatron_asvr.config.schema import Config, VisionConfig
+from megatron_asvr.model.asvr import AsvrModel, build_model, share_of
+from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
+from megatron_asvr.train.step import StepResult, agree, loss_function, train_step
+
+CODEBOOK_SIZES = (7, 6, 5)
+TREE: dict[str, Any] = {
+    "run": {"seed": 3, "wandb": "disabled"},
+    "model": {
+        "language": {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "ffn_hidden_size": 48,
+            "vocab_size": 90,
+            "init_std": 0.1,
+        },
+        "vision": {
+            "hidden_size": 16,
+            "num_layers": 3,
+            "num_heads": 2,
+            "ffn_hidden_size": 24,
+            "image_size": 16,
+            "patch_size": 8,
+            "init_std": 0.2,
+        },
+        "visual_head": {"width": 16, "num_layers": 1, "num_heads": 2, "init_std": 0.1},
+    },
+    "train": {
+        "steps": 6,
+        "global_batch": 4,
+        "micro_batch": 2,
+        "precision": "fp32",
+        "optim": {"lr": 1e-2, "warmup_fraction": 0.2, "weight_decay": 0.1},
+    },
+}
+
+
+def config(**changes: Any) -> Config:
+    """The small run; ``section__name=value`` changes a setting (``train__optim__lr=1``)."""
+    tree = dict(TREE)
+    for key, value in changes.items():
+        tree = _changed(tree, key.split("__"), value)
+    return from_dict(tree)
+
+
+def _changed(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    if len(path) == 1:
+        return {**tree, path[0]: value}
+    return {**tree, path[0]: _changed(tree.get(path[0], {}), path[1:], value)}
+
+
+def tokenizer(vision: VisionConfig) -> VisualTokenizer:
+    """A tokenizer of the right shape with random weights."""
+    made = VisualTokenizer(
+        TokenizerConfig(
+            kind="semantic", vision=vision, feature_layer=-2, codebook_sizes=CODEBOOK_SIZES
+        )
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for param in made.encoder.parameters():
+            param.copy_(0.2 * torch.randn(param.shape, generator=generator))
+    made.set_codebooks([torch.randn(k, made.width, generator=generator) for k in CODEBOOK_SIZES])
+    return made
+
+
+def micro_batch(run: Config, seed: int, *, images: tuple[int, ...] = (1, 0)) -> MicroBatch:
+    """Samples of a few words; sample b starts with ``images[b]`` images.
+
+    Args:
+        run: the small run.
+        seed: of everything in it.
+        images: number of images of every sample.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    patches, vision = run.model.vision.num_patches, run.model.vision
+    length = 6 + patches * max(images)
+    rows = len(images)
+    tokens_BS = torch.randint(3, run.model.language.vocab_size, (rows, length), generator=generator)
+    targets_BS = tokens_BS.roll(-1, 1)
+    targets_BS[:, -1] = IGNORE
+    positions: list[int] = []
+    for b, number in enumerate(images):
+        targets_BS[b, : patches * number] = IGNORE
+        positions += [b * length + s for s in range(patches * number)]
+    positions_P = torch.tensor(positions, dtype=torch.int64)
+    pixels = torch.randn(sum(images), 3, vision.image_size, vision.image_size, generator=generator)
+    codes = [torch.randint(k, (len(positions),), generator=generator) for k in CODEBOOK_SIZES]
+    return MicroBatch(
+        tokens_BS=tokens_BS,
+        position_ids_BS=torch.arange(length).expand(rows, length).contiguous(),
+        text_targets_BS=targets_BS,
+        document_BS=torch.zeros(rows, length, dtype=torch.int32),
+        branch_BS=torch.zeros(rows, length, dtype=torch.int32),
+        image_positions_P=positions_P,
+        pixel_values_ICHW=pixels if images else None,
+        image_share=(0, sum(images)),
+        num_images=sum(images),
+        visual_positions_M=positions_P.clone(),
+        visual_patches_M=torch.arange(len(positions)),
+        codes_PD=torch.stack(codes, 1),
+        sample_ids=[f"sample {seed}.{b}" for b in range(rows)],
+    )
+
+
+def step_batches(run: Config, step: int, groups: Groups) -> list[MicroBatch]:
+    """This rank's micro-batches of a step: the same global batch in every layout."""
+    number = run.train.global_batch // run.train.micro_batch
+    shapes = [(1, 0), (2, 1), (0, 0)]
+    every = [micro_batch(run, 100 * step + i, images=shapes[i % 3]) for i in range(number)]
+    share = number // groups.plan.dp
+    mine = every[groups.dp_rank * share : (groups.dp_rank + 1) * share]
+    return [share_of(batch, groups.tp_rank, groups.plan.tp) for batch in mine]
+
+
+@dataclasses.dataclass
+class Bench:
+    """Everything that training needs, without data or files."""
+
+    run: Config
+    groups: Groups
+    done_steps: int = 0
+    resume: tuple[RunFolder, Meta] | None = None
+
+    def __post_init__(self) -> None:
+        made = tokenizer(self.run.model.vision) if self.run.loss.visual_weight else None
+        self.bare: AsvrModel = build_model(self.run, groups=self.groups, tokenizer=made)
+        if self.resume is not None:
+            load_frozen(*self.resume, self.bare, groups=self.groups)
+            self.done_steps = self.resume[1].resume.step
+        self.model = wrap(self.bare, self.run.train.optim)
+        self.optimizer = make_optimizer(self.model, self.run.train)
+        if self.resume is not None:
+            load_trained(*self.resume, self.bare, self.optimizer, groups=self.groups)
+        self.schedule = make_schedule(
+            self.optimizer,
+            self.run.train.optim,
+            total_steps=self.run.train.steps,
+            done_steps=self.done_steps,
+        )
+
+    def step(self, step: int) -> StepResult:
+        """Train on the batches of ``step``."""
+        batches = step_batches(self.run, step, self.groups)
+        agreement = agree(batches, stop=False, groups=self.groups)
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batches,
+            loss_function(self.run.loss, agreement, num_micro_batches=len(batches)),
+            step=step,
+            groups=self.groups,
+        )
+        self.schedule.step(1)
+        return result
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of this rank's shards."""
+        return {name: p.detach().clone() for name, p in self.bare.named_parameters()}
+
+
+def folder(path: str | Path) -> RunFolder:
+    """A run folder whose first attempt has started."""
+    made = RunFolder(Path(path))
+    made.next_attempt()
+    return made
