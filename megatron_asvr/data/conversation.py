@@ -130,6 +130,11 @@ def prompt_ids(
     return (tokenizer.bos_id, *(i for segment in segments for i in segment.ids))
 
 
+def prompt_text(turn: Turn, template: Template) -> str:
+    """The text that asks one question, each image as one placeholder, without BOS."""
+    return template.system + template.user + user_text(turn, template) + template.assistant
+
+
 def chat_template(name: str) -> str:
     """The same text as a Jinja chat template for Hugging Face (BOS is the tokenizer's affair).
 

@@ -1,0 +1,272 @@
+"""The micro-batches of every step, for one rank.
+
+A step is a pure function of (seed, step): the order names its records, bad ones are replaced by the
+next good one in file order (a decision every rank can make alone, because all know the same bad
+images after ``prepare``), and each data-parallel rank takes its contiguous part. One worker thread
+reads, decodes and collates ahead of the training step; it alone touches the images.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Literal
+
+from megatron_asvr.platforms import select
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from megatron_asvr.batch import MicroBatch
+from megatron_asvr.config.schema import Config
+from megatron_asvr.data.cache import CodeCache
+from megatron_asvr.data.collate import Collator
+from megatron_asvr.data.order import StepOrder, micro_batches, rank_part
+from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
+from megatron_asvr.data.sample import Sample, SampleBuilder
+from megatron_asvr.data.sources import Sources
+from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.errors import DataError
+
+SAMPLE_CACHE_POSITIONS = 2_000_000  # positions of tokenised samples kept in memory (28 bytes each)
+
+
+class Loader:
+    """Micro-batches of a split; call :meth:`prepare` before anything else.
+
+    Args:
+        config: the run's configuration.
+        tokenizer: of the language model.
+        split: ``train`` is shuffled and endless; ``eval`` meets every good sample once, in order.
+        dp_rank: this rank among ``dp`` data-parallel ranks.
+        dp: data-parallel ranks.
+        encoder_rank: this rank among those that share the images of one micro-batch.
+        encoder_world: number of those ranks.
+        branches: whether attention keeps the conversations of one row apart; without it the
+            images are repeated, one row a conversation.
+        codes: cache of the visual tokenizer's codes; None when they are not needed or online.
+        device: where images are decoded and pixels live; default: the platform's.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: TextTokenizer,
+        *,
+        split: Literal["train", "eval"],
+        dp_rank: int = 0,
+        dp: int = 1,
+        encoder_rank: int = 0,
+        encoder_world: int = 1,
+        branches: bool = True,
+        codes: CodeCache | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._config = config
+        self._split = split
+        self._dp_rank, self._dp = dp_rank, dp
+        self._codes = codes
+        device = device or select()[0].device
+        self._sources = Sources(config, getattr(config.data, split), device=device)
+        self._builder = SampleBuilder(config, tokenizer, branches=branches)
+        self._collator = Collator.from_config(
+            config,
+            tokenizer.pad_id,
+            encoder_rank=encoder_rank,
+            encoder_world=encoder_world,
+            code_depth=codes.depth if codes else 0,
+        )
+        self._store = PixelStore(config, device=device)
+        self._order = StepOrder(
+            max(1, len(self._sources.records)),
+            config.train.global_batch,
+            seed=config.run.seed,
+            shuffle=split == "train",
+        )
+        self._samples: OrderedDict[int, Sample] = OrderedDict()
+        self._sample_positions = 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"asvr-{split}")
+        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
+        self._events: dict[str, dict[str, int]] = {}
+
+    def prepare(self, *, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Check every image once; afterwards all ranks know the same bad ones.
+
+        Args:
+            group: ranks that share the work; all of them have to call. None: this process alone.
+
+        Raises:
+            DataError: images are missing or bad and ``data.on_bad_sample`` is ``error``, or no
+                good record is left.
+        """
+        self._sources.prepare(group=group)
+
+    @property
+    def num_samples(self) -> int:
+        """Records of the split, bad ones included."""
+        return len(self._sources.records)
+
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch: enough to meet every record."""
+        return self._order.steps if self._sources.records else 0
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of one step; the next ones are prepared meanwhile.
+
+        ``eval`` leaves out what cannot be used, so its list may be short, or empty.
+
+        Raises:
+            DataError: naming the step, the rank and the samples.
+        """
+        future = self._request(step)
+        last = step + self._config.data.prefetch_batches
+        if self._split == "eval":
+            last = min(last, self.steps - 1)
+        for later in range(step + 1, last + 1):
+            self._request(later)
+        for other in [s for s in self._ahead if not step <= s <= last]:
+            self._ahead.pop(other).cancel()
+        batches = future.result()
+        self._ahead.pop(step, None)
+        return batches
+
+    def sample_ids(self, step: int) -> list[str]:
+        """Ids of the records that this rank's part of a step starts from."""
+        part = rank_part(self._order.indices(step), self._dp_rank, self._dp)
+        return [self._sources.records[index].id for index in part]
+
+    def image_keys(self) -> list[str]:
+        """Content keys of the split's good images, each once; the same list on every rank."""
+        keys = self._sources.good_image_keys()
+        if self._config.data.blank_images and keys:
+            keys = [BLANK_KEY]
+        return [*keys, ZERO_KEY] if self._collator.official else keys
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """float32 pixels [I, C, H, W] of some of :meth:`image_keys`."""
+        keys = self.image_keys()
+        return self.pixels_of([keys[index] for index in indices])
+
+    def pixels_of(self, keys: Sequence[str]) -> Tensor:
+        """float32 pixels [I, C, H, W] of the images with these keys."""
+        return self._worker.submit(self._pixels, keys).result()
+
+    def report(self) -> dict[str, Any]:
+        """What was bad, replaced, cut, dropped or repeated, as plain values.
+
+        Counts of samples are of different samples that this rank has met so far; ``bad_images``
+        and ``bad_records`` are of the whole split.
+        """
+        events = {name: len(found) for name, found in sorted(self._events.items())}
+        totals = {
+            f"{name}_total": sum(found.values())
+            for name, found in sorted(self._events.items())
+            if name in ("cut_tokens", "lost_targets", "lost_first_patches", "repeated_images")
+        }
+        damaged = {"damaged_code_parts": len(self._codes.damaged)} if self._codes else {}
+        return {**self._sources.report(), **events, **totals, **damaged}
+
+    def close(self) -> None:
+        """Stop the worker; what it has begun is finished, the rest is forgotten."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _request(self, step: int) -> "Future[list[MicroBatch]]":
+        if step not in self._ahead:
+            self._ahead[step] = self._worker.submit(self._compute, step)
+        return self._ahead[step]
+
+    def _compute(self, step: int) -> list[MicroBatch]:
+        try:
+            part = rank_part(self._order.indices(step), self._dp_rank, self._dp)
+            found = [self._sample(index) for index in part]
+            groups = micro_batches([s for s in found if s], self._config.train.micro_batch)
+            # Pipeline stages exchange tensors of one shape a step.
+            length = (
+                max(map(self._collator.padded_length, groups))
+                if groups and self._config.parallel.pp > 1
+                else None
+            )
+            return [self._collate(group, length) for group in groups]
+        except Exception as error:
+            raise DataError(
+                f"step {step}, data-parallel rank {self._dp_rank}, samples "
+                f"{', '.join(self.sample_ids(step))}: {error}"
+            ) from error
+
+    def _collate(self, samples: list[Sample], length: int | None) -> MicroBatch:
+        keys = [self._keys(sample) for sample in samples]
+        lost = self._collator.lost_first_patches(samples)
+        if lost:
+            self._count("lost_first_patches", samples[0].id, lost)
+        return self._collator.collate(
+            samples,
+            keys,
+            pixels=self._pixels,
+            codes=self._codes.get if self._codes else None,
+            length=length,
+        )
+
+    def _keys(self, sample: Sample) -> list[str]:
+        if self._config.data.blank_images:
+            return [BLANK_KEY] * len(sample.images)
+        return [self._sources.key(path) for path in sample.images]
+
+    def _pixels(self, keys: Sequence[str]) -> Tensor:
+        return self._store.normalised(keys, self._sources.paths)
+
+    def _sample(self, index: int) -> Sample | None:
+        """The record's sample, or the next usable one's; in ``eval`` None instead of another."""
+        count = len(self._sources.records)
+        for offset in range(count if self._split == "train" else 1):
+            candidate = (index + offset) % count
+            if self._sources.is_good(candidate):
+                sample = self._built(candidate)
+                if sample.rows:
+                    return sample
+            kind = "replaced_samples" if self._split == "train" else "left_out_samples"
+            self._count(kind, self._sources.records[index].id)
+        if self._split == "eval":
+            return None
+        raise DataError("no usable record: none fits into data.max_length; see the report")
+
+    def _built(self, index: int) -> Sample:
+        if index in self._samples:
+            self._samples.move_to_end(index)
+            return self._samples[index]
+        sample = self._builder.build(self._sources.records[index])
+        self._note(sample)
+        self._samples[index] = sample
+        self._sample_positions += sum(row.length for row in sample.rows)
+        while self._sample_positions > SAMPLE_CACHE_POSITIONS:
+            _, old = self._samples.popitem(last=False)
+            self._sample_positions -= sum(row.length for row in old.rows)
+        return sample
+
+    def _note(self, sample: Sample) -> None:
+        repeated = len(sample.images) * max(0, len(sample.rows) - 1)
+        for name, amount in (
+            ("cut_tokens", sample.cut_tokens),
+            ("dropped_rows", sample.dropped_rows),
+            ("dropped_samples", int(not sample.rows)),
+            ("lost_targets", sample.lost_targets),
+            ("repeated_images", repeated),
+        ):
+            if amount:
+                self._count(name, sample.id, amount)
+
+    def _count(self, name: str, sample_id: str, amount: int = 1) -> None:
+        self._events.setdefault(name, {})[sample_id] = amount

@@ -1,0 +1,114 @@
+"""Pixels of images by their content key, normalised for the encoder."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_asvr.config.schema import Config
+from megatron_asvr.data.pil import MEAN_COLOUR, PIXEL_MEAN, PIXEL_STD
+from megatron_asvr.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_asvr.data.dali.pipeline import ImageDecoder
+
+# Keys of images without a file. BLANK: every pixel is the mean colour (data.blank_images).
+# ZERO: zeros after normalisation, which the official code gives a sample without an image.
+BLANK_KEY = sha256(b"image of the mean colour").hexdigest()
+ZERO_KEY = sha256(b"image of zeros after normalisation").hexdigest()
+
+CACHE_BYTES = 256 * 2**20  # decoded pixels kept in memory: a small data set fits whole
+
+
+def image_decoder(config: Config, device: torch.device) -> "ImageDecoder":
+    """A decoder for the configuration's images; importing DALI takes a second, so only here."""
+    from megatron_asvr.data.dali.pipeline import ImageDecoder
+
+    return ImageDecoder(
+        image_size=config.model.vision.image_size,
+        fit=config.data.image_fit,
+        device=device,
+        threads=config.data.decode_threads,
+    )
+
+
+class PixelStore:
+    """Decodes images, and keeps the decoded bytes of recently used ones.
+
+    Not thread-safe: one thread asks for everything.
+
+    Args:
+        config: image settings.
+        device: where images are decoded and pixels live.
+        cache_bytes: most bytes kept.
+    """
+
+    def __init__(
+        self, config: Config, *, device: torch.device, cache_bytes: int = CACHE_BYTES
+    ) -> None:
+        self._config = config
+        self._device = device
+        self._size = config.model.vision.image_size
+        self._capacity = cache_bytes // (3 * self._size**2)  # images
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._decoder: ImageDecoder | None = None
+
+    def normalised(self, keys: Sequence[str], paths: dict[str, str]) -> Tensor:
+        """float32 pixels in [-1, 1], [I, C, H, W].
+
+        Args:
+            keys: content keys of the images, in order.
+            paths: a file for every key that has one.
+
+        Raises:
+            DataError: a file can no longer be read or decoded.
+        """
+        size = self._size
+        if not keys:
+            return torch.empty(0, 3, size, size, device=self._device)
+        new = [key for key in dict.fromkeys(keys) if key not in self._kept and key in paths]
+        fresh = dict(zip(new, self._decode([paths[key] for key in new]), strict=True))
+        pixels_ICHW = torch.stack([self._raw(key, fresh) for key in keys]).float()
+        pixels_ICHW.sub_(PIXEL_MEAN).div_(PIXEL_STD)
+        for place, key in enumerate(keys):
+            if key == ZERO_KEY:
+                pixels_ICHW[place] = 0.0
+        self._keep(fresh)
+        return pixels_ICHW
+
+    def _raw(self, key: str, fresh: dict[str, Tensor]) -> Tensor:
+        if key in fresh:
+            return fresh[key]
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        grey = torch.full((3, self._size, self._size), MEAN_COLOUR, dtype=torch.uint8)
+        return grey.to(self._device)
+
+    def _keep(self, fresh: dict[str, Tensor]) -> None:
+        self._kept.update(fresh)
+        while len(self._kept) > self._capacity:
+            self._kept.popitem(last=False)
+
+    def _decode(self, paths: Sequence[str]) -> Sequence[Tensor]:
+        if not paths:
+            return ()
+        if self._decoder is None:
+            self._decoder = image_decoder(self._config, self._device)
+        try:
+            encoded = [Path(path).read_bytes() for path in paths]
+        except OSError as error:
+            raise DataError(f"image {error.filename} cannot be read: {error.strerror}") from error
+        try:
+            # A clone each: a view would keep its whole batch alive in the cache.
+            return [image.clone() for image in self._decoder.decode(encoded)]
+        except DataError as error:
+            bad = {paths[i]: why for i, why in self._decoder.find_bad(encoded).items()}
+            raise DataError(
+                f"images that were good when they were checked fail now: {bad or error}; if files "
+                "changed during the run, start it again: they are then checked anew"
+            ) from error
