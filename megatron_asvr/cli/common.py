@@ -1,9 +1,9 @@
-"""What several commands share: configuration arguments, the world size, the plan's text."""
+"""What several commands share: configuration arguments, the world size, starting ranks."""
 
 import argparse
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_asvr.config.check import check, check_world
 from megatron_asvr.config.load import flatten, load
@@ -12,15 +12,16 @@ from megatron_asvr.planner.parameters import count_parameters
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the configuration file, its overrides and the number of ranks."""
+    """Add the configuration file; settings and ranks as in ``add_overrides``."""
     parser.add_argument("config", help="YAML file or name of a preset")
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add ``a.b=c`` overrides and the number of ranks."""
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win")
+    """Allow ``a.b=c`` settings and add the number of ranks."""
     parser.add_argument("--ranks", type=int, help="processes on this machine (default: tp*pp*cp)")
+    parser.epilog = "Settings given as a.b=c win over the file's."
+    parser.set_defaults(takes_overrides=True)
 
 
 def world_size(config: Config, ranks: int | None) -> int:
@@ -37,27 +38,38 @@ def read_config(args: argparse.Namespace) -> tuple[Config, int]:
     return config, world
 
 
-def plan_lines(config: Config, world: int, facts: Iterable[tuple[str, str]]) -> list[str]:
+def run_config(args: argparse.Namespace) -> tuple[Config, int]:
+    """The configuration of an existing run for answering, and the world size."""
+    from megatron_asvr.train.inference import inference_config
+
+    config = inference_config(args.model, args.overrides)
+    return config, world_size(config, args.ranks)
+
+
+def start_ranks(fn: Callable[..., Any], args: Sequence[Any], config: Config, world: int) -> Any:
+    """What ``fn(*args)`` returns on rank 0 of ``world`` ranks."""
+    from megatron_asvr.launch.job import run
+
+    return run(fn, args, world, threads_per_rank=config.train.threads_per_rank)
+
+
+def plan_lines(config: Config, world: int) -> list[str]:
     """The resolved plan that ``--dry-run`` prints."""
-    sizes = codebook_sizes(config)
-    counts = (
-        count_parameters(config.model, *sizes) if sizes else count_parameters(config.model, None)
+    from megatron_asvr.model.tokenizer import VisualTokenizer
+    from megatron_asvr.parallel.plan import make_plan
+
+    tokenizer = None
+    if config.loss.visual_weight:
+        tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer))
+        tokenizer.check_fits(config.model.vision)
+    counts = count_parameters(
+        config.model,
+        tokenizer.codebook_sizes if tokenizer else None,
+        tokenizer.width if tokenizer else None,
     )
-    p = config.parallel
     lines = [f"{key} = {value}" for key, value in flatten(config).items()]
-    lines.append(f"layout: {world} ranks = tp {p.tp} x dp {world // p.tp}")
+    lines.append(f"layout: {make_plan(config.parallel, world).describe()}")
     for part, number in counts.items():
         state = "trained" if part in config.train.trainable else "frozen"
         lines.append(f"{part}: {number:,} parameters, {state}")
-    lines += [f"{name}: {value}" for name, value in facts]
     return lines
-
-
-def codebook_sizes(config: Config) -> tuple[tuple[int, ...], int] | None:
-    """Codes of every depth and the code width, from the tokenizer's folder; None without one."""
-    if config.loss.visual_weight == 0:
-        return None
-    from megatron_asvr.model.tokenizer import VisualTokenizer
-
-    tokenizer = VisualTokenizer.load(Path(str(config.model.visual_tokenizer)))
-    return tuple(tokenizer.codebook_sizes), tokenizer.width

@@ -17,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="asvr",
         description="Train vision-language models with autoregressive semantic visual "
         "reconstruction on megatron-core.",
+        epilog="Settings may be overridden anywhere on the line: train.steps=100 parallel.tp=2",
     )
     parser.add_argument("--version", action="version", version=f"asvr {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -25,9 +26,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; ``overrides`` holds the ``a.b=c`` settings, wherever they stood."""
+    parser = build_parser()
+    args, overrides = parser.parse_known_args(argv)
+    wrong = [text for text in overrides if text.startswith("-") or "=" not in text]
+    if wrong:
+        parser.error(f"unrecognized argument {wrong[0]!r}; settings are written a.b=c")
+    if overrides and not args.takes_overrides:
+        parser.error(f"`{args.command}` takes no settings here; got {overrides[0]!r}")
+    args.overrides = overrides
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status of one `asvr` call: 0, or 1 after an error of ours."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         args.run(args)
     except AsvrError as err:

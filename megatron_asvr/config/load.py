@@ -42,6 +42,18 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     return _build(Config, tree, "")
 
 
+def override(config: Config, overrides: Iterable[str]) -> Config:
+    """The configuration with ``a.b=c`` settings applied.
+
+    Raises:
+        ConfigError: a key is unknown, a value has the wrong type or is not allowed.
+    """
+    tree = to_dict(config)
+    for text in overrides:
+        tree = _merge(tree, _parse_override(text))
+    return from_dict(tree)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Nested plain values of a configuration; ``from_dict`` gives it back."""
     return dataclasses.asdict(config, dict_factory=_plain)

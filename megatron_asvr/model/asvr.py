@@ -161,9 +161,15 @@ class AsvrModel(MegatronModule):
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             return self._gather(encoder(self._pixels(batch)), batch)
 
-    def embeddings(self, batch: MicroBatch) -> Tensor:
-        """Token embeddings with the projected image features in place, [S, B, H]."""
-        features_PF = self.encode_images(batch).flatten(0, 1)
+    def embeddings(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
+        """Token embeddings with the projected image features in place, [S, B, H].
+
+        Args:
+            batch: one micro-batch.
+            features_PF: encoder features of its patches where they are known already.
+        """
+        if features_PF is None:
+            features_PF = self.encode_images(batch).flatten(0, 1)
         return splice_images(
             self.language_model.embed(batch.tokens_BS),
             self.projector(features_PF),
@@ -171,9 +177,14 @@ class AsvrModel(MegatronModule):
             may_be_cut=self.official,
         )
 
-    def hidden(self, batch: MicroBatch) -> Tensor:
-        """What this stage's layers give: on the last stage the final hidden states [S, B, H]."""
-        embeds_SBH = self.embeddings(batch) if self.pre_process else None
+    def hidden(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
+        """What this stage's layers give: on the last stage the final hidden states [S, B, H].
+
+        Args:
+            batch: one micro-batch.
+            features_PF: encoder features of its patches where they are known already.
+        """
+        embeds_SBH = self.embeddings(batch, features_PF) if self.pre_process else None
         mask_B1SS = self.language_model.mask(
             batch.document_BS, batch.branch_BS, batch.position_ids_BS
         )

@@ -1,0 +1,37 @@
+"""`asvr chat`: ask a trained model about an image, once or in a conversation."""
+
+import argparse
+import sys
+
+from megatron_asvr.cli.common import add_overrides, run_config, start_ranks
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = commands.add_parser("chat", help="ask a trained model about an image")
+    parser.add_argument("model", metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("--image", action="append", default=[], help="image file; may be repeated")
+    parser.add_argument(
+        "--question",
+        action="append",
+        help="question, may be repeated: each is asked alone (default: lines of standard input)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    add_overrides(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print an answer for every question."""
+    from megatron_asvr.train.evaluate import ask
+
+    config, world = run_config(args)
+    questions = args.question or [line.strip() for line in sys.stdin if line.strip()]
+    answers = start_ranks(
+        ask,
+        (args.model, questions, args.image, args.overrides, args.max_new_tokens),
+        config,
+        world,
+    )
+    for question, answer in zip(questions, answers, strict=True):
+        print(f"Q: {question}\nA: {answer}")

@@ -1,0 +1,61 @@
+"""`asvr convert`: export a run to Hugging Face, and prove the export."""
+
+import argparse
+import json
+from pathlib import Path
+
+from megatron_asvr.cli.common import add_overrides, run_config, start_ranks
+from megatron_asvr.config.schema import SourceConfig
+from megatron_asvr.errors import ConversionError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = commands.add_parser("convert", help="to Hugging Face, and the proof of it")
+    parser.set_defaults(takes_overrides=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    export = actions.add_parser("export", help="write a stock LlavaForConditionalGeneration")
+    export.add_argument("model", metavar="RUN", help="run folder or checkpoint")
+    export.add_argument("--out", required=True, help="folder to write; must not exist")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    export.set_defaults(run=run_export)
+    verify = actions.add_parser("verify", help="compare an export with its run on real images")
+    verify.add_argument("model", metavar="RUN", help="run folder or checkpoint")
+    verify.add_argument("folder", help="the exported folder")
+    verify.add_argument("--data", required=True, help="LLaVA-format JSON with questions")
+    verify.add_argument("--images", help="folder of its images (default: the JSON's)")
+    verify.add_argument("--samples", type=int, default=16, help="questions to compare")
+    verify.add_argument("--max-new-tokens", type=int, default=32)
+    verify.add_argument("--out", help="JSON file for the report")
+    add_overrides(verify)
+    verify.set_defaults(run=run_verify)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Export a run's newest checkpoint."""
+    from megatron_asvr.hf.run import export_run
+
+    print(f"wrote {export_run(args.model, args.out, dtype=args.dtype)}")
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    """Print the report of the comparison; fail when it found a difference."""
+    from megatron_asvr.train.evaluate import Questions, verify_run
+
+    config, world = run_config(args)
+    questions = Questions(
+        source=SourceConfig(path=args.data, images=args.images),
+        limit=args.samples,
+        max_new_tokens=args.max_new_tokens,
+    )
+    request = (args.model, args.folder, questions, args.overrides)
+    report = start_ranks(verify_run, request, config, world)
+    text = json.dumps(report, indent=2)
+    if args.out:
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if not report["ok"]:
+        raise ConversionError(
+            f"{args.folder} does not behave as {args.model}: {report['num_mismatches']} "
+            f"mismatches, the first: {report['mismatches'][0]}"
+        )

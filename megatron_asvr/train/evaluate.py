@@ -1,0 +1,218 @@
+"""Questions to a trained run: answers, accuracy, and the proof of its export.
+
+Every question is asked alone. The functions are called in every rank; data-parallel ranks share
+the questions, and the results come back on every rank in the order of the questions.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_asvr.config.schema import SourceConfig
+from megatron_asvr.data.conversation import Turn, prompt_text
+from megatron_asvr.data.records import read_records
+from megatron_asvr.data.text import IMAGE_TOKEN
+from megatron_asvr.errors import ConfigError, DataError
+from megatron_asvr.hf.verify import VerifySample, verify
+from megatron_asvr.parallel.groups import Groups, initialize
+from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.train.generate import Prompt
+from megatron_asvr.train.inference import Answerer, inference_config
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_S = 10.0
+ASKED_AT_ONCE = 512  # questions between two progress lines
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """Which questions to ask.
+
+    Attributes:
+        source: LLaVA-format records; every assistant turn is a reference answer to the turns
+            before it, and independent conversations are independent questions.
+        limit: at most so many questions, spread evenly over all; None asks all.
+        max_new_tokens: longest answer.
+    """
+
+    source: SourceConfig
+    limit: int | None = None
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One question with its reference answer."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    reference: str
+
+
+def read_items(questions: Questions) -> list[Item]:
+    """The questions of a source, in order.
+
+    Raises:
+        DataError: records have the wrong form, or none has an answer.
+    """
+    items = [
+        Item(
+            id=record.id,
+            images=record.images,
+            turns=conversation[:place],
+            reference=turn.text,
+        )
+        for record in read_records([questions.source])
+        for conversation in record.conversations
+        for place, turn in enumerate(conversation)
+        if turn.role == "assistant" and place
+    ]
+    if not items:
+        raise DataError(f"{questions.source.path}: no record holds a question and its answer")
+    if questions.limit is None or questions.limit >= len(items):
+        return items
+    return [items[len(items) * i // questions.limit] for i in range(questions.limit)]
+
+
+def evaluate_run(run: str, questions: Questions, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Accuracy by exact match, and every answer.
+
+    Args:
+        run: run folder or checkpoint.
+        questions: with their references.
+        overrides: ``a.b=c`` settings that win over the run's, e.g. another layout.
+    """
+    started = time.monotonic()
+    answerer, groups = open_run(run, overrides, questions.max_new_tokens)
+    items = read_items(questions)
+    prompts = [answerer.prompt(i.turns, i.images) for i in items[groups.dp_rank :: groups.plan.dp]]
+    answers = _gather(_answer(answerer, prompts, groups), groups)
+    rows = [
+        {
+            "id": item.id,
+            "images": list(item.images),
+            "question": item.turns[-1].text.replace(IMAGE_TOKEN, "").strip(),
+            "reference": item.reference,
+            "answer": answer,
+            "correct": answer == item.reference,
+        }
+        for item, answer in zip(items, answers, strict=True)
+    ]
+    correct = sum(row["correct"] for row in rows)
+    return {
+        "run": run,
+        "data": questions.source.path,
+        "num_questions": len(rows),
+        "num_correct": correct,
+        "accuracy": correct / len(rows),
+        "seconds": round(time.monotonic() - started, 2),
+        "answers": rows,
+    }
+
+
+def ask(
+    run: str,
+    questions: Sequence[str],
+    images: Sequence[str],
+    overrides: Sequence[str] = (),
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """Answers to questions about the same images.
+
+    Args:
+        run: run folder or checkpoint.
+        questions: texts, without placeholders.
+        images: paths.
+        overrides: ``a.b=c`` settings that win over the run's.
+        max_new_tokens: longest answer.
+    """
+    answerer, groups = open_run(run, overrides, max_new_tokens)
+    placeholders = f"{IMAGE_TOKEN}\n" * len(images)
+    turns = [(Turn("user", placeholders + question),) for question in questions]
+    prompts = [answerer.prompt(turn, images) for turn in turns[groups.dp_rank :: groups.plan.dp]]
+    return _gather(_answer(answerer, prompts, groups), groups)
+
+
+def verify_run(
+    run: str, folder: str, questions: Questions, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The report of comparing an exported folder with its run on real questions.
+
+    Args:
+        run: run folder or checkpoint.
+        folder: the exported folder.
+        questions: about images the comparison uses; only first questions are taken.
+        overrides: ``a.b=c`` settings that win over the run's.
+
+    Raises:
+        ConfigError: more than one data-parallel rank.
+    """
+    answerer, groups = open_run(run, ("train.precision=fp32", *overrides), questions.max_new_tokens)
+    if groups.plan.dp > 1:
+        raise ConfigError(f"verify compares in one model replica; got {groups.plan.describe()}")
+    items = [item for item in read_items(questions) if len(item.turns) == 1]
+    prompts = [answerer.prompt(item.turns, item.images) for item in items]
+    answers = answerer.answers(prompts)
+    samples = []
+    for item, prompt, answer in zip(items, prompts, answers, strict=True):
+        samples.append(
+            VerifySample(
+                name=item.id,
+                prompt=prompt_text(item.turns[0], answerer.template),
+                images=item.images,
+                token_ids=prompt.token_ids,
+                pixel_values_ICHW=answerer.pixels(item.images).cpu() if item.images else None,
+                logits_ST=answerer.logits(prompt).cpu(),
+                answer_ids=tuple(answer),
+                answer=answerer.text.decode(answer),
+                messages=_messages(item),
+            )
+        )
+    if groups.rank:
+        return {}
+    return verify(folder, samples, max_new_tokens=questions.max_new_tokens)
+
+
+def open_run(run: str, overrides: Sequence[str], max_new_tokens: int) -> tuple[Answerer, Groups]:
+    """A run's model in this process's layout, and the layout's groups."""
+    config = inference_config(run, overrides)
+    groups = initialize(make_plan(config.parallel, dist.get_world_size()))
+    answerer = Answerer(run, config, groups=groups, max_new_tokens=max_new_tokens)
+    return answerer, groups
+
+
+def _answer(answerer: Answerer, prompts: Sequence[Prompt], groups: Groups) -> list[str]:
+    """This rank's answers as text, with a progress line now and then."""
+    texts: list[str] = []
+    started = last = time.monotonic()
+    for start in range(0, len(prompts), ASKED_AT_ONCE):
+        answers = answerer.answers(prompts[start : start + ASKED_AT_ONCE])
+        texts += [answerer.text.decode(answer).strip() for answer in answers]
+        now = time.monotonic()
+        if groups.rank == 0 and now - last > PROGRESS_S:
+            last, share = now, len(texts) / len(prompts)
+            left = (now - started) * (1 - share) / share
+            logger.info("answered %.0f %% of the questions, %.0f s left", 100 * share, left)
+    return texts
+
+
+def _gather(mine: list[str], groups: Groups) -> list[str]:
+    """The answers of all data-parallel ranks; rank r holds questions r, r + dp, ..."""
+    dp = groups.plan.dp
+    if dp == 1:
+        return mine
+    everyone: list[list[str]] = [[] for _ in range(dp)]
+    dist.all_gather_object(everyone, mine, group=groups.dp)
+    return [everyone[i % dp][i // dp] for i in range(sum(map(len, everyone)))]
+
+
+def _messages(item: Item) -> list[dict[str, Any]]:
+    words = item.turns[0].text.replace(IMAGE_TOKEN, "").strip()
+    images = [{"type": "image"} for _ in item.images]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": words}]}]

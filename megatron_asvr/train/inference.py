@@ -1,0 +1,114 @@
+"""A trained model that answers questions: what `eval`, `chat` and `verify` share.
+
+The model is rebuilt from its run in whatever layout this process belongs to; the visual head and
+the codes are not needed for answers and not built.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from megatron_asvr.platforms import select
+
+from torch import Tensor
+
+from megatron_asvr.checkpoint.reader import read_run
+from megatron_asvr.config.load import override
+from megatron_asvr.config.schema import Config
+from megatron_asvr.data.conversation import Turn, find_template, prompt_ids
+from megatron_asvr.data.pixels import BLANK_KEY, PixelStore
+from megatron_asvr.data.sample import SampleBuilder
+from megatron_asvr.data.text import IMAGE_TOKEN, TextTokenizer
+from megatron_asvr.errors import DataError
+from megatron_asvr.model.asvr import build_model
+from megatron_asvr.model.sharding import load_weights
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.train.generate import Generator, Prompt
+
+
+def inference_config(run: str, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a run for answering: all frozen, no visual head.
+
+    Args:
+        run: run folder or checkpoint.
+        overrides: ``a.b=c`` settings that win, e.g. another layout.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+        ConfigError: an override is wrong.
+    """
+    config = override(read_run(run)[0], overrides)
+    return dataclasses.replace(
+        config,
+        loss=dataclasses.replace(config.loss, mode="exact", visual_weight=0.0),
+        train=dataclasses.replace(config.train, trainable=()),
+    )
+
+
+class Answerer:
+    """A run's model, its tokenizer and its way of seeing images.
+
+    Args:
+        run: run folder or checkpoint.
+        config: from ``inference_config``.
+        groups: process groups of this rank.
+        max_new_tokens: longest answer.
+
+    Raises:
+        CheckpointError: the run does not hold every weight.
+    """
+
+    def __init__(
+        self, run: str, config: Config, *, groups: Groups, max_new_tokens: int = 32
+    ) -> None:
+        self.config = config
+        self.text = TextTokenizer(str(config.model.text_tokenizer))
+        self.template = find_template(config.data.template)
+        self._builder = SampleBuilder(config, self.text, branches=False)
+        self._pixels = PixelStore(config, device=select()[0].device)
+        model = build_model(config, groups=groups, tokenizer=None)
+        load_weights(model, read_run(run)[1], groups=groups)
+        self._generator = Generator(
+            model.eval(),
+            self.pixels,
+            groups=groups,
+            eos_id=self.text.eos_id,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def prompt(self, turns: Sequence[Turn], images: Sequence[str]) -> Prompt:
+        """The conversation so far as a prompt.
+
+        Args:
+            turns: the last one is the user's; their ``<image>`` placeholders stand for ``images``.
+            images: paths.
+
+        Raises:
+            DataError: the placeholders and the images differ in number.
+        """
+        ids, starts = self._builder.expand(prompt_ids(turns, self.template, self.text))
+        if len(starts) != len(images):
+            raise DataError(
+                f"{len(images)} images for {len(starts)} {IMAGE_TOKEN} placeholders in "
+                f"{turns[-1].text!r}; give one image for each"
+            )
+        patches = range(self._builder.num_patches)
+        return Prompt(
+            token_ids=tuple(ids),
+            image_positions=tuple(start + p for start in starts for p in patches),
+            images=tuple(images),
+        )
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """New token ids of every prompt, in order, without the end token."""
+        found = dict(self._generator.answers(prompts))
+        return [found[i] for i in range(len(prompts))]
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """Logits [S, T] at every position of a prompt."""
+        return self._generator.logits(prompt)
+
+    def pixels(self, paths: Sequence[str]) -> Tensor:
+        """float32 pixels [I, C, H, W] of image files, as in training."""
+        if self.config.data.blank_images:
+            return self._pixels.normalised([BLANK_KEY] * len(paths), {})
+        return self._pixels.normalised(paths, {path: path for path in paths})
