@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_asvr.config.schema import Config
+from megatron_asvr.data.gate import refusal
 from megatron_asvr.data.pil import MEAN_COLOUR, PIXEL_MEAN, PIXEL_STD
 from megatron_asvr.errors import DataError
 
@@ -22,6 +23,9 @@ BLANK_KEY = sha256(b"image of the mean colour").hexdigest()
 ZERO_KEY = sha256(b"image of zeros after normalisation").hexdigest()
 
 CACHE_BYTES = 256 * 2**20  # decoded pixels kept in memory: a small data set fits whole
+
+
+_CHANGED = "images of a training set are checked at its start: if files changed since, start again"
 
 
 def image_decoder(config: Config, device: torch.device) -> "ImageDecoder":
@@ -65,7 +69,7 @@ class PixelStore:
             paths: a file for every key that has one.
 
         Raises:
-            DataError: a file can no longer be read or decoded.
+            DataError: a file cannot be read or decoded, or the gate refuses it.
         """
         size = self._size
         if not keys:
@@ -99,16 +103,22 @@ class PixelStore:
             return ()
         if self._decoder is None:
             self._decoder = image_decoder(self._config, self._device)
-        try:
-            encoded = [Path(path).read_bytes() for path in paths]
-        except OSError as error:
-            raise DataError(f"image {error.filename} cannot be read: {error.strerror}") from error
+        encoded = [self._read(path) for path in paths]
         try:
             # A clone each: a view would keep its whole batch alive in the cache.
             return [image.clone() for image in self._decoder.decode(encoded)]
         except DataError as error:
             bad = {paths[i]: why for i, why in self._decoder.find_bad(encoded).items()}
-            raise DataError(
-                f"images that were good when they were checked fail now: {bad or error}; if files "
-                "changed during the run, start it again: they are then checked anew"
-            ) from error
+            raise DataError(f"images cannot be used: {bad or error}; {_CHANGED}") from error
+
+    def _read(self, path: str) -> bytes:
+        """The file's bytes, refused here too: questions come with images that no index has seen."""
+        try:
+            encoded = Path(path).read_bytes()
+        except OSError as error:
+            raise DataError(f"image {path} cannot be read: {error.strerror}") from error
+        data = self._config.data
+        problem = refusal(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit)
+        if problem is not None:
+            raise DataError(f"image {path} cannot be used: {problem}; {_CHANGED}")
+        return encoded
