@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.data.conversation import Turn, prompt_text
-from megatron_asvr.data.records import read_records
+from megatron_asvr.data.evalset import EvalItem, read_questions
 from megatron_asvr.data.text import IMAGE_TOKEN
-from megatron_asvr.errors import ConfigError, DataError
+from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.verify import VerifySample, verify
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
@@ -45,36 +45,13 @@ class Questions:
     max_new_tokens: int = 32
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """One question with its reference answer."""
-
-    id: str
-    images: tuple[str, ...]
-    turns: tuple[Turn, ...]
-    reference: str
-
-
-def read_items(questions: Questions) -> list[Item]:
+def read_items(questions: Questions) -> list[EvalItem]:
     """The questions of a source, in order.
 
     Raises:
         DataError: records have the wrong form, or none has an answer.
     """
-    items = [
-        Item(
-            id=record.id,
-            images=record.images,
-            turns=conversation[:place],
-            reference=turn.text,
-        )
-        for record in read_records([questions.source])
-        for conversation in record.conversations
-        for place, turn in enumerate(conversation)
-        if turn.role == "assistant" and place
-    ]
-    if not items:
-        raise DataError(f"{questions.source.path}: no record holds a question and its answer")
+    items = read_questions([questions.source])
     if questions.limit is None or questions.limit >= len(items):
         return items
     return [items[len(items) * i // questions.limit] for i in range(questions.limit)]
@@ -97,7 +74,7 @@ def evaluate_run(run: str, questions: Questions, overrides: Sequence[str] = ()) 
         {
             "id": item.id,
             "images": list(item.images),
-            "question": item.turns[-1].text.replace(IMAGE_TOKEN, "").strip(),
+            "question": item.question,
             "reference": item.reference,
             "answer": answer,
             "correct": answer == item.reference,
@@ -212,7 +189,6 @@ def _gather(mine: list[str], groups: Groups) -> list[str]:
     return [everyone[i % dp][i // dp] for i in range(sum(map(len, everyone)))]
 
 
-def _messages(item: Item) -> list[dict[str, Any]]:
-    words = item.turns[0].text.replace(IMAGE_TOKEN, "").strip()
+def _messages(item: EvalItem) -> list[dict[str, Any]]:
     images = [{"type": "image"} for _ in item.images]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": words}]}]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": item.question}]}]
