@@ -24,12 +24,8 @@ from torch import Tensor, nn
 
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.precision import FUSED_NAMES
 
-# Transformer Engine holds the norm before a linear inside the linear.
-FUSED_NORMS = (
-    ("self_attention.linear_qkv.layer_norm_", "input_layernorm."),
-    ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."),
-)
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+")
 _SHOWN = 5  # names listed in an error
 
@@ -94,7 +90,7 @@ def canonical_names(module: nn.Module, *, prefix: str = "") -> dict[str, str]:
         for local, final in local_layer.items():
             if name.startswith(local):
                 canonical = final + name.removeprefix(local)
-        for fused, plain in FUSED_NORMS:
+        for fused, plain in FUSED_NAMES.items():
             canonical = canonical.replace(fused, plain)
         for part in tied:  # the last stage's copy of the embedding
             if canonical == f"{part}output_layer.weight":

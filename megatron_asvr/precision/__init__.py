@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 
 Backend = Literal["te", "local"]
 
+# Transformer Engine holds a norm inside the linear after it; checkpoints keep the unfused names.
+FUSED_NAMES = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
 
 def select_backend(platform: Platform) -> tuple[Backend, str]:
     """Name of the layer implementation for ``platform``, and why.

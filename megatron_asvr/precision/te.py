@@ -9,13 +9,8 @@ from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process f
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_asvr.precision import FUSED_NAMES
 from megatron_asvr.precision.local import DenseAttention
-
-# Transformer Engine fuses a norm with the linear after it; checkpoints keep the unfused names.
-FUSED_NAMES = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 
 
 def layer_spec(*, qk_norm: bool) -> ModuleSpec:
