@@ -75,7 +75,7 @@ class Loader:
             tokenizer.pad_id,
             encoder_rank=encoder_rank,
             encoder_world=encoder_world,
-            code_depth=codes.depth if codes else 0,
+            code_depth=codes.depth if codes is not None else 0,
         )
         self._store = PixelStore(config, device=device)
         self._order = StepOrder(
@@ -128,9 +128,8 @@ class Loader:
             self._request(later)
         for other in [s for s in self._ahead if not step <= s <= last]:
             self._ahead.pop(other).cancel()
-        batches = future.result()
-        self._ahead.pop(step, None)
-        return batches
+        del self._ahead[step]  # also when it failed, so that it can be asked for again
+        return future.result()
 
     def sample_ids(self, step: int) -> list[str]:
         """Ids of the records that this rank's part of a step starts from."""
@@ -165,8 +164,8 @@ class Loader:
             for name, found in sorted(self._events.items())
             if name in ("cut_tokens", "lost_targets", "lost_first_patches", "repeated_images")
         }
-        damaged = {"damaged_code_parts": len(self._codes.damaged)} if self._codes else {}
-        return {**self._sources.report(), **events, **totals, **damaged}
+        damaged = len(self._codes.damaged) if self._codes is not None else 0
+        return {**self._sources.report(), **events, **totals, "damaged_code_parts": damaged}
 
     def close(self) -> None:
         """Stop the worker; what it has begun is finished, the rest is forgotten."""
@@ -216,7 +215,7 @@ class Loader:
             samples,
             keys,
             pixels=self._pixels,
-            codes=self._codes.get if self._codes else None,
+            codes=self._codes.get if self._codes is not None else None,
             length=length,
         )
 

@@ -1,0 +1,165 @@
+"""Micro-batches: padding, image positions, the shift of visual targets, the official dummy."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_asvr.batch import IGNORE, NO_POSITION
+from megatron_asvr.data.collate import Collator
+from megatron_asvr.data.pixels import ZERO_KEY
+from megatron_asvr.data.records import parse_record
+from megatron_asvr.data.sample import SampleBuilder
+from megatron_asvr.data.text import TextTokenizer
+from tests.unit.data_corpus import TEXTS, ask, config
+
+N = 4
+RECORDS = [
+    {"id": "one", "image": "a", "conversations": ask("<image>What color?", "red")},
+    {"id": "text", "conversations": ask("Is there a blue triangle?", "no")},
+    {"id": "two", "image": ["b", "c"], "conversations": ask("<image> or <image>?", "a circle")},
+    {
+        "id": "many",
+        "image": "d",
+        "conversations": [ask("What color?", "red"), ask("Shape?", "a circle")],
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("collate") / "tokenizer.model"
+    return TextTokenizer.train(TEXTS, path, vocab_size=420)
+
+
+def micro_batch(tokenizer, tmp_path, *, branches=True, rank=0, world=1, codes=None, **changes):
+    settings = config(**changes)
+    builder = SampleBuilder(settings, tokenizer, branches=branches)
+    samples = [
+        builder.build(parse_record(raw, where=raw["id"], folder=tmp_path)) for raw in RECORDS
+    ]
+    keys = [[image[-1] for image in sample.images] for sample in samples]
+    collator = Collator.from_config(
+        settings, tokenizer.pad_id, encoder_rank=rank, encoder_world=world, code_depth=2
+    )
+    asked = []
+
+    def pixels(wanted):
+        asked.extend(wanted)
+        return torch.zeros(len(wanted), 3, 16, 16)
+
+    batch = collator.collate(samples, keys, pixels=pixels, codes=codes)
+    return batch, asked
+
+
+def test_rows_are_padded_and_keep_their_samples(tokenizer, tmp_path):
+    batch, asked = micro_batch(tokenizer, tmp_path)
+    assert batch.sample_ids == ["one", "text", "two", "many"]
+    assert asked == ["a", "b", "c", "d"]
+    assert batch.num_images == 4
+    assert batch.image_share == (0, 4)
+    assert batch.pixel_values_ICHW.shape == (4, 3, 16, 16)
+    padding = batch.document_BS == -1
+    assert padding.any()
+    assert (batch.tokens_BS[padding] == tokenizer.pad_id).all()
+    assert (batch.text_targets_BS[padding] == IGNORE).all()
+    assert (batch.document_BS[~padding] == 0).all()
+    assert batch.branch_BS[3].max() == 2
+    dtypes = (batch.tokens_BS.dtype, batch.document_BS.dtype, batch.branch_BS.dtype)
+    assert dtypes == (torch.int64, torch.int32, torch.int32)
+
+
+def test_image_positions_hold_the_image_token(tokenizer, tmp_path):
+    batch, _ = micro_batch(tokenizer, tmp_path)
+    tokens = batch.tokens_BS.flatten()
+    assert batch.image_positions_P.numel() == 4 * N == (tokens == tokenizer.image_id).sum()
+    assert (tokens[batch.image_positions_P] == tokenizer.image_id).all()
+    assert (batch.image_positions_P.view(4, N).diff(dim=1) == 1).all()
+    assert torch.equal(batch.visual_positions_M, batch.image_positions_P)
+    assert batch.visual_patches_M.tolist() == list(range(4 * N))
+
+
+def test_shift_moves_every_visual_target_one_position_ahead(tokenizer, tmp_path):
+    batch, _ = micro_batch(tokenizer, tmp_path, loss__target_shift=1)
+    assert torch.equal(batch.visual_positions_M, batch.image_positions_P - 1)
+    assert batch.visual_patches_M.tolist() == list(range(4 * N))
+
+
+def test_shift_loses_the_first_patch_of_an_image_without_predecessor(tokenizer, tmp_path):
+    settings = config(loss__target_shift=1)
+    builder = SampleBuilder(settings, tokenizer, branches=True)
+    sample = builder.build(parse_record(RECORDS[0], where="x", folder=tmp_path))
+    (row,) = sample.rows
+    start = row.image_starts[0]
+    headless = type(row)(
+        tokens_S=row.tokens_S[start:],
+        targets_S=row.targets_S[start:],
+        positions_S=row.positions_S[start:],
+        branch_S=row.branch_S[start:],
+        image_starts=(0,),
+    )
+    sample = type(sample)(id="x", images=sample.images, rows=(headless,))
+    collator = Collator.from_config(settings, tokenizer.pad_id)
+    batch = collator.collate([sample], [["a"]], pixels=lambda keys: None, codes=None)
+    assert batch.visual_positions_M.tolist() == [0, 1, 2]
+    assert batch.visual_patches_M.tolist() == [1, 2, 3]
+    assert collator.lost_first_patches([sample]) == 1
+
+
+def test_repeated_images_have_one_visual_loss(tokenizer, tmp_path):
+    batch, asked = micro_batch(tokenizer, tmp_path, branches=False)
+    assert asked == ["a", "b", "c", "d", "d"]
+    assert batch.tokens_BS.shape[0] == 5
+    assert batch.num_visual_targets == 4 * N
+    assert batch.visual_patches_M.max() == 4 * N - 1
+    assert batch.image_positions_P.numel() == 5 * N
+    branched, _ = micro_batch(tokenizer, tmp_path)
+    assert batch.num_text_targets == branched.num_text_targets
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_encoder_ranks_share_the_images_and_nothing_else_differs(tokenizer, tmp_path, world):
+    parts = [micro_batch(tokenizer, tmp_path, rank=rank, world=world) for rank in range(world)]
+    assert [key for _, asked in parts for key in asked] == ["a", "b", "c", "d"]
+    for batch, asked in parts:
+        first, stop = batch.image_share
+        assert len(asked) == len(batch.pixel_values_ICHW) == stop - first
+        assert torch.equal(batch.tokens_BS, parts[0][0].tokens_BS)
+        assert torch.equal(batch.image_positions_P, parts[0][0].image_positions_P)
+
+
+def test_codes_follow_the_images(tokenizer, tmp_path):
+    table = {key: np.full((N, 2), n, dtype=np.uint16) for n, key in enumerate("abcd")}
+    batch, _ = micro_batch(tokenizer, tmp_path, codes=table.__getitem__)
+    assert batch.codes_PD.dtype == torch.int64
+    assert batch.codes_PD[:, 0].tolist() == [0] * N + [1] * N + [2] * N + [3] * N
+
+
+def test_length_is_a_multiple_under_sequence_parallelism(tokenizer, tmp_path):
+    plain, _ = micro_batch(tokenizer, tmp_path)
+    split, _ = micro_batch(tokenizer, tmp_path, parallel__tp=16, parallel__sp=True)
+    assert split.tokens_BS.shape[1] % 16 == 0
+    assert 0 <= split.tokens_BS.shape[1] - plain.tokens_BS.shape[1] < 16
+
+
+def test_text_only_micro_batch_has_no_pixels(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.unit.test_data_collate.RECORDS", RECORDS[1:2])
+    batch, _ = micro_batch(tokenizer, tmp_path, codes={}.__getitem__)
+    assert batch.pixel_values_ICHW is None
+    assert batch.num_images == batch.num_visual_targets == batch.image_positions_P.numel() == 0
+    assert batch.codes_PD.shape == (0, 2)
+
+
+def test_official_mode_adds_an_image_of_zeros_and_cuts_through_images(tokenizer, tmp_path):
+    batch, asked = micro_batch(
+        tokenizer, tmp_path, loss__mode="official", data__max_length=6, branches=False
+    )
+    assert asked == ["a", ZERO_KEY, "b", "c", "d", "d"]
+    dummy = batch.image_positions_P.view(-1, N)[1]
+    assert (dummy == NO_POSITION).all()
+    assert (batch.visual_positions_M.view(-1, N)[1] == NO_POSITION).all()
+    cut = batch.image_positions_P.view(-1, N)[0]
+    tokens = batch.tokens_BS.flatten()
+    kept = cut[cut != NO_POSITION]
+    assert 0 < len(kept) < N
+    assert (tokens[kept] == tokenizer.image_id).all()
+    assert batch.num_visual_targets == 5 * N
