@@ -9,7 +9,7 @@ from megatron_asvr.platforms.shims import SHIMS
 
 import pytest
 
-from megatron_asvr.cli.main import build_parser
+from megatron_asvr.cli.main import build_parser, parse
 from megatron_asvr.config.load import flatten
 from megatron_asvr.config.schema import Config, SourceConfig
 from tools.config_reference import PAGE, page
@@ -39,7 +39,7 @@ def inline_code(text: str) -> list[str]:
 def parse_asvr(arguments: list[str]) -> None:
     """Fail unless `asvr` accepts the arguments; ``--help`` counts as accepted."""
     try:
-        build_parser().parse_args(arguments)
+        parse(arguments)
     except SystemExit as stop:
         if stop.code != 0:
             pytest.fail(f"asvr {shlex.join(arguments)} is refused")
@@ -94,7 +94,8 @@ def test_settings_exist(doc):
     for key in ("train", "eval"):
         known |= {f"data.{key}[].{f.name}" for f in dataclasses.fields(SourceConfig)}
     groups = {name.rsplit(".", 1)[0] for name in known}
-    words = [*inline_code(text), *(w for c in commands(text) for w in shlex.split(c))]
+    typed = (word for command in commands(text) for word in shlex.split(command))
+    words = [*inline_code(text), *(word for word in typed if "=" in word)]
     for word in words:
         name = word.split("=")[0]
         if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", name) and name.split(".")[0] in SETTINGS:
