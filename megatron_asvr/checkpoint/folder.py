@@ -23,9 +23,16 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths of one run."""
+    """Paths of one run.
+
+    Args:
+        root: the folder, which need not exist yet.
+    """
 
     root: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", Path(self.root))
 
     @property
     def config(self) -> Path:

@@ -7,7 +7,7 @@ up to rounding, which is logged.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +35,15 @@ _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}
 _LAYOUT = "parallel."
 
 
-def identity(config: Config, *, tokenizer_fingerprint: str | None) -> dict[str, Any]:
+def identity(
+    config: Config, *, tokenizer_fingerprint: str | None, image_keys: Sequence[str]
+) -> dict[str, Any]:
     """Everything that a continuation of the run must have in common with it, by name.
 
     Args:
         config: the run's configuration.
         tokenizer_fingerprint: content hash of the visual tokenizer, None without one.
+        image_keys: content hashes of the training images that can be used.
 
     Raises:
         ConfigError: a training file or the text tokenizer cannot be read.
@@ -53,6 +56,8 @@ def identity(config: Config, *, tokenizer_fingerprint: str | None) -> dict[str, 
     for number, source in enumerate(config.data.train):
         name = f"data.train[{number}].path"
         facts[f"{name} (content)"] = _sha256(name, source.path)
+    images = hashlib.sha256("".join(image_keys).encode()).hexdigest()
+    facts["data.train (content of the images)"] = images
     if config.model.text_tokenizer is not None:
         name = "model.text_tokenizer"
         facts[f"{name} (content)"] = _sha256(name, config.model.text_tokenizer)

@@ -19,14 +19,16 @@ class ResumeState:
     """Where a run stands, beside its weights and its optimizer.
 
     Sample order is a pure function of (seed, step) and no layer draws random numbers, so a step
-    number is all that continuing needs; the rest are totals for the progress line.
+    number is all that continuing needs; the rest are totals and what is not logged yet.
     """
 
     step: int = 0  # optimizer steps done
     samples: int = 0
     text_targets: int = 0
     visual_targets: int = 0
+    tokens: int = 0  # positions without padding
     train_s: float = 0.0  # seconds spent in steps, over all attempts
+    window: dict[str, Any] = dataclasses.field(default_factory=dict)  # train/metrics.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

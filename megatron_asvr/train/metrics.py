@@ -157,6 +157,17 @@ def keep_lines(path: Path, done_steps: int) -> None:
     write_durably(path, "".join(kept).encode())
 
 
+def last_values(path: Path, kind: str) -> dict[str, Any]:
+    """The last line of a kind in metrics.jsonl; empty when there is none."""
+    found: dict[str, Any] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if values["kind"] == kind:
+                found = values
+    return found
+
+
 def _start_wandb(folder: RunFolder, config: Config) -> Any:
     if config.run.wandb == "disabled":
         return None
@@ -190,6 +201,7 @@ def log_to_stdout() -> None:
     if not root.handlers and not logging.getLogger().handlers:
         root.addHandler(_StdoutHandler())
         root.setLevel(logging.INFO)
+        logging.getLogger("megatron.core").setLevel(logging.ERROR)  # advice about its own future
 
 
 class _StdoutHandler(logging.Handler):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
+from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
 import torch
 import torch.distributed as dist
@@ -38,22 +38,24 @@ class CodeUsage:
                 new = [a + b for a, b in zip(self._counts, new, strict=True)]
             self._counts = new
 
-    def values(self, *, groups: Groups, device: torch.device) -> dict[str, float]:
+    def values(self, *, groups: Groups) -> dict[str, float]:
         """Share of codes in use and perplexity of every depth; counting starts again.
 
         All ranks take part.
 
         Args:
             groups: process groups of the layout.
-            device: of the model.
         """
+        if not self._sizes:
+            return {}
+        device = select()[0].device
         empty = [torch.zeros(size, dtype=torch.int64, device=device) for size in self._sizes]
-        counts = torch.cat(self._counts or empty) if self._sizes else torch.zeros(0)
+        counts = torch.cat(self._counts or empty)
         self._counts = None
-        if groups.plan.dp > 1 and self._sizes:
+        if groups.plan.dp > 1:
             dist.all_reduce(counts, group=groups.dp)
         values: dict[str, float] = {}
-        for depth, count_K in enumerate(counts.cpu().split(self._sizes) if self._sizes else ()):
+        for depth, count_K in enumerate(counts.cpu().split(self._sizes)):
             share_K = count_K.double() / count_K.sum().clamp(min=1)
             entropy = -(share_K * share_K.clamp(min=1e-30).log()).sum()
             values[f"codes_used_{depth}"] = float((count_K > 0).double().mean())
@@ -77,6 +79,7 @@ def gradient_cosine(
     """
     params = _reached_by_both(model.module)
     both = batch.num_text_targets > 0 and batch.num_visual_targets > 0 and bool(params)
+    both = both and model.module.visual_head is not None
     summary = torch.zeros(2, dtype=torch.float64)  # sum of cosines, number of ranks
     if both:
         model.zero_grad_buffer()

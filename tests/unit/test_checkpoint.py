@@ -230,7 +230,7 @@ def test_identity_names_what_changed(tmp_path: Path) -> None:
             "model__text_tokenizer": str(text),
             **changes,
         }
-        return identity(config(**changes), tokenizer_fingerprint="f1")
+        return identity(config(**changes), tokenizer_fingerprint="f1", image_keys=["a"])
 
     old = facts()
     check_identity(old, json.loads(json.dumps(facts())), where="here")

@@ -1,0 +1,222 @@
+"""From a configuration to everything a run needs, in the order in which mistakes can be found."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_asvr.checkpoint.folder import META, RunFolder
+from megatron_asvr.checkpoint.reader import read_run
+from megatron_asvr.config.check import check, check_world
+from megatron_asvr.config.schema import Config, ModelConfig
+from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
+from megatron_asvr.data.loader import Loader
+from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.model.sharding import canonical_names, load_weights
+from megatron_asvr.model.tokenizer import VisualTokenizer
+from megatron_asvr.parallel.groups import Groups, initialize
+from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.precision import select_backend
+
+logger = logging.getLogger(__name__)
+
+Reader = Callable[[str], Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        train: micro-batches of every step.
+        held_out: samples for evaluation, None without ``data.eval``.
+        tokenizer: the visual tokenizer, None when the visual loss is off.
+        codes: the cache of its codes, None when they are not needed or computed online.
+    """
+
+    train: Loader
+    held_out: Loader | None
+    tokenizer: VisualTokenizer | None
+    codes: CodeCache | None
+
+    @property
+    def loaders(self) -> list[Loader]:
+        """All splits."""
+        return [self.train] if self.held_out is None else [self.train, self.held_out]
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codes of every depth; empty without a visual loss."""
+        return self.tokenizer.codebook_sizes if self.tokenizer is not None else ()
+
+    def close(self) -> None:
+        """Stop the loaders' threads."""
+        for loader in self.loaders:
+            loader.close()
+
+
+def make_groups(config: Config) -> Groups:
+    """The process groups of this rank, after the checks that need the number of ranks.
+
+    Raises:
+        ConfigError: a setting cannot work, alone or with this number of ranks.
+    """
+    world = dist.get_world_size()
+    check(config)
+    check_world(config, world)
+    return initialize(make_plan(config.parallel, world), seed=config.run.seed)
+
+
+def open_data(config: Config, *, groups: Groups) -> Data:
+    """The loaders, with every image checked, and the tokenizers that they need.
+
+    All ranks take part. The code cache is opened, not filled (train/codes.py).
+
+    Args:
+        config: the run.
+        groups: process groups of the layout.
+
+    Raises:
+        ConfigError: a tokenizer does not fit the model.
+        CheckpointError: the visual tokenizer is damaged.
+        DataError: a data file or too many images cannot be used.
+    """
+    tokenizer, cache = None, None
+    if config.loss.visual_weight:
+        tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer))
+        tokenizer.check_fits(config.model.vision)
+        if config.data.codes == "cache":
+            cache = CodeCache(
+                cache_root(config),
+                code_fingerprint(config, tokenizer.fingerprint),
+                num_patches=config.model.vision.num_patches,
+                codebook_sizes=tokenizer.codebook_sizes,
+            )
+    text = TextTokenizer(str(config.model.text_tokenizer))
+    branches, reason = _branches(config)
+    if groups.rank == 0:
+        logger.info("questions about one image %s: %s", _HOW[branches], reason)
+    splits = {}
+    for split in ("train", "eval"):
+        if getattr(config.data, split):
+            splits[split] = Loader(
+                config,
+                text,
+                split=split,
+                dp_rank=groups.dp_rank,
+                dp=groups.plan.dp,
+                encoder_rank=groups.tp_rank,
+                encoder_world=groups.plan.tp,
+                branches=branches,
+                codes=cache,
+            )
+            splits[split].prepare(group=groups.world)
+    return Data(
+        train=splits["train"], held_out=splits.get("eval"), tokenizer=tokenizer, codes=cache
+    )
+
+
+_HOW = {True: "share its tokens", False: "each repeat its tokens"}
+
+
+def _branches(config: Config) -> tuple[bool, str]:
+    """Whether independent questions of a record share its image tokens, and why."""
+    if config.loss.mode == "official":
+        return False, "the official code has no mask between them"
+    backend, _ = select_backend(select()[0])
+    if backend == "te":
+        return False, "Transformer Engine's attention takes no such mask here"
+    return True, "the dense attention mask keeps them apart"
+
+
+def load_sources(model: AsvrModel, config: Config, *, groups: Groups) -> dict[str, str]:
+    """Where each part's first weights come from, after loading them from ``config.init``.
+
+    A part without a source keeps the weights drawn from ``run.seed``. So does a part that the
+    common source ``init.all`` does not hold; a source named for the part must hold it.
+
+    Args:
+        model: the bare model, drawn from the seed.
+        config: the run.
+        groups: process groups of the layout.
+
+    Raises:
+        ConfigError: a source is no folder of weights, or its settings differ from the model's.
+        CheckpointError: a source lacks weights or holds weights of another shape.
+        ConversionError: a Hugging Face folder is not understood.
+    """
+    origins: dict[str, str] = {}
+    for part, module in model.parts().items():
+        origins[part] = f"run.seed={config.run.seed}"
+        source = config.init.source(part)
+        if source is None:
+            continue
+        get = open_source(source, part, config.model)
+        names = canonical_names(module, prefix=f"{part}.").values()
+        if getattr(config.init, part) is None and all(get(name) is None for name in names):
+            origins[part] += f" (init.all={source} does not hold it)"
+            continue
+        load_weights(module, get, groups=groups, prefix=f"{part}.")
+        origins[part] = source
+    return origins
+
+
+def open_source(path: str, part: str, model: ModelConfig) -> Reader:
+    """A function from canonical name to full tensor, for one part of the model.
+
+    Args:
+        path: a run folder, one of its checkpoints, or a Hugging Face folder.
+        part: the part that is taken from it.
+        model: the run's model, which the source must fit.
+
+    Raises:
+        ConfigError: the folder holds no weights, or its settings differ from the model's.
+    """
+    folder = Path(path)
+    if (folder / META).is_file() or RunFolder(folder).checkpoints.is_dir():
+        config, get = read_run(folder)
+        _check_same(path, part, config.model, model)
+        return get
+    if (folder / "config.json").is_file():
+        source = read_folder(folder)
+        if any(name.startswith(f"{part}.") for name in source.names):
+            source.check_fits(model, (part,))
+        return source
+    raise ConfigError(
+        f"init source {path!r} of {part} is neither a run folder, nor a checkpoint, nor a Hugging "
+        "Face folder (config.json)"
+    )
+
+
+# Settings of a part that do not change what its weights compute.
+_HARMLESS = {"init_std", "max_positions", "feature_layer"}
+_SETTINGS = {
+    "vision_encoder": "vision",
+    "language_model": "language",
+    "visual_head": "visual_head",
+    "projector": "projector",
+}
+
+
+def _check_same(path: str, part: str, source: ModelConfig, model: ModelConfig) -> None:
+    name = _SETTINGS[part]
+    theirs = dataclasses.asdict(getattr(source, name))
+    ours = dataclasses.asdict(getattr(model, name))
+    different = [
+        f"model.{name}.{key} is {theirs[key]!r} there and {ours[key]!r} here"
+        for key in ours
+        if key not in _HARMLESS and theirs[key] != ours[key]
+    ]
+    if different:
+        raise ConfigError(
+            f"the weights of {part} in {path} belong to another model: {'; '.join(different)}"
+        )

@@ -1,0 +1,193 @@
+"""One training stage, from top to bottom.
+
+Everything that happens in a run is a visible call in ``train`` and ``run_steps``: what is read,
+trained, logged, evaluated and saved, and when. Killed at any point, the same call continues it,
+and the weights it ends with are the same bit for bit.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
+
+import torch.distributed as dist
+
+from megatron_asvr.batch import MicroBatch
+from megatron_asvr.checkpoint.meta import ResumeState
+from megatron_asvr.config.schema import Config
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.train.assemble import make_groups, open_data
+from megatron_asvr.train.metrics import (
+    MetricsLog,
+    Window,
+    clock,
+    last_values,
+    log_to_stdout,
+    progress_line,
+)
+from megatron_asvr.train.optim import learning_rate
+from megatron_asvr.train.signals import StopRequest
+from megatron_asvr.train.start import Run, start
+from megatron_asvr.train.step import Agreement, agree, loss_function, train_step
+from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
+from megatron_asvr.train.validate import validate
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config, attempt: int | None = None) -> dict[str, Any]:
+    """What the run came to; call it on every rank. A run that was interrupted is continued.
+
+    Args:
+        config: the run.
+        attempt: number of the folder ``attempts/K`` that was made for this start; None makes one.
+
+    Returns:
+        ``finished`` (false when a signal stopped it early), ``step``, the last logged ``train`` and
+        ``eval`` values, totals, peak memory of every rank, and what was bad or replaced in the
+        data of every data-parallel rank.
+
+    Raises:
+        ConfigError: a setting cannot work.
+        DataError: the data cannot be used.
+        CheckpointError: the run's folder belongs to another run, or a source of weights does not
+            fit.
+        AsvrError: a loss or gradient is not finite.
+    """
+    log_to_stdout()
+    groups = make_groups(config)
+    with contextlib.closing(open_data(config, groups=groups)) as data:
+        run = start(config, data, attempt=attempt, groups=groups)
+        with (
+            StopRequest() as stop,
+            MetricsLog(
+                run.folder, config, done_steps=run.done.step, active=groups.rank == 0
+            ) as log,
+        ):
+            done = run_steps(run, log, stop)
+        return summary(run, done)
+
+
+def run_steps(run: Run, log: MetricsLog, stop: StopRequest) -> ResumeState:
+    """Where the run stands after its last step, or after the step in which it was told to stop.
+
+    Args:
+        run: the run.
+        log: where metrics go.
+        stop: tells when this rank was asked to stop.
+    """
+    config, groups, data, settings = run.config, run.groups, run.data, run.config.train
+    done, window, usage = run.done, Window(**run.done.window), CodeUsage(data.codebook_sizes)
+    for step in range(run.done.step, run.total_steps):
+        started = time.perf_counter()
+        batches = data.train.step(step)
+        data_s = time.perf_counter() - started
+
+        with naming(step, batches, groups):
+            agreement = agree(batches, stop=stop.reason is not None, groups=groups)
+            if due(step, settings.cosine_every_steps):
+                cosine = gradient_cosine(run.wrapped, batches[0], groups=groups)
+                log.write(step + 1, "cosine", {"gradient_cosine": cosine})
+            rate = learning_rate(run.optimizer)
+            loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
+            result = train_step(run.wrapped, run.optimizer, batches, loss, step=step, groups=groups)
+            run.schedule.step(1)
+            usage.add(result.parts)
+
+        train_s = time.perf_counter() - started
+        window.add(result, agreement, data_s=data_s, train_s=train_s)
+        done = advance(done, agreement, samples=settings.global_batch, train_s=train_s)
+        last = done.step == run.total_steps
+
+        if last or due(done.step, settings.log_every_steps):
+            values = {**window.values(), "lr": rate, **usage.values(groups=groups)}
+            log.write(done.step, "train", values)
+            tell(groups, progress_line(values, step=done.step, total_steps=run.total_steps))
+            window = Window()
+
+        if data.held_out and (last or due(done.step, settings.eval_every_steps)):
+            depth = len(data.codebook_sizes)
+            held_out = validate(run.model, data.held_out, config.loss, depth=depth, groups=groups)
+            log.write(done.step, "eval", held_out)
+            tell(groups, f"eval at step {done.step}: {main_numbers(held_out)}")
+
+        if last or agreement.stop or due(done.step, settings.save_every_steps):
+            run.save(replace(done, window=asdict(window)))
+
+        if agreement.stop:
+            break
+    return done
+
+
+def advance(
+    done: ResumeState, agreement: Agreement, *, samples: int, train_s: float
+) -> ResumeState:
+    """Totals after one more step."""
+    return replace(
+        done,
+        step=done.step + 1,
+        samples=done.samples + samples,
+        text_targets=done.text_targets + agreement.text_count,
+        visual_targets=done.visual_targets + agreement.visual_count,
+        tokens=done.tokens + agreement.num_tokens,
+        train_s=done.train_s + train_s,
+    )
+
+
+def due(step: int, every_steps: int) -> bool:
+    """Whether something that happens every so many steps happens at ``step``; 0 is never."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+@contextlib.contextmanager
+def naming(step: int, batches: Sequence[MicroBatch], groups: Groups) -> Iterator[None]:
+    """Add rank, step and samples to whatever goes wrong inside."""
+    try:
+        yield
+    except Exception as err:
+        ids = [name for batch in batches for name in batch.sample_ids]
+        err.add_note(f"rank {groups.rank}, step {step}, samples {', '.join(ids)}")
+        raise
+
+
+def tell(groups: Groups, line: str) -> None:
+    """Log a line once, on rank 0."""
+    if groups.rank == 0:
+        logger.info(line)
+
+
+def main_numbers(values: dict[str, float]) -> str:
+    """The main numbers of an evaluation."""
+    names = ("loss", "text_loss", "text_accuracy", "visual_loss", "visual_accuracy_0")
+    return ", ".join(f"{name} {values[name]:.4f}" for name in names if name in values)
+
+
+def summary(run: Run, done: ResumeState) -> dict[str, Any]:
+    """What ``train`` returns; all ranks take part."""
+    groups = run.groups
+    mine = {
+        "peak_mem_bytes": select()[0].peak_memory_bytes(),
+        "data": run.data.train.report() if groups.tp_rank == groups.pp_rank == 0 else None,
+    }
+    ranks: list[Any] = [None] * groups.plan.world
+    dist.all_gather_object(ranks, mine, group=groups.world)
+    finished = done.step == run.total_steps
+    state = "finished" if finished else "stopped"
+    tell(groups, f"{state} after {done.step} of {run.total_steps} steps, {clock(done.train_s)}")
+    return {
+        "run": str(run.folder.root),
+        "finished": finished,
+        "step": done.step,
+        "total_steps": run.total_steps,
+        "train": last_values(run.folder.metrics, "train"),
+        "eval": last_values(run.folder.metrics, "eval"),
+        "samples": done.samples,
+        "tokens": done.tokens,
+        "train_s": done.train_s,
+        "peak_mem_bytes": [rank["peak_mem_bytes"] for rank in ranks],
+        "data": [rank["data"] for rank in ranks if rank["data"] is not None],
+    }

@@ -1,0 +1,184 @@
+"""What a run enters its loop with: fresh from its sources, or as its checkpoint left it."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
+
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_asvr.checkpoint.folder import RunFolder
+from megatron_asvr.checkpoint.identity import identity
+from megatron_asvr.checkpoint.load import agree_resume, load_frozen, load_trained
+from megatron_asvr.checkpoint.meta import Meta, ResumeState
+from megatron_asvr.checkpoint.save import layout, save_checkpoint, save_frozen, trained_shapes
+from megatron_asvr.config.load import save as save_config
+from megatron_asvr.config.load import to_dict
+from megatron_asvr.config.schema import Config
+from megatron_asvr.data.loader import Loader
+from megatron_asvr.model.asvr import AsvrModel, build_model
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.train.assemble import Data, load_sources
+from megatron_asvr.train.codes import fill_codes
+from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """Everything that the loop needs.
+
+    Attributes:
+        config: the run.
+        groups: process groups of the layout.
+        folder: the run's folder.
+        attempt: number of this start.
+        data: loaders and tokenizers.
+        model: the bare model.
+        wrapped: the model with its gradient buffers.
+        optimizer: of the trained parameters.
+        schedule: of the learning rate.
+        identity: what a continuation must have in common with this run.
+        frozen: files with the weights that are not trained, by part.
+        done: where the run stands.
+        total_steps: optimizer steps of the whole run.
+    """
+
+    config: Config
+    groups: Groups
+    folder: RunFolder
+    attempt: int
+    data: Data
+    model: AsvrModel
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    identity: Mapping[str, Any]
+    frozen: Mapping[str, str]
+    done: ResumeState
+    total_steps: int
+
+    def save(self, done: ResumeState) -> None:
+        """Write the checkpoint of ``done``; all ranks take part."""
+        meta = Meta(
+            resume=done,
+            config=to_dict(self.config),
+            identity=dict(self.identity),
+            layout=layout(self.groups),
+            trained=trained_shapes(self.model, groups=self.groups),
+            frozen=dict(self.frozen),
+        )
+        save_checkpoint(
+            self.folder,
+            self.model,
+            self.optimizer,
+            meta,
+            groups=self.groups,
+            attempt=self.attempt,
+            keep=self.config.train.keep_checkpoints,
+        )
+
+
+def start(config: Config, data: Data, *, attempt: int | None, groups: Groups) -> Run:
+    """The run, ready for its next step. All ranks take part.
+
+    Args:
+        config: the run.
+        data: of the run.
+        attempt: number of the folder ``attempts/K`` that was made for this start; None makes one.
+        groups: process groups of the layout.
+
+    Raises:
+        CheckpointError: the folder belongs to another run, or a source of weights does not fit.
+        ConfigError: a source of weights does not fit.
+    """
+    folder, attempt = _open_folder(config, attempt, groups)
+    facts = _identify(config, data)
+    checkpoint = agree_resume(folder, facts, groups=groups)
+    fill_codes(data, groups=groups)
+
+    model = build_model(config, groups=groups, tokenizer=data.tokenizer)
+    if checkpoint is None:
+        origins = load_sources(model, config, groups=groups)
+        frozen = save_frozen(folder, model, groups=groups)
+    else:
+        origins = {"all parts": str(folder.step(checkpoint.resume.step))}
+        frozen = checkpoint.frozen
+        load_frozen(folder, checkpoint, model, groups=groups)
+    wrapped = wrap(model, config.train.optim)
+    optimizer = make_optimizer(wrapped, config.train)
+    if checkpoint is not None:
+        load_trained(folder, checkpoint, model, optimizer, groups=groups)
+
+    done = checkpoint.resume if checkpoint is not None else ResumeState()
+    total_steps = number_of_steps(config, data.train)
+    schedule = make_schedule(
+        optimizer, config.train.optim, total_steps=total_steps, done_steps=done.step
+    )
+    run = Run(
+        config=config,
+        groups=groups,
+        folder=folder,
+        attempt=attempt,
+        data=data,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        schedule=schedule,
+        identity=facts,
+        frozen=frozen,
+        done=done,
+        total_steps=total_steps,
+    )
+    if groups.rank == 0:
+        save_config(config, folder.config)
+        _announce(run, origins)
+    return run
+
+
+def number_of_steps(config: Config, loader: Loader) -> int:
+    """Optimizer steps of the whole run."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return max(1, math.ceil(float(config.train.epochs or 0.0) * loader.steps))
+
+
+def _open_folder(config: Config, attempt: int | None, groups: Groups) -> tuple[RunFolder, int]:
+    """The run's folder, cleared of interrupted saves, and the number of this start."""
+    folder = RunFolder(config.run.dir)
+    shared = [attempt]
+    if groups.rank == 0:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        folder.remove_partial()
+        shared = [attempt if attempt is not None else int(folder.next_attempt().name)]
+    dist.broadcast_object_list(shared, src=0, group=groups.world)
+    assert shared[0] is not None
+    return folder, shared[0]
+
+
+def _identify(config: Config, data: Data) -> dict[str, Any]:
+    fingerprint = data.tokenizer.fingerprint if data.tokenizer is not None else None
+    return identity(config, tokenizer_fingerprint=fingerprint, image_keys=data.train.image_keys())
+
+
+def _announce(run: Run, origins: Mapping[str, str]) -> None:
+    """Log what was decided before the first step."""
+    platform, reason = select()
+    plan = run.groups.plan.describe()
+    logger.info("platform %s (%s); layout %s", platform.name, reason, plan)
+    backend = run.model.language_model
+    logger.info("layers %s (%s)", backend.backend, backend.backend_reason)
+    for part, origin in origins.items():
+        logger.info("weights of %s from %s", part, origin)
+    trained = sum(
+        math.prod(shape) for shape in trained_shapes(run.model, groups=run.groups).values()
+    )
+    logger.info("%d parameters trained: %s", trained, ", ".join(run.config.train.trainable))
+    logger.info("%d of %d steps done", run.done.step, run.total_steps)
