@@ -26,7 +26,15 @@ from megatron_asvr.hf.files import (
     write_json,
 )
 from megatron_asvr.hf.importer import HEAD_CONFIG, HEAD_FILE
-from megatron_asvr.hf.processor import TokenIds, build_processor, build_tokenizer, read_text
+from megatron_asvr.hf.processor import (
+    TOKENIZER_FILE,
+    Text,
+    TokenIds,
+    build_processor,
+    build_tokenizer,
+    check_tokenizer,
+    read_text,
+)
 
 State = Iterable[tuple[str, Tensor]] | Callable[[str], Tensor | None]
 SHARD_BYTES = 5_000_000_000
@@ -73,12 +81,7 @@ def export(
         if kind == "llava":
             _write_head(head, config, target, dtype, tokenizer_fingerprint)
         _write_configs(hf_config, architecture, text.ids, dtype, target)
-        stock_tokenizer = build_tokenizer(text, target, config.model.language.max_positions)
-        if kind == "llava":
-            build_processor(config, stock_tokenizer, chat_template).save_pretrained(str(target))
-        else:
-            stock_tokenizer.chat_template = chat_template
-            stock_tokenizer.save_pretrained(str(target))
+        _write_processor(text, config, kind, chat_template, target)
         card = model_card(config, kind=kind, dtype=dtype, has_head=bool(head))
         (target / "README.md").write_text(card, encoding="utf-8")
         sync(target)
@@ -242,6 +245,20 @@ def _write_head(
     described["target_shift"] = config.loss.target_shift
     described["visual_tokenizer_fingerprint"] = fingerprint
     write_json(target / HEAD_CONFIG, described)
+
+
+def _write_processor(
+    text: Text, config: Config, kind: str, chat_template: str | None, target: Path
+) -> None:
+    """Write the tokenizer, and for the whole model the processor around it."""
+    (target / TOKENIZER_FILE).write_bytes(text.tokenizer.path.read_bytes())
+    tokenizer = build_tokenizer(text, config.model.language.max_positions)
+    if kind == "llava":
+        build_processor(config, tokenizer, chat_template).save_pretrained(str(target))
+    else:
+        tokenizer.chat_template = chat_template
+        tokenizer.save_pretrained(str(target))
+    check_tokenizer(target, text)
 
 
 def _write_configs(

@@ -6,6 +6,7 @@ data/pil.py when its PIL form runs (measured: 16 sizes from 7x500 to 384x384). W
 installed transformers prefers that, which differs by up to 2 of 255 in a few pixels.
 """
 
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import sentencepiece
 
 from megatron_asvr.config.schema import Config
-from megatron_asvr.data.text import IMAGE_TOKEN, TextTokenizer
+from megatron_asvr.data.text import IMAGE_TOKEN, SPACE, TextTokenizer
 from megatron_asvr.errors import ConversionError, DataError
 from megatron_asvr.hf.stock import transformers
 
@@ -21,14 +22,15 @@ TOKENIZER_FILE = "tokenizer.model"
 MEAN = STD = 0.5  # SigLIP's
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 # Texts on which a wrong rule would show: runs of spaces, compatibility characters, tabs, line
-# ends, an image first and in the middle, special symbols.
+# ends, an image first and in the middle.
 _PROBES = (
-    "Q: a  b",
+    "Q: a  b   c      d",
     "Q: x \ufb01 \u00bd \u2460",
     "Q: a\tb\n\n c",
     f"Q: {IMAGE_TOKEN}\nWhat? {IMAGE_TOKEN}.",
     f"{IMAGE_TOKEN}{IMAGE_TOKEN} What?",
 )
+_PROBED_PIECES = 2000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +54,17 @@ class Text:
     Attributes:
         tokenizer: ours.
         tokens: every token, by id; ``<image>`` last where SentencePiece does not have it.
+        scores: SentencePiece's score of the tokens that merging characters can lead to.
+        special: control tokens and ``<image>``, which are cut out of a text before all else.
+        literal: the other symbols that are cut out (user-defined ones).
         ids: special ids.
     """
 
     tokenizer: TextTokenizer
     tokens: tuple[str, ...]
+    scores: dict[str, float]
+    special: tuple[str, ...]
+    literal: tuple[str, ...]
     ids: TokenIds
 
 
@@ -77,48 +85,97 @@ def read_text(path: str | Path, vocab_size: int) -> Text:
         )
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     tokens = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    special = [t for i, t in enumerate(tokens) if model.is_control(i) or model.is_unknown(i)]
+    known = {t for i, t in enumerate(tokens) if t not in special and not model.is_byte(i)}
+    # SentencePiece does not tell which symbols are user-defined: nothing can be merged to them.
+    reachable = {t for t in known if len(t) == 1 or any(_pairs(t, known))}
+    scores = {t: model.get_score(i) for i, t in enumerate(tokens) if t in reachable}
     if ours.image_id == len(tokens):
         tokens.append(IMAGE_TOKEN)
-    ids = TokenIds(bos=ours.bos_id, eos=ours.eos_id, pad=ours.pad_id, image=ours.image_id)
-    return Text(tokenizer=ours, tokens=tuple(tokens), ids=ids)
+    return Text(
+        tokenizer=ours,
+        tokens=tuple(tokens),
+        scores=scores,
+        special=(*special, IMAGE_TOKEN),
+        literal=tuple(sorted(known - reachable - {IMAGE_TOKEN})),
+        ids=TokenIds(bos=ours.bos_id, eos=ours.eos_id, pad=ours.pad_id, image=ours.image_id),
+    )
 
 
-def build_tokenizer(text: Text, folder: Path, max_length: int) -> Any:
-    """The stock tokenizer of ``text``, proven to give the same ids; writes ``tokenizer.model``.
+def _pairs(piece: str, known: Container[str]) -> Iterator[int]:
+    """Places where ``piece`` splits into two known pieces."""
+    return (i for i in range(1, len(piece)) if piece[:i] in known and piece[i:] in known)
 
-    Raises:
-        ConversionError: some token or probe text gets other ids than ours.
+
+def merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The merge rules of byte-pair encoding, best first, from SentencePiece's scores.
+
+    Pairs of equal score are ordered by length, longest first: applied one at a time, that joins a
+    run (of spaces, say) from the left, as SentencePiece does. transformers 5.23 orders the rules
+    of a bare ``tokenizer.model`` by id instead, and so splits runs of spaces differently from
+    Llama's and Mistral's own tokenizers.
     """
-    (folder / TOKENIZER_FILE).write_bytes(text.tokenizer.path.read_bytes())
-    tokens, ids = text.tokens, text.ids
-    stock = transformers().LlamaTokenizer.from_pretrained(
-        str(folder),
+    pairs = [
+        (score, i, len(piece) - i, piece)
+        for piece, score in scores.items()
+        for i in _pairs(piece, scores)
+    ]
+    pairs.sort(key=lambda pair: pair[:3], reverse=True)
+    return [(piece[:i], piece[i:]) for _, i, _, piece in pairs]
+
+
+def build_tokenizer(text: Text, max_length: int) -> Any:
+    """The stock tokenizer of ``text``; prove it with `check_tokenizer` once it is saved.
+
+    Args:
+        text: from `read_text`.
+        max_length: longest text in tokens that the model takes.
+    """
+    tokens, ids, library = text.tokens, text.ids, transformers()
+    stock = library.LlamaTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=merges(text.scores),
         unk_token=tokens[0],
         bos_token=tokens[ids.bos],
         eos_token=tokens[ids.eos],
         pad_token=tokens[ids.pad],
-        add_bos_token=True,  # transformers 5.23 does not take it from the file
+        add_bos_token=True,
         add_eos_token=False,
         model_max_length=max_length,
         extra_special_tokens={"image_token": IMAGE_TOKEN},
     )
+    for symbols, special in ((text.special, True), (text.literal, False)):
+        added = [library.AddedToken(x, normalized=False, special=special) for x in symbols]
+        stock.add_tokens(added, special_tokens=special)
+    return stock
+
+
+def check_tokenizer(folder: Path, text: Text) -> None:
+    """Return when the tokenizer saved in ``folder`` gives our ids.
+
+    Raises:
+        ConversionError: a token or a probe text has other ids.
+    """
+    stock = transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     found = tuple(stock.convert_ids_to_tokens(list(range(len(stock)))))
-    if found != tokens:
-        wrong = [i for i, (a, b) in enumerate(zip(found, tokens, strict=False)) if a != b][:3]
+    if found != text.tokens:
+        pairs = zip(found, text.tokens, strict=False)
+        wrong = [i for i, (a, b) in enumerate(pairs) if a != b][:3]
         raise ConversionError(
-            f"transformers reads {len(found)} tokens from {text.tokenizer.path}, wanted "
-            f"{len(tokens)}; first ids that differ: {wrong}"
+            f"transformers knows {len(found)} tokens of {text.tokenizer.path}, wanted "
+            f"{len(text.tokens)}; first ids that differ: {wrong}"
         )
-    for probe in _PROBES:
-        ours, theirs = [ids.bos, *text.tokenizer.encode(probe)], stock(probe).input_ids
+    pieces = [*text.scores, *text.literal]
+    many = "".join(pieces[:: max(1, len(pieces) // _PROBED_PIECES)]).replace(SPACE, " ")
+    for probe in (*_PROBES, f"Q:{many}"):
+        ours, theirs = [text.ids.bos, *text.tokenizer.encode(probe)], stock(probe).input_ids
         if ours != theirs:
             raise ConversionError(
-                f"the text {probe!r} has ids {theirs} in transformers and {ours} in training; "
-                "its tokenizer never normalises text: train SentencePiece with "
-                "normalization_rule_name=identity, remove_extra_whitespaces=false, "
-                "byte_fallback=true and model_type=bpe"
+                f"the text {probe[:40]!r} has ids {theirs[:20]} in transformers and {ours[:20]} in "
+                "training; its tokenizer merges pairs and never normalises text: use a "
+                "SentencePiece model with model_type=bpe, normalization_rule_name=identity, "
+                "remove_extra_whitespaces=false and byte_fallback=true"
             )
-    return stock
 
 
 def build_processor(config: Config, tokenizer: Any, chat_template: str | None) -> Any:

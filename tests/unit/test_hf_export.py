@@ -17,6 +17,7 @@ from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.export import export, finalize
 from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.hf.processor import merges, read_text
 from megatron_asvr.hf.verify import VerifySample, verify
 from tests.unit import hf_models
 
@@ -114,8 +115,6 @@ def sample_of(model, tokenizer, question, image, cfg):
 
 @pytest.fixture(scope="module")
 def samples(exported, tokenizer):
-    from megatron_asvr.hf.processor import read_text
-
     cfg = hf_models.config("llama")
     model = in_memory(cfg, read_text(tokenizer.path, 400).ids, hf_models.state(cfg))
     shapes = [(50, 50), (30, 61), (97, 20)]
@@ -326,3 +325,19 @@ def test_a_tokenizer_without_image_symbol_gets_it_as_next_id(tmp_path):
     assert processor.image_token_id == ours.image_id == ours.vocab_size - 1
     text = "USER: <image>\nIs it red? ASSISTANT:"
     assert processor.tokenizer(text).input_ids == [ours.bos_id, *ours.encode(text)]
+
+
+def test_merges_follow_scores_and_join_runs_from_the_left():
+    low = -1e9  # as in Llama's and Mistral's files
+    scores = {"_": low, "__": low, "___": low, "b": -30.0, "_b": -28.0}
+    assert merges(scores) == [("_", "b"), ("__", "_"), ("_", "__"), ("_", "_")]
+
+
+def test_user_defined_symbols_stay_whole(tmp_path):
+    path = hf_models.train_tokenizer(tmp_path / "t", user_defined_symbols=["<image>", "[SEP]"])
+    ours, cfg = TextTokenizer(path), hf_models.config()
+    folder = run_export(tmp_path / "out", path, cfg, hf_models.state(cfg).items())
+    text = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = text("USER: What[SEP]colour is it?").input_ids
+    assert ids == [ours.bos_id, *ours.encode("USER: What[SEP]colour is it?")]
+    assert ids.count(text.convert_tokens_to_ids("[SEP]")) == 1
