@@ -1,5 +1,6 @@
 """Skips with a reason, which ``ASVR_REQUIRE=gpu,slurm`` turns into failures."""
 
+import importlib.metadata
 import os
 import shutil
 
@@ -14,6 +15,12 @@ def _missing(need: str) -> str | None:
     if need == "slurm" and shutil.which("sbatch") is None:
         return "no sbatch on PATH"
     return None
+
+
+def pytest_report_header() -> str:
+    """The versions that this run is about."""
+    names = ("torch", "megatron-core", "transformers")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
