@@ -78,6 +78,16 @@ def test_duplicated_background_does_not_keep_codewords_dead():
     assert level.mse < 1e-6
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_noisy_background_does_not_crowd_the_first_codewords(seed):
+    background = 1 + 0.05 * random(1900, 8, seed=seed)
+    rare = 10 * random(10, 8, seed=seed + 10)[torch.arange(100) % 10]
+    vectors_RC = torch.cat([background, rare])
+    books = fit_codebooks([vectors_RC], [16], seed=seed)
+    (level,) = quantisation_report([vectors_RC], books)
+    assert level.mse < 0.1  # drawn uniformly, the first codewords leave 1 to 4
+
+
 def test_every_level_lowers_the_error_and_the_fit_repeats():
     vectors_RC = random(2000, 6)
     books = fit_codebooks([vectors_RC], [16, 16, 16], seed=5)
