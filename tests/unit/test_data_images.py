@@ -148,13 +148,14 @@ def test_index_is_kept_and_only_changed_files_are_read_again(folder, monkeypatch
     again.prepare(paths)
     assert not read
     assert again.entries == first.entries
-    changed = folder / "empty.jpg"
-    changed.write_bytes(next(iter(GOOD.values())))
-    os.utime(changed, ns=(1, 1))
+    (good, data), *_ = GOOD.items()
+    larger, touched = folder / "empty.jpg", folder / good
+    larger.write_bytes(data)
+    os.utime(touched, ns=(1, 1))
     third = ImageIndex(config(), folder=folder / "cache", device=CPU)
     third.prepare(paths)
-    assert read == [next(iter(GOOD.values()))]
-    assert third.entries[str(changed)].problem is None
+    assert read == [data, data]
+    assert third.entries[str(larger)].problem is None
     stricter = ImageIndex(config(data__max_image_pixels=10), folder=folder / "cache", device=CPU)
     stricter.prepare(paths)
     assert all(entry.problem for entry in stricter.entries.values())
