@@ -81,7 +81,7 @@ class ImageIndex:
             torch.distributed.all_gather_object(shares, shares[rank], group=group)
         found = {path: entry for share in shares for path, entry in share.items()}
         self.entries.update(found)
-        lasting = {path: entry for path, entry in found.items() if entry.key}
+        lasting = {os.path.abspath(path): entry for path, entry in found.items() if entry.key}
         if rank == 0 and any(known.get(path) != entry for path, entry in lasting.items()):
             self._save(known | lasting)
 
@@ -95,7 +95,7 @@ class ImageIndex:
         waiting: list[tuple[str, bytes]] = []
         waiting_bytes = 0
         for path in paths:
-            found[path], encoded = self._look(path, known.get(path))
+            found[path], encoded = self._look(path, known.get(os.path.abspath(path)))
             if encoded is not None:
                 waiting.append((path, encoded))
                 waiting_bytes += len(encoded)

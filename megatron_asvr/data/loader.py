@@ -29,6 +29,7 @@ from megatron_asvr.data.sources import Sources
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import DataError
 
+AMOUNTS = ("cut_tokens", "lost_targets", "lost_first_patches", "repeated_images")
 SAMPLE_CACHE_POSITIONS = 2_000_000  # positions of tokenised samples kept in memory (28 bytes each)
 
 
@@ -158,12 +159,10 @@ class Loader:
         Counts of samples are of different samples that this rank has met so far; ``bad_images``
         and ``bad_records`` are of the whole split.
         """
-        events = {name: len(found) for name, found in sorted(self._events.items())}
-        totals = {
-            f"{name}_total": sum(found.values())
-            for name, found in sorted(self._events.items())
-            if name in ("cut_tokens", "lost_targets", "lost_first_patches", "repeated_images")
-        }
+        # Copies, because the worker may be counting meanwhile.
+        found = {name: dict(amounts) for name, amounts in sorted(dict(self._events).items())}
+        events = {name: len(amounts) for name, amounts in found.items()}
+        totals = {f"{name}_total": sum(found[name].values()) for name in AMOUNTS if name in found}
         damaged = len(self._codes.damaged) if self._codes is not None else 0
         return {**self._sources.report(), **events, **totals, "damaged_code_parts": damaged}
 

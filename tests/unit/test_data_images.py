@@ -169,3 +169,17 @@ def test_damaged_index_is_made_anew(folder):
     stored.write_bytes(whole[: len(whole) // 2])
     ImageIndex(config(), folder=folder / "cache", device=CPU).prepare(paths)
     assert json.loads(stored.read_bytes()) == json.loads(whole)
+
+
+def test_index_does_not_mix_up_relative_paths(tmp_path, monkeypatch):
+    keys = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        image = tmp_path / name / "x.jpg"
+        image.write_bytes(next(iter(GOOD.values())) + name.encode())  # of one size and time
+        os.utime(image, ns=(1, 1))
+        monkeypatch.chdir(tmp_path / name)
+        index = ImageIndex(config(), folder=tmp_path / "cache", device=CPU)
+        index.prepare(["x.jpg"])
+        keys.append(index.entries["x.jpg"].key)
+    assert keys[0] != keys[1]
