@@ -11,7 +11,6 @@ receives a gradient, if only zero.
 """
 
 import dataclasses
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,8 +39,6 @@ from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder
 from megatron_asvr.model.visual_head import VisualHead
 from megatron_asvr.parallel.collectives import gather_images
 from megatron_asvr.parallel.groups import Groups
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

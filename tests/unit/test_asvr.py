@@ -77,7 +77,7 @@ def test_every_trained_parameter_gets_a_gradient(kind, groups):
         assert all(found[name].abs().max() == 0 for name in visual)
     else:
         moved = {name for name in visual if found[name].abs().max() > 0}
-        # zero by nature: key biases, and the embedding-like first codes of a single batch
+        # key biases have no gradient but rounding, and rounding may give exactly zero
         assert len(moved) > 0.9 * len(visual)
 
 
