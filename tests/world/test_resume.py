@@ -1,0 +1,146 @@
+"""Runs that are killed or stopped, and end with the bits of an undisturbed run."""
+
+import functools
+import json
+import os
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_asvr.checkpoint.folder import RunFolder
+from megatron_asvr.checkpoint.meta import read_meta
+from megatron_asvr.checkpoint.reader import read_run
+from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.train.loop import train
+from tests.run_data import make_files, run_config
+
+pytestmark = pytest.mark.world
+
+SETTINGS: dict[str, Any] = {
+    "parallel__tp": 2,
+    "train__steps": 8,
+    "train__save_every_steps": 3,
+    "train__log_every_steps": 2,
+    "train__eval_every_steps": 4,
+    "train__cosine_every_steps": 3,
+}
+# What a clock decides, and the code usage, whose counts start again with the process.
+UNEQUAL = ("tokens_per_s", "step_s", "data_wait", "codes_used", "code_perplexity")
+
+
+@functools.cache
+def files() -> Path:
+    return make_files(Path(tempfile.mkdtemp(prefix="asvr-resume-")) / "files")
+
+
+def new_run(name: str, **changes: Any) -> Config:
+    return run_config(files(), files().parent / name, **{**SETTINGS, **changes})
+
+
+def weights(config: Config) -> dict[str, Tensor]:
+    folder = RunFolder(config.run.dir)
+    _, get = read_run(folder.root)
+    names = read_meta(folder.step(folder.latest())).trained
+    return {name: get(name) for name in names}
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in RunFolder(config.run.dir).metrics.open()]
+    return [{k: v for k, v in line.items() if not k.startswith(UNEQUAL)} for line in lines]
+
+
+@functools.cache
+def undisturbed(world: int) -> Config:
+    config = new_run(f"undisturbed_{world}")
+    assert run_ranks(train, (config,), world, timeout_s=240)["finished"]
+    return config
+
+
+def same_as_undisturbed(config: Config, world: int) -> None:
+    wanted, got = weights(undisturbed(world)), weights(config)
+    assert wanted.keys() == got.keys()
+    assert [name for name in wanted if not torch.equal(wanted[name], got[name])] == []
+    assert metrics(config) == metrics(undisturbed(world))
+
+
+def train_watched(config: Config, rank: int, when: str, number: int) -> dict[str, Any]:
+    """Train while a thread of one rank waits to send a signal to its own process."""
+    if dist.get_rank() == rank:
+        threading.Thread(target=watch, args=(config, when, number), daemon=True).start()
+    return train(config)
+
+
+def watch(config: Config, when: str, number: int) -> None:
+    folder = RunFolder(config.run.dir)
+    while not happening(folder, when):
+        time.sleep(0.001)
+    time.sleep(0.0 if when == "save" else 0.02)  # somewhere inside the fifth or sixth step
+    os.kill(os.getpid(), number)
+
+
+def happening(folder: RunFolder, when: str) -> bool:
+    if when == "save":  # files of the second checkpoint are being written
+        return any(folder.checkpoints.glob(".partial_step_6_*/__0_0.distcp"))
+    done = '{"step": 4, "kind": "eval"'
+    return folder.metrics.exists() and done in folder.metrics.read_text()
+
+
+@pytest.mark.parametrize(("rank", "when"), [(1, "step"), (0, "save"), (1, "save")])
+def test_killed_at_any_point_it_ends_with_the_same_bits(rank: int, when: str) -> None:
+    config = new_run(f"killed_{rank}_{when}")
+    with pytest.raises(LaunchError, match="SIGKILL"):
+        run_ranks(train_watched, (config, rank, when, signal.SIGKILL), 2, timeout_s=240)
+    assert RunFolder(config.run.dir).latest() == 3
+    result = run_ranks(train, (config,), 2, timeout_s=240)
+    assert result["finished"]
+    assert [p.name for p in RunFolder(config.run.dir).checkpoints.glob(".*")] == []
+    same_as_undisturbed(config, 2)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_told_to_stop_it_saves_and_goes_on_later(world: int) -> None:
+    config = new_run(f"stopped_{world}")
+    first = run_ranks(
+        train_watched, (config, world - 1, "step", signal.SIGTERM), world, timeout_s=240
+    )
+    assert not first["finished"]
+    assert 4 < first["step"] < 8
+    assert RunFolder(config.run.dir).latest() == first["step"]
+    assert run_ranks(train, (config,), world, timeout_s=240)["finished"]
+    same_as_undisturbed(config, world)
+
+
+def test_another_run_is_refused_and_another_layout_is_not() -> None:
+    config = new_run("layout")
+    first = run_ranks(train_watched, (config, 0, "step", signal.SIGTERM), 2, timeout_s=240)
+    assert not first["finished"]
+    for changes, message in (
+        ({"run__seed": 4}, "run.seed: checkpoint has 3, this run has 4"),
+        ({"train__threads_per_rank": 2}, "train.threads_per_rank: checkpoint has 1"),
+        ({"model__language__num_layers": 3}, "model.language.num_layers: checkpoint has 2"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            run_ranks(train, (new_run("layout", **changes),), 2, timeout_s=240)
+    one_rank = new_run("layout", parallel__tp=1)
+    result = run_ranks(train, (one_rank,), 1, timeout_s=240)
+    assert result["finished"]
+    want = metrics(undisturbed(2))[-1]
+    got = metrics(one_rank)[-1]
+    assert got["kind"] == want["kind"] == "eval"
+    assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)  # measured 1e-7
+    assert not all(
+        torch.equal(x, y)
+        for x, y in zip(weights(one_rank).values(), weights(undisturbed(2)).values(), strict=True)
+    )
