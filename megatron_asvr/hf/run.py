@@ -25,11 +25,14 @@ def export_run(run: str, out: str, *, dtype: str = "fp32") -> Path:
         ConversionError: the folder exists, or the conversion would be incomplete.
     """
     config, get = read_run(run)
-    fingerprint = None
+    fingerprint, codebooks = None, {}
     if config.loss.visual_weight:
-        fingerprint = VisualTokenizer.load(str(config.model.visual_tokenizer)).fingerprint
+        tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer))
+        fingerprint = tokenizer.fingerprint
+        tables = tokenizer.codebooks.tables()
+        codebooks = {f"visual_head.codebooks.{d}": table for d, table in enumerate(tables)}
     partial = export(
-        get,
+        lambda name: codebooks[name] if name in codebooks else get(name),
         config,
         tokenizer=str(config.model.text_tokenizer),
         out=out,

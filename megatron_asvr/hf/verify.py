@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_asvr.errors import ConversionError
+from megatron_asvr.hf import stock
 from megatron_asvr.hf.stock import LLAVA_ARCHITECTURE, transformers
 
 # fp32 against fp32 of the same weights; the orders of summation differ.
@@ -109,6 +110,15 @@ def verify(
 
 
 _FIGURES = ("logits_max_abs", "pixels_max_abs", "pixels_mean_abs", "logits_max_abs_own_pixels")
+
+
+def exported_dtype(folder: str | Path) -> torch.dtype:
+    """The type that an exported folder's weights are stored in.
+
+    Raises:
+        ConversionError: the folder holds no readable configuration.
+    """
+    return stock.read_hf_config(folder).dtype
 
 
 def load_stock(folder: str | Path) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_asvr.config.schema import SourceConfig
@@ -17,7 +18,7 @@ from megatron_asvr.data.conversation import Turn, prompt_text
 from megatron_asvr.data.evalset import EvalItem, read_questions
 from megatron_asvr.data.text import IMAGE_TOKEN
 from megatron_asvr.errors import ConfigError
-from megatron_asvr.hf.verify import VerifySample, verify
+from megatron_asvr.hf.verify import VerifySample, exported_dtype, verify
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train.generate import Prompt
@@ -130,7 +131,12 @@ def verify_run(
     Raises:
         ConfigError: more than one data-parallel rank.
     """
-    answerer, groups = open_run(run, ("train.precision=fp32", *overrides), questions.max_new_tokens)
+    answerer, groups = open_run(
+        run,
+        ("train.precision=fp32", *overrides),
+        questions.max_new_tokens,
+        rounded_to=exported_dtype(folder),
+    )
     if groups.plan.dp > 1:
         raise ConfigError(f"verify compares in one model replica; got {groups.plan.describe()}")
     items = [item for item in read_items(questions) if len(item.turns) == 1]
@@ -156,11 +162,19 @@ def verify_run(
     return verify(folder, samples, max_new_tokens=questions.max_new_tokens)
 
 
-def open_run(run: str, overrides: Sequence[str], max_new_tokens: int) -> tuple[Answerer, Groups]:
-    """A run's model in this process's layout, and the layout's groups."""
+def open_run(
+    run: str,
+    overrides: Sequence[str],
+    max_new_tokens: int,
+    *,
+    rounded_to: torch.dtype | None = None,
+) -> tuple[Answerer, Groups]:
+    """A run's model in this process's layout, and the layout's groups; see ``Answerer``."""
     config = inference_config(run, overrides)
     groups = initialize(make_plan(config.parallel, dist.get_world_size()))
-    answerer = Answerer(run, config, groups=groups, max_new_tokens=max_new_tokens)
+    answerer = Answerer(
+        run, config, groups=groups, max_new_tokens=max_new_tokens, rounded_to=rounded_to
+    )
     return answerer, groups
 
 

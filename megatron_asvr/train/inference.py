@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_asvr.platforms import select
 
+import torch
 from torch import Tensor
 
 from megatron_asvr.checkpoint.reader import read_run
@@ -52,13 +53,20 @@ class Answerer:
         config: from ``inference_config``.
         groups: process groups of this rank.
         max_new_tokens: longest answer.
+        rounded_to: round every weight to this type first, as an export in that type does.
 
     Raises:
         CheckpointError: the run does not hold every weight.
     """
 
     def __init__(
-        self, run: str, config: Config, *, groups: Groups, max_new_tokens: int = 32
+        self,
+        run: str,
+        config: Config,
+        *,
+        groups: Groups,
+        max_new_tokens: int = 32,
+        rounded_to: torch.dtype | None = None,
     ) -> None:
         self.config = config
         self.text = TextTokenizer(str(config.model.text_tokenizer))
@@ -66,7 +74,13 @@ class Answerer:
         self._builder = SampleBuilder(config, self.text, branches=False)
         self._pixels = PixelStore(config, device=select()[0].device)
         model = build_model(config, groups=groups, tokenizer=None)
-        load_weights(model, read_run(run)[1], groups=groups)
+        _, get = read_run(run)
+
+        def rounded(name: str) -> Tensor | None:
+            full = get(name)
+            return full if full is None or rounded_to is None else full.to(rounded_to)
+
+        load_weights(model, rounded, groups=groups)
         self._generator = Generator(
             model.eval(),
             self.pixels,

@@ -1,0 +1,1 @@
+"""Training and asking: the step, the loop, evaluation, generation."""
