@@ -59,7 +59,8 @@ def gather_images(x: Tensor, *, sizes: Sequence[int], group: ProcessGroup) -> Te
             f"gather_images: sizes={list(sizes)} for a group of {group.size()}, and rank {rank} "
             f"brings {x.shape[0]} rows"
         )
-    return _GatherRows.apply(x, tuple(sizes), group) if group.size() > 1 else x
+    # Without any row there is nothing to send, and gloo refuses to send nothing.
+    return _GatherRows.apply(x, tuple(sizes), group) if group.size() > 1 and any(sizes) else x
 
 
 def all_reduce_sum(x: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -108,10 +109,9 @@ class _GatherRows(torch.autograd.Function):
         # gloo and NCCL gather equal shapes only: shares are padded to the largest.
         padded = x.new_zeros(most, *x.shape[1:])
         padded[: sizes[rank]] = x
-        gathered = x.new_empty(len(sizes) * most, *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=group)
-        shares = gathered.split(most) if most else []
-        return torch.cat([share[:n] for share, n in zip(shares, sizes, strict=True)] or [padded])
+        shares = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shares, padded, group=group)
+        return torch.cat([share[:n] for share, n in zip(shares, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

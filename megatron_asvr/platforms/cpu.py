@@ -37,8 +37,9 @@ class CpuPlatform:
                 )
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         apex.block()  # even NVIDIA's: its kernels need a GPU
-        # megatron-core warns, module by module, that it falls back to torch; here it is meant to.
-        warnings.filterwarnings("ignore", ".*Apex (is|are) not installed", module=r"megatron\.core")
+        # megatron-core warns, module by module, of fallbacks; on the CPU they are meant.
+        for text in (r".*Apex (is|are) not installed", r"absl\.logging is not installed"):
+            warnings.filterwarnings("ignore", text, module=r"megatron\.core")
         shims.install_before_import()
 
     def after_import(self) -> None:

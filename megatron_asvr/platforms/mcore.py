@@ -4,7 +4,12 @@ Every module of ours that imports from ``megatron`` imports this one first; the 
 import sorting of ``pyproject.toml``.
 """
 
+import warnings
+
 from megatron_asvr.platforms.choose import select
+
+# megatron-core calls collectives by names that newer versions of torch call deprecated.
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 _platform, _ = select()
 _platform.prepare()

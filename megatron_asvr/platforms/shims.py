@@ -2,8 +2,8 @@
 
 Nothing of megatron-core is edited. Each shim redirects a CUDA device to the CPU, stands in for a
 concept that exists on CUDA only (streams, events), or replaces one function. They are installed by
-the CPU platform and by nothing else. ``SHIMS`` lists them; a reference ``a.py:1 | 2`` is the line
-that needs one in megatron-core 0.16.1 | 0.19.2, relative to ``megatron/core``.
+the CPU platform and by nothing else. ``SHIMS``, at the end, lists them with lines that need them
+(a few of many; a test compares them with the installed version).
 
 A shim of stage ``before`` works on torch and is installed before the first import of megatron, one
 of stage ``after`` replaces attributes of imported modules, one of stage ``rank`` runs in each rank
@@ -24,13 +24,13 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from megatron_asvr.platforms.adam import FusedAdam
 from megatron_asvr.platforms.null import NullEvent, NullStream
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_asvr.errors import ConfigError
 
@@ -38,18 +38,26 @@ used: Counter[str] = Counter()  # how often each redirect was taken, by the name
 _installed: set[str] = set()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shim:
-    """One shim: its name, when it is installed, what needs it and how it is put in place."""
+class Line(NamedTuple):
+    """A line of megatron-core: its number in 0.16.1 and 0.19.2 (None: not there), part of it."""
+
+    file: str  # relative to megatron/core
+    line_0_16: int | None
+    line_0_19: int
+    code: str
+
+
+class Shim(NamedTuple):
+    """One shim: its name, when it is installed, how, and the lines that need it."""
 
     name: str
     stage: Literal["before", "after", "rank"]
-    needed_by: tuple[str, ...]
     install: Callable[[], None]
+    needed_by: tuple[Line, ...]
 
 
-def install_before_import(skip: frozenset[str] = frozenset()) -> None:
-    """Install the shims of stage ``before``, except those named in ``skip``; idempotent.
+def install_before_import() -> None:
+    """Install the shims of stage ``before``; idempotent.
 
     Raises:
         ConfigError: megatron-core is imported already.
@@ -59,22 +67,22 @@ def install_before_import(skip: frozenset[str] = frozenset()) -> None:
             "megatron.core was imported before this process was prepared for a machine without a "
             "GPU; import megatron_asvr.platforms.mcore first"
         )
-    _install("before", skip)
+    _install("before")
 
 
-def install_after_import(skip: frozenset[str] = frozenset()) -> None:
-    """Install the shims of stage ``after``, except those named in ``skip``; idempotent."""
-    _install("after", skip)
+def install_after_import() -> None:
+    """Install the shims of stage ``after``; idempotent."""
+    _install("after")
 
 
-def install_per_rank(skip: frozenset[str] = frozenset()) -> None:
-    """Install the shims of stage ``rank``, except those named in ``skip``; idempotent."""
-    _install("rank", skip)
+def install_per_rank() -> None:
+    """Install the shims of stage ``rank``; idempotent."""
+    _install("rank")
 
 
-def _install(stage: str, skip: frozenset[str]) -> None:
+def _install(stage: str) -> None:
     for shim in SHIMS:
-        if shim.stage == stage and shim.name not in skip and shim.name not in _installed:
+        if shim.stage == stage and shim.name not in _installed:
             shim.install()
             _installed.add(shim.name)
 
@@ -129,6 +137,9 @@ _FACTORIES = (
 
 def _factories() -> None:
     """``device="cuda"`` of tensor factories is the CPU, ``pin_memory=True`` is dropped."""
+    # torch remembers its factories at the first use of a device context. Remembering them now keeps
+    # ``with torch.device("meta")`` (how transformers builds models) working on the originals.
+    _device_constructors()
 
     def redirect(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -236,9 +247,11 @@ def _type_names() -> None:
 
 
 def _tracker_state() -> None:
-    """The random-state tracker sets the CPU generator; its own way goes through CUDA's driver.
+    """The random-state tracker sets the CPU generator.
 
-    The tracker warns when the CPU generator moved inside its context; here it is meant to.
+    Its own way puts the change off until CUDA is initialised, which is never: without an error, the
+    states would neither be set nor restored. The tracker warns when the CPU generator moved inside
+    its context; here it is meant to.
     """
     random = importlib.import_module("megatron.core.tensor_parallel.random")
 
@@ -324,80 +337,84 @@ def die_with_parent() -> None:
 
 
 SHIMS = (
+    Shim("no_compiler", "before", _no_compiler, (Line("jit.py", 21, 21, "torch.compile"),)),
     Shim(
-        name="no_compiler",
-        stage="before",
-        needed_by=("jit.py:21 | 21",),
-        install=_no_compiler,
+        "no_triton",
+        "before",
+        _no_triton,
+        (Line("transformer/moe/ops/paged_stash.py", None, 4, "import triton"),),
     ),
     Shim(
-        name="no_triton",
-        stage="before",
-        needed_by=("transformer/moe/ops/paged_stash.py:- | 4",),
-        install=_no_triton,
+        "current_device",
+        "before",
+        _current_device,
+        (Line("distributed/param_and_grad_buffer.py", 783, 1162, "torch.cuda.current_device()"),),
     ),
     Shim(
-        name="current_device",
-        stage="before",
-        needed_by=("distributed/param_and_grad_buffer.py:783 | 1162",),
-        install=_current_device,
-    ),
-    Shim(
-        name="factories",
-        stage="before",
-        needed_by=(
-            "pipeline_parallel/schedules.py:596 | 749",
-            "optimizer/optimizer.py:907 | 1249",
-            "models/common/embeddings/rope_utils.py:63 | 63",
+        "factories",
+        "before",
+        _factories,
+        (
+            Line("pipeline_parallel/schedules.py", 596, 749, 'device="cuda"'),
+            Line("optimizer/optimizer.py", 907, 1249, "device='cuda'"),
+            Line("models/common/embeddings/rope_utils.py", 63, 63, "pin_memory=True"),
         ),
-        install=_factories,
     ),
     Shim(
-        name="moves",
-        stage="before",
-        needed_by=("models/common/embeddings/rope_utils.py:64 | 64",),
-        install=_moves,
+        "moves",
+        "before",
+        _moves,
+        (
+            Line("models/common/embeddings/rope_utils.py", 64, 64, ".cuda("),
+            Line("optimizer/grad_scaler.py", 140, 163, ".cuda("),
+        ),
     ),
     Shim(
-        name="streams",
-        stage="before",
-        needed_by=("distributed/distributed_data_parallel.py:230 | 297",),
-        install=_streams,
+        "streams",
+        "before",
+        _streams,
+        (Line("distributed/distributed_data_parallel.py", 230, 297, "torch.cuda.Stream("),),
     ),
     Shim(
-        name="generator",
-        stage="before",
-        needed_by=("tensor_parallel/random.py:213 | 275",),
-        install=_generator,
+        "generator",
+        "before",
+        _generator,
+        (Line("tensor_parallel/random.py", 235, 303, "torch.cuda.get_rng_state()"),),
     ),
     Shim(
-        name="type_names",
-        stage="before",
-        needed_by=("optimizer/optimizer.py:671 | 1009", "optimizer/clip_grads.py:167 | 174"),
-        install=_type_names,
+        "type_names",
+        "before",
+        _type_names,
+        (
+            Line("optimizer/optimizer.py", 671, 1009, "torch.cuda.BFloat16Tensor"),
+            Line("optimizer/clip_grads.py", 167, 174, "torch.cuda.FloatTensor"),
+        ),
     ),
     Shim(
-        name="tracker_state",
-        stage="after",
-        needed_by=("tensor_parallel/random.py:70 | 130",),
-        install=_tracker_state,
+        "tracker_state",
+        "after",
+        _tracker_state,
+        (Line("tensor_parallel/random.py", 111, 174, "_lazy_call(cb)"),),
     ),
     Shim(
-        name="recompute",
-        stage="after",
-        needed_by=("tensor_parallel/random.py:589,636 | 693,740",),
-        install=_recompute,
+        "recompute",
+        "after",
+        _recompute,
+        (
+            Line("tensor_parallel/random.py", 589, 693, "FP8GlobalStateManager"),
+            Line("tensor_parallel/random.py", 636, 740, "self.fp8 = fp8 is not None"),
+        ),
     ),
     Shim(
-        name="fused_adam",
-        stage="after",
-        needed_by=("optimizer/distrib_optimizer.py:640,818 | 837,1025",),
-        install=_fused_adam,
+        "fused_adam",
+        "after",
+        _fused_adam,
+        (Line("optimizer/distrib_optimizer.py", 641, 838, '["step"].item()'),),
     ),
     Shim(
-        name="results_queue",
-        stage="rank",
-        needed_by=("dist_checkpointing/strategies/filesystem_async.py:55 | 65",),
-        install=_results_queue,
+        "results_queue",
+        "rank",
+        _results_queue,
+        (Line("dist_checkpointing/strategies/filesystem_async.py", 55, 65, "Manager().Queue()"),),
     ),
 )

@@ -1,0 +1,61 @@
+"""A rank's place in its job, from the variables of torchrun and Slurm."""
+
+import os
+
+import pytest
+import torch.distributed as dist
+
+from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch import job
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.launch.rank import Place, init_rank, place
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MASTER_")) or name.endswith(("RANK", "WORLD_SIZE")):
+            monkeypatch.delenv(name)
+
+
+def test_started_by_hand_there_is_no_place():
+    assert place() is None
+    with pytest.raises(LaunchError, match="no rank of a job"):
+        init_rank()
+
+
+def test_torchrun(monkeypatch):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert place() == Place(launcher="torchrun", rank=5, world_size=8, local_rank=1)
+
+
+def test_a_slurm_step_is_a_launcher_and_its_batch_script_is_not(monkeypatch):
+    for name, value in {"PROCID": "3", "NTASKS": "4", "LOCALID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert place() is None
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert place() == Place(launcher="Slurm", rank=3, world_size=4, local_rank=1)
+
+
+def test_a_job_without_a_meeting_point_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT"):
+        init_rank()
+
+
+def test_a_job_of_another_size_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(LaunchError, match="started 4 ranks, the settings want 2"):
+        job.run(dist.get_rank, (), 2)
+
+
+def test_a_function_that_ranks_cannot_import_is_refused():
+    def local():
+        """Not at the top of a module."""
+
+    local.__module__ = "__main__"
+    with pytest.raises(LaunchError, match="move it to a module"):
+        run_ranks(local, (), 1)
