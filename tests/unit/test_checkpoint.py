@@ -168,8 +168,8 @@ def test_damage_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
             (path / name).write_bytes(data)
         assert find_resume(run_folder, IDENTITY) is not None
 
-    (path / "common.pt").write_bytes(good["common.pt"][:-1] + b"x")
-    refused("common.pt is damaged")
+    (path / "metadata.json").write_bytes(good["metadata.json"][:-1] + b"x")
+    refused("metadata.json is damaged")
     shard = next(name for name in good if name.endswith(".distcp"))
     (path / shard).unlink()
     refused(f"{shard} is missing")
