@@ -138,7 +138,7 @@ class MetricsLog:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.finish(exit_code=0 if kind is None else 1, quiet=True)
+            self._wandb.finish(exit_code=0 if kind is None else 1)
             wandb.teardown()  # without it the offline file may stay incomplete
 
 
@@ -182,6 +182,7 @@ def _start_wandb(folder: RunFolder, config: Config) -> Any:
         silent=True,
         console="off",  # the rank logs have it
         x_disable_stats=True,  # sampling would take time from a rank on a small machine
+        x_save_requirements=False,
         disable_git=True,
         save_code=False,
     )

@@ -1,0 +1,197 @@
+"""The progress line, metrics.jsonl, wandb's offline files and the code usage."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_asvr.platforms import mcore  # noqa: F401
+
+import pytest
+import torch
+
+from megatron_asvr.checkpoint.folder import RunFolder
+from megatron_asvr.train.loop import due
+from megatron_asvr.train.metrics import (
+    MetricsLog,
+    Window,
+    clock,
+    keep_lines,
+    last_values,
+    progress_line,
+)
+from megatron_asvr.train.signals import StopRequest
+from megatron_asvr.train.step import Agreement, Part, StepResult
+from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
+from tests.language_cases import one_rank
+from tests.run_cases import Bench, config, micro_batch, step_batches
+
+FULL, FIRST, LAST = 1, 2, 4  # kinds of LevelDB chunks
+COUNTS = Agreement(text_count=10, visual_count=4, num_tokens=100, stop=False)
+
+
+def result(loss: float, totals: list[float]) -> StepResult:
+    vector = torch.tensor(totals, dtype=torch.float64)
+    return StepResult(totals=vector, loss=loss, grad_norm=2 * loss, parts=[])
+
+
+def filled() -> Window:
+    window = Window()
+    # text sum, count, correct; visual count; sums and corrects of two depths
+    first = result(3.0, [20.0, 10, 5, 4, 8.0, 4.0, 1, 2])
+    window.add(first, COUNTS, data_s=0.5, train_s=2.0)
+    second = result(1.0, [10.0, 30, 15, 4, 8.0, 8.0, 3, 2])
+    window.add(second, COUNTS, data_s=0.0, train_s=2.0)
+    return window
+
+
+def test_a_window_weighs_targets_not_steps_and_survives_a_checkpoint() -> None:
+    values = filled().values()
+    assert values["loss"] == 2.0
+    assert values["text_loss"] == 30 / 40
+    assert values["text_accuracy"] == 0.5
+    assert values["visual_loss_1"] == 12 / 8
+    assert values["visual_loss"] == (16 / 8 + 12 / 8) / 2
+    assert values["tokens_per_s"] == 50
+    assert values["data_wait"] == 0.125
+    stored = json.loads(json.dumps(dataclasses.asdict(filled())))
+    assert Window(**stored) == filled()
+
+
+def test_the_progress_line_has_what_a_person_needs() -> None:
+    line = progress_line({**filled().values(), "lr": 1e-3}, step=120, total_steps=2000)
+    assert line == (
+        "step 120/2000 loss 2.0000 text 0.7500 visual 1.7500 [2.000 1.500] lr 1.00e-03 "
+        "gnorm 4.000 tok/s 50 ETA 1:02:40 data 12%"
+    )
+    text_only = Window()
+    text_only.add(result(1.0, [20.0, 10, 5, 0]), COUNTS, data_s=0.0, train_s=1.0)
+    assert "visual" not in progress_line({**text_only.values(), "lr": 0.0}, step=1, total_steps=2)
+    assert clock(59.6) == "0:01:00"
+
+
+def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "kind": "train", "loss": step / 3}) for step in (2, 4, 6)]
+    path.write_text("\n".join(lines) + '\n{"step": 4, "ki')
+    keep_lines(path, 4)
+    assert path.read_text() == "\n".join(lines[:2]) + "\n"
+    assert last_values(path, "train")["step"] == 4
+    assert last_values(path, "eval") == {}
+    keep_lines(path, 0)
+    assert path.read_text() == ""
+
+
+def wandb_history(path: Path) -> Iterator[dict[str, float]]:
+    """Rows of an offline wandb file: LevelDB's log framing around protobuf records."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, offset, record = path.read_bytes(), 7, b""
+    while offset + 7 <= len(data):
+        room = 32768 - offset % 32768
+        if room < 7:
+            offset += room
+            continue
+        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+        piece = data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        record = piece if kind in (FULL, FIRST) else record + piece
+        if kind in (FULL, LAST):
+            parsed = wandb_internal_pb2.Record()
+            parsed.ParseFromString(record)
+            if parsed.WhichOneof("record_type") == "history":
+                items = parsed.history.item
+                yield {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+
+
+def test_wandb_writes_a_complete_offline_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    run = config(run__wandb="offline", run__dir=str(tmp_path))
+    with MetricsLog(folder, run, done_steps=0, active=True) as log:
+        for step in (1, 2, 3):
+            log.write(step, "train", {"loss": 1 / step})
+        log.write(3, "eval", {"loss": 0.5})
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows = list(wandb_history(path))
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == [1.0, 0.5, 1 / 3]
+    assert rows[-1]["eval/loss"] == 0.5
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with MetricsLog(RunFolder(tmp_path), config(), done_steps=0, active=False) as log:
+        log.write(1, "train", {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_usage_counts_targets_and_starts_again() -> None:
+    codes_MD = torch.tensor([[0, 1, 4], [0, 2, 4], [1, 3, 4], [1, 4, 4]])
+    part = Part(totals=torch.zeros(1), loss=torch.zeros(()), codes_MD=codes_MD)
+    with one_rank() as groups:
+        usage = CodeUsage([8, 5, 5])
+        usage.add([part, part])
+        values = usage.values(groups=groups)
+        assert values["codes_used_0"] == 0.25
+        assert values["code_perplexity_0"] == pytest.approx(2.0)
+        assert values["code_perplexity_1"] == pytest.approx(4.0)
+        assert values["code_perplexity_2"] == pytest.approx(1.0)
+        assert usage.values(groups=groups)["codes_used_0"] == 0.0
+        assert CodeUsage([]).values(groups=groups) == {}
+
+
+def test_the_gradient_cosine_is_that_of_the_two_losses_and_leaves_no_trace() -> None:
+    run = config()
+    with one_rank() as groups:
+        bench, quiet = Bench(run, groups), Bench(run, groups)
+        batch = step_batches(run, 0, groups)[0]
+        got = gradient_cosine(bench.model, batch, groups=groups)
+
+        shared = [
+            p
+            for n, p in bench.bare.named_parameters()
+            if n.startswith(("projector.", "language_model.")) and "output_layer" not in n
+        ]
+        sums = bench.bare(batch)
+        text, visual = (
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
+            for loss in (sums.text_sum, sums.visual_sum_D.sum())
+        )
+        wanted = torch.nn.functional.cosine_similarity(text, visual, dim=0)
+        assert got == pytest.approx(float(wanted), abs=1e-6)
+        text_only = micro_batch(run, 1, images=(0, 0))
+        assert gradient_cosine(bench.model, text_only, groups=groups) is None
+
+        bench.step(0)
+        quiet.step(0)
+        bench.step(1)
+        quiet.step(1)
+        mine, theirs = bench.weights(), quiet.weights()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_baseline_without_a_visual_loss_has_no_cosine() -> None:
+    trained = ["projector", "language_model"]
+    run = config(loss__visual_weight=0.0, train__trainable=trained)
+    with one_rank() as groups:
+        bench = Bench(run, groups)
+        assert gradient_cosine(bench.model, micro_batch(run, 1), groups=groups) is None
+        first = bench.step(0)
+        assert math.isfinite(first.loss)
+
+
+def test_a_signal_is_remembered_and_the_handlers_are_restored() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.reason == "SIGUSR1"
+        assert signal.getsignal(signal.SIGUSR1) == before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_due_counts_from_the_first_step_and_zero_is_never() -> None:
+    assert [step for step in range(1, 7) if due(step, 3)] == [3, 6]
+    assert not any(due(step, 0) for step in range(7))
