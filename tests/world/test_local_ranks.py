@@ -192,6 +192,7 @@ def test_inside_a_job_a_run_joins_it():
     assert job.run(nested, (), 2, timeout_s=60) == 2
 
 
+@pytest.mark.slow
 def test_a_rank_can_be_a_new_interpreter(monkeypatch):
     """As on a GPU, where ranks are not forked."""
     from megatron_asvr.platforms import cpu
