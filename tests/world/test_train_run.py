@@ -1,0 +1,129 @@
+"""Whole runs on real files: codes, sources of weights, reports, and the errors of bad input."""
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401
+
+import pytest
+import torch
+
+from megatron_asvr.checkpoint.folder import RunFolder
+from megatron_asvr.checkpoint.reader import read_run
+from megatron_asvr.config.load import load
+from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.train.codes import encode_all
+from megatron_asvr.train.loop import train
+from tests.run_data import make_files, run_config
+
+pytestmark = pytest.mark.world
+
+STAGE_ONE = {"train__trainable": ["projector", "visual_head"], "data__eval": []}
+
+
+@functools.cache
+def files() -> Path:
+    return make_files(Path(tempfile.mkdtemp(prefix="asvr-run-")) / "files")
+
+
+def losses(run: Path, kind: str = "train") -> list[float]:
+    lines = [json.loads(line) for line in RunFolder(run).metrics.open()]
+    return [line["loss"] for line in lines if line["kind"] == kind]
+
+
+@functools.cache
+def stage_one() -> Path:
+    run = files().parent / "stage_one"
+    config = run_config(files(), run, parallel__tp=2, **STAGE_ONE)
+    assert run_ranks(train, (config,), 2, timeout_s=240)["finished"]
+    return run
+
+
+def test_codes_are_encoded_once_and_equal_the_online_ones() -> None:
+    folder = files().parent
+    settings = {"data__cache_dir": str(folder / "own_cache"), "parallel__tp": 2}
+    config = run_config(files(), folder / "cached", **settings)
+    first = run_ranks(encode_all, (config,), 2, timeout_s=240)
+    assert (first["encoded"], first["cached"]) == (12, 12)
+    assert run_ranks(encode_all, (config,), 2, timeout_s=240)["encoded"] == 0
+    run_ranks(train, (config,), 2, timeout_s=240)
+    online = run_config(files(), folder / "online", data__codes="online", **settings)
+    run_ranks(train, (online,), 2, timeout_s=240)
+    assert losses(folder / "cached") == pytest.approx(losses(folder / "online"), rel=1e-6)
+    assert losses(folder / "cached", "eval") == pytest.approx(
+        losses(folder / "online", "eval"), rel=1e-6
+    )
+    with pytest.raises(LaunchError, match="needs no cache"):
+        run_ranks(encode_all, (online,), 2, timeout_s=240)
+
+
+def test_a_second_stage_starts_from_the_first_with_another_layout() -> None:
+    one, two = stage_one(), files().parent / "stage_two"
+    tiny = {"train__optim__lr": 1e-30, "train__steps": 1}  # too small to move a weight
+    config = run_config(files(), two, init__all=str(one), data__eval=[], **tiny)
+    assert run_ranks(train, (config,), 1, timeout_s=240)["step"] == 1
+    before, after = read_run(one)[1], read_run(two)[1]
+    for name in ("projector.linear_2.weight", "visual_head.heads.1.weight"):
+        assert torch.equal(before(name), after(name))
+    word = "language_model.embedding.word_embeddings.weight"
+    assert torch.equal(before(word), after(word))  # frozen there, trained here
+    assert load(RunFolder(two).config) == config
+
+
+def test_a_baseline_leaves_the_head_of_its_source_and_a_new_head_is_drawn() -> None:
+    base, again = files().parent / "baseline", files().parent / "with_head"
+    trained = ["projector", "language_model"]
+    common = {"train__steps": 1, "data__eval": [], "init__all": str(stage_one())}
+    config = run_config(files(), base, loss__visual_weight=0.0, train__trainable=trained, **common)
+    run_ranks(train, (config,), 1, timeout_s=240)
+    assert read_run(base)[1]("visual_head.norm.weight") is None
+    config = run_config(files(), again, **{**common, "init__all": str(base)})
+    run_ranks(train, (config,), 1, timeout_s=240)
+    assert read_run(again)[1]("visual_head.norm.weight") is not None
+    config = run_config(files(), again, **{**common, "init__visual_head": str(base)})
+    shutil.rmtree(again)
+    with pytest.raises(LaunchError, match=r"CheckpointError: .* weights are missing"):
+        run_ranks(train, (config,), 1, timeout_s=240)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__language__rope_theta": 5e5}, r"ConfigError: .*language_model.*rope_theta is"),
+        ({"model__vision__num_heads": 4}, r"ConfigError: .*vision_encoder.*num_heads is 2 there"),
+        ({"init__all": "/nowhere"}, "ConfigError: init source '/nowhere' of vision_encoder is"),
+        ({"model__visual_tokenizer": "/nowhere"}, "CheckpointError: /nowhere"),
+        ({"model__vision__image_size": 24}, "ConfigError: model.visual_tokenizer has a grid"),
+        ({"train__global_batch": 3}, r"ConfigError: train\.global_batch=3"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(
+    changes: dict[str, Any], message: str
+) -> None:
+    run = files().parent / "refused"
+    config = run_config(files(), run, **{"init__all": str(stage_one()), **changes})
+    with pytest.raises(LaunchError, match=message):
+        run_ranks(train, (config,), 1, timeout_s=240)
+    assert not RunFolder(run).metrics.exists()
+
+
+def test_bad_images_are_replaced_and_reported() -> None:
+    folder = files().parent / "bad_files"
+    make_files(folder, images=6)
+    (folder / "images" / "2.png").write_bytes(b"no image")
+    (folder / "images" / "3.png").unlink()
+    config = run_config(folder, folder.parent / "bad_run", data__eval=[])
+    result = run_ranks(train, (config,), 1, timeout_s=240)
+    (report,) = result["data"]
+    assert report["num_bad_images"] == 2
+    assert report["replaced_samples"] == 2
+    config = run_config(
+        folder, folder.parent / "strict_run", data__eval=[], data__on_bad_sample="error"
+    )
+    with pytest.raises(LaunchError, match=r"(?s)DataError: .*2\.png"):
+        run_ranks(train, (config,), 1, timeout_s=240)
