@@ -1,0 +1,1 @@
+"""Recipes around the package; nothing in the package imports them."""
