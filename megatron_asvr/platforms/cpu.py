@@ -49,11 +49,12 @@ class CpuPlatform:
     def per_rank(self, threads: int = 1) -> None:
         """Set the threads and the handling of denormals, and start the checkpoint helper.
 
-        Denormals are flushed because peaked logits would otherwise double the time of a step.
+        Denormals are flushed because peaked logits would otherwise double the time of a step. The
+        setting belongs to a thread, and threads inherit it: it comes before there are any.
         """
+        torch.set_flush_denormal(True)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)
         importlib.import_module("megatron_asvr.platforms.mcore")  # prepares, where nobody has
         shims.install_per_rank()
 

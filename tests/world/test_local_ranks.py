@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_asvr.errors import LaunchError
-from megatron_asvr.launch import job, nursery
+from megatron_asvr.launch import job
 from megatron_asvr.launch.local import run_ranks
 
 pytestmark = pytest.mark.world
@@ -53,10 +53,8 @@ def test_what_rank_0_prints_also_reaches_the_terminal(tmp_path):
 
 def test_the_next_job_uses_the_same_nursery():
     first = run_ranks(describe, ("",), 1, timeout_s=60)
-    start = time.monotonic()
     second = run_ranks(describe, ("",), 1, timeout_s=60)
     assert first["parent"] == second["parent"] != os.getpid()
-    assert time.monotonic() - start < 3  # measured 0.2 s; a new nursery takes 3 s and more
 
 
 def fail_on_rank_1() -> None:
@@ -91,9 +89,11 @@ def test_the_earliest_traceback_comes_first():
 def test_a_dead_rank_ends_the_others_within_seconds(fn, cause, tmp_path):
     run_ranks(describe, ("warm",), 1, timeout_s=60)
     start = time.monotonic()
-    with pytest.raises(LaunchError, match=f"rank 1: {cause}"):
+    with pytest.raises(LaunchError) as caught:
         run_ranks(fn, (), 2, log_dir=tmp_path, timeout_s=60)
-    assert time.monotonic() - start < nursery.GRACE_S + 2
+    assert time.monotonic() - start < 5  # measured 0.2 s and 1.2 s
+    failures = str(caught.value).partition("\n")[2]
+    assert failures.startswith(f"rank 1: {cause}")
 
 
 def sleep() -> None:
