@@ -55,8 +55,11 @@ def start_ranks(fn: Callable[..., Any], args: Sequence[Any], config: Config, wor
 
 def plan_lines(config: Config, world: int) -> list[str]:
     """The resolved plan that ``--dry-run`` prints."""
+    from megatron_asvr.data.loader import Loader
+    from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.model.tokenizer import VisualTokenizer
     from megatron_asvr.parallel.plan import make_plan
+    from megatron_asvr.train.start import number_of_steps
 
     tokenizer = None
     if config.loss.visual_weight:
@@ -72,4 +75,9 @@ def plan_lines(config: Config, world: int) -> list[str]:
     for part, number in counts.items():
         state = "trained" if part in config.train.trainable else "frozen"
         lines.append(f"{part}: {number:,} parameters, {state}")
+    with Loader(config, TextTokenizer(str(config.model.text_tokenizer)), split="train") as data:
+        lines.append(
+            f"data: {data.num_samples:,} records, {data.steps:,} steps an epoch, "
+            f"{number_of_steps(config, data):,} steps in all"
+        )
     return lines

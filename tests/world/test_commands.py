@@ -37,6 +37,7 @@ def test_dry_run_prints_the_plan_and_trains_nothing(trained, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "layout: TP1" in printed
     assert "visual_head:" in printed
+    assert "data: 13 records, 4 steps an epoch, 4 steps in all" in printed
     assert not fresh.exists()
 
 

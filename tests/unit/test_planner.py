@@ -1,0 +1,28 @@
+import math
+
+import pytest
+
+from megatron_asvr.model.sharding import full_shape
+from megatron_asvr.planner.parameters import count_parameters
+from tests.language_cases import one_rank
+from tests.run_cases import CODEBOOK_SIZES, build_model, config, tokenizer
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_equal_the_real_model(family, tied):
+    made = config(model__language__family=family, model__language__tied_embeddings=tied)
+    visual = tokenizer(made.model.vision)
+    with one_rank() as groups:
+        model = build_model(made, groups=groups, tokenizer=visual)
+        real = {
+            name: sum(math.prod(full_shape(p, groups=groups)) for p in part.parameters())
+            for name, part in model.parts().items()
+        }
+    assert count_parameters(made.model, CODEBOOK_SIZES, visual.width) == real
+
+
+def test_the_paper_s_head_has_the_published_size():
+    # 724 M for the depth transformer with 8 x 16,384 codes, 737 M with the projector to Vicuna-7B.
+    head = count_parameters(config().model.__class__(), [16384] * 8, 1152)["visual_head"]
+    assert round(head / 1e6) == 737
