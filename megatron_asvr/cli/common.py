@@ -59,6 +59,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
     from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.model.tokenizer import VisualTokenizer
     from megatron_asvr.parallel.plan import make_plan
+    from megatron_asvr.train.assemble import open_source
     from megatron_asvr.train.start import number_of_steps
 
     tokenizer = None
@@ -74,7 +75,11 @@ def plan_lines(config: Config, world: int) -> list[str]:
     lines.append(f"layout: {make_plan(config.parallel, world).describe()}")
     for part, number in counts.items():
         state = "trained" if part in config.train.trainable else "frozen"
-        lines.append(f"{part}: {number:,} parameters, {state}")
+        source = config.init.source(part)
+        if source is not None:
+            open_source(source, part, config.model)
+        origin = source or f"run.seed={config.run.seed}"
+        lines.append(f"{part}: {number:,} parameters, {state}, from {origin}")
     with Loader(config, TextTokenizer(str(config.model.text_tokenizer)), split="train") as data:
         lines.append(
             f"data: {data.num_samples:,} records, {data.steps:,} steps an epoch, "
