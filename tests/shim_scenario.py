@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 
-from megatron_asvr.platforms import shims
+from megatron_asvr.platforms import redirects, shims
 
 import torch
 
@@ -192,7 +192,7 @@ def in_child(skip: str) -> dict[str, object]:
             run(skip)
         except BaseException as caught:
             error = f"{type(caught).__name__}: {caught}"
-        report = {"name": skip, "error": error, "used": dict(shims.used)}
+        report = {"name": skip, "error": error, "used": dict(redirects.used)}
         os.write(write, json.dumps(report).encode())
         os._exit(0)
     os.close(write)

@@ -21,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-from megatron_asvr.platforms.shims import die_with_parent
+from megatron_asvr.platforms.replacements import die_with_parent
 
 from megatron_asvr.launch.worker import Job, leave, preload, run_rank
 

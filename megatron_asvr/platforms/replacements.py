@@ -1,0 +1,104 @@
+"""Shims that replace attributes of imported megatron-core modules. ``shims.SHIMS`` lists them."""
+
+import contextlib
+import ctypes
+import importlib
+import logging
+import multiprocessing
+import multiprocessing.managers
+import signal
+
+from megatron_asvr.platforms.adam import FusedAdam
+from megatron_asvr.platforms.redirects import used
+
+import torch
+
+
+def tracker_state() -> None:
+    """The random-state tracker sets the CPU generator.
+
+    Its own way puts the change off until CUDA is initialised, which is never: without an error, the
+    states would neither be set nor restored. The tracker warns when the CPU generator moved inside
+    its context; here it is meant to.
+    """
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+
+    def set_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+        used["tracker_state"] += 1
+        torch.set_rng_state(new_state)
+
+    def meant_to_move(record: logging.LogRecord) -> bool:
+        return "CPU RNG state changed" not in record.getMessage()
+
+    random._set_cuda_rng_state = set_state
+    logging.getLogger(random.__name__).addFilter(meant_to_move)
+
+
+class _NoFp8:
+    """The two questions that recomputation asks of Transformer Engine's FP8 state."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        used["recompute"] += 1
+        return False
+
+    @staticmethod
+    def get_fp8_recipe() -> None:
+        return None
+
+
+def recompute() -> None:
+    """Recomputing a norm works without Transformer Engine (not about CUDA: a slip in a test).
+
+    ``CheckpointWithoutOutput`` takes ``fp8=False`` for "FP8 is on" (``fp8 is not None``) and asks a
+    class that was never imported.
+    """
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    if random.HAVE_TE:
+        return
+
+    def nothing(*args: object, **kwargs: object) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    random.FP8GlobalStateManager = _NoFp8
+    random.activation_recompute_forward = nothing
+    random.fp8_autocast = nothing
+
+
+def fused_adam() -> None:
+    """The optimizer is our ``FusedAdam``, with the state layout of the GPU's.
+
+    With torch's AdamW, whose step is a tensor per parameter, the state of a distributed optimizer
+    cannot be loaded back.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer.Adam = FusedAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.Adam = FusedAdam
+    distributed.HAVE_APEX_OR_TE = True
+    distributed.USING_APEX_OPTIMIZER = True
+
+
+def results_queue() -> None:
+    """The checkpoint writer's queue comes from a forked process; its own spawns an interpreter.
+
+    A spawned one imports torch and megatron-core again on every rank, at each first save, and
+    without these shims. Forking here is safe: a rank has no threads yet. The process dies with its
+    rank, however that ends.
+    """
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    if writer._results_queue is None:
+        manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("fork"))
+        manager.start(initializer=die_with_parent)
+        writer._results_queue = manager.Queue()
+        _keep_alive.append(manager)
+
+
+_keep_alive: list[object] = []
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to SIGKILL this process when the thread that started it ends (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
