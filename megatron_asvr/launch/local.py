@@ -30,6 +30,7 @@ from megatron_asvr.launch.rank import DEFAULT_TIMEOUT_S
 from megatron_asvr.launch.worker import LOG_START, Job
 
 LOG_TAIL_LINES = 20
+CLOSE_S = 2.0  # for the nursery to notice that its launcher has gone
 ABORT_S = 2.0  # for ranks that ran out of time to write where they stand
 # The sockets of a killed process close before its end is reported: peers may complain earlier.
 SIGNAL_HEAD_START_NS = 200_000_000
@@ -156,10 +157,13 @@ class _Nursery:
 
     def close(self) -> None:
         """End the process and everything it started."""
-        os.close(self._commands)
+        os.close(self._commands)  # it kills what still runs, and ends
         os.close(self._reports)
-        self.process.kill()
-        self.process.wait()
+        try:
+            self.process.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:  # it is importing
+            self.process.kill()
+            self.process.wait()
 
 
 _nursery: _Nursery | None = None

@@ -45,11 +45,14 @@ class Nursery:
         self._commands = commands  # file descriptors
         self._reports = reports
         self._unread = b""
+        self._pids: dict[int, int] = {}  # rank of each process that runs
         self._child_ended, wake = os.pipe()
         os.set_blocking(self._child_ended, False)
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: self._end())
+        die_with_parent(signal.SIGTERM)
 
     def serve(self) -> None:
         """Run jobs until the launcher closes its pipe."""
@@ -73,48 +76,60 @@ class Nursery:
                 if entry not in sys.path:
                     sys.path.insert(0, entry)
             preload((*PRELOAD, job.module))
-        pids = {self._start(job, rank): rank for rank in range(job.world_size)}
+        for rank in range(job.world_size):
+            self._pids[self._start(job, rank)] = rank
         deadline: float | None = None
         stopping = False
-        while pids:
+        while self._pids:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready, _, _ = select.select([self._child_ended, self._commands], [], [], left)
             if self._child_ended in ready:
                 os.read(self._child_ended, 4096)
             if self._commands in ready:
-                self._obey(list(pids))
-            failed = self._reap(pids, stopping)
+                self._obey()
+            failed = self._reap(stopping)
             if failed and deadline is None:
                 deadline = time.monotonic() + GRACE_S
             if deadline is not None and time.monotonic() >= deadline:
-                _kill_groups(list(pids))
+                _kill_groups(list(self._pids))
                 stopping = True
                 deadline = time.monotonic() + GRACE_S
         self._report(done=True)
 
-    def _obey(self, pids: list[int]) -> None:
+    def _end(self) -> None:
+        """The launcher has gone: leave nothing behind."""
+        _kill_groups(list(self._pids))
+        os._exit(0)
+
+    def _obey(self) -> None:
         """Pass on the signal that the launcher asks for; end everything when it has gone."""
         while True:
             command = self._next_command()
             if command is None:
-                _kill_groups(pids)
-                sys.exit(0)
-            for pid in pids:
+                self._end()
+            for pid in self._pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, command)  # to the ranks only, not to their helpers
             if b"\n" not in self._unread:
                 return
 
-    def _reap(self, pids: dict[int, int], stopping: bool) -> bool:
-        """Report the ranks that have ended; whether one of them failed."""
+    def _reap(self, stopping: bool) -> bool:
+        """Report the ranks that have ended; whether one of them failed.
+
+        A rank that failed takes along the processes it has started, such as checkpoint writers.
+        """
         failed = False
-        for pid in list(pids):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            if ended:
-                code = os.waitstatus_to_exitcode(status)
-                rank = pids.pop(pid)
-                self._report(rank=rank, code=code, time_ns=time.time_ns(), stopped=stopping)
-                failed = failed or code != 0
+        for pid in list(self._pids):
+            status = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if status is None:
+                continue
+            time_ns = time.time_ns()
+            code = status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+            if code != 0:
+                _kill_groups([pid])  # before its number is free for another process
+                failed = True
+            os.waitpid(pid, 0)
+            self._report(rank=self._pids.pop(pid), code=code, time_ns=time_ns, stopped=stopping)
         return failed
 
     def _start(self, job: Job, rank: int) -> int:
@@ -130,6 +145,7 @@ class Nursery:
     def _become_rank(self, job: Job, rank: int) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for descriptor in (self._commands, self._reports, self._child_ended):
             os.close(descriptor)
         _settle()
@@ -178,7 +194,6 @@ def main() -> None:
     if args.job is not None:
         _settle()
         leave(run_rank(Job(**json.loads(pathlib.Path(args.job).read_text())), args.rank))
-    die_with_parent()
     Nursery(args.commands, args.reports).serve()
 
 

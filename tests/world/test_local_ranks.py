@@ -1,5 +1,6 @@
 """Local ranks: results, logs, and every way a rank can fail."""
 
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -96,6 +97,27 @@ def test_a_dead_rank_ends_the_others_within_seconds(fn, cause, tmp_path):
     assert failures.startswith(f"rank 1: {cause}")
 
 
+def start_helper(folder: str, end: str) -> None:
+    """Rank 1 starts a process, as a checkpoint writer is, and does not end well."""
+    helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    helper.start()
+    pathlib.Path(folder, f"{dist.get_rank()}.pid").write_text(str(helper.pid))
+    dist.barrier()
+    if end == "killed" and dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("end", ["killed", "late"])
+def test_no_process_of_a_failed_rank_stays(tmp_path, end):
+    run_ranks(describe, ("warm",), 1, timeout_s=60)
+    with pytest.raises(LaunchError):
+        run_ranks(start_helper, (str(tmp_path), end), 2, timeout_s=4)
+    pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+    assert len(pids) == 2
+    wait_until(lambda: not any(running(pid) for pid in pids), 5)
+
+
 def sleep() -> None:
     time.sleep(600)
 
@@ -118,8 +140,11 @@ def test_a_result_that_cannot_be_pickled_is_a_failure():
         run_ranks(unknown_place, (), 1, timeout_s=60)
 
 
-def write_pid_and_sleep(folder: str) -> None:
-    pathlib.Path(folder, f"{dist.get_rank()}.pid").write_text(str(os.getpid()))
+def write_pids_and_sleep(folder: str) -> None:
+    helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    helper.start()
+    path = pathlib.Path(folder, f"{dist.get_rank()}.pid")
+    path.write_text(f"{os.getpid()} {helper.pid}")
     time.sleep(600)
 
 
@@ -141,14 +166,14 @@ def wait_until(condition, limit_s: float = 30.0) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_ranks_die_with_the_process_that_started_them(tmp_path, number):
     code = (
-        "from tests.world.test_local_ranks import write_pid_and_sleep, run_ranks\n"
-        f"run_ranks(write_pid_and_sleep, ({str(tmp_path)!r},), 2)"
+        "from tests.world.test_local_ranks import write_pids_and_sleep, run_ranks\n"
+        f"run_ranks(write_pids_and_sleep, ({str(tmp_path)!r},), 2)"
     )
     root = pathlib.Path(__file__).parents[2]
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=root, stderr=subprocess.DEVNULL)
     try:
         wait_until(lambda: len([p for p in tmp_path.glob("*.pid") if p.read_text()]) == 2)
-        pids = [int(p.read_text()) for p in tmp_path.glob("*.pid")]
+        pids = [int(n) for p in tmp_path.glob("*.pid") for n in p.read_text().split()]
         assert all(running(pid) for pid in pids)
         launcher.send_signal(number)
         assert launcher.wait(timeout=10) != 0
