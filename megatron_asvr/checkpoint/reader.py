@@ -68,7 +68,8 @@ def find_checkpoint(path: Path) -> Path:
 def _trained_tensors(step: Path, meta: Meta) -> dict[str, Callable[[], Tensor]]:
     if not meta.trained:
         return {}
-    stored = SafeReader(step).read_metadata().state_dict_metadata
+    reader = SafeReader(step)
+    stored = reader.read_metadata().state_dict_metadata
     missing = [name for name in meta.trained if name not in stored]
     if missing:
         raise CheckpointError(f"{step} promises {missing[0]} in its {META} but does not hold it")
@@ -79,7 +80,7 @@ def _trained_tensors(step: Path, meta: Meta) -> dict[str, Callable[[], Tensor]]:
         def read() -> Tensor:
             assert isinstance(entry, TensorStorageMetadata)
             full = torch.empty(entry.size, dtype=entry.properties.dtype)
-            load({name: full}, storage_reader=SafeReader(step), no_dist=True)
+            load({name: full}, storage_reader=reader, no_dist=True)
             return full[tuple(slice(size) for size in shape)]  # cut the padding of vocabularies
 
         return read
@@ -91,8 +92,10 @@ class SafeReader(FileSystemReader):
     """torch's reader of a distributed checkpoint, for folders that others may have written.
 
     The tensors themselves are read with ``weights_only``; the index beside them is a pickle, so
-    it is unpickled here with nothing but the index's own classes allowed.
+    it is unpickled here with nothing but the index's own classes allowed, and once.
     """
+
+    _index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index of the checkpoint.
@@ -100,15 +103,15 @@ class SafeReader(FileSystemReader):
         Raises:
             CheckpointError: it is missing, damaged or names foreign classes.
         """
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError) as err:
-            raise CheckpointError(f"{path} cannot be read: {err}") from None
-        if metadata.storage_meta is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        if self._index is None:
+            path = Path(self.path) / ".metadata"
+            try:
+                self._index = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+            except (OSError, EOFError, pickle.UnpicklingError, AttributeError, IndexError) as err:
+                raise CheckpointError(f"{path} cannot be read: {err}") from None
+            self._index.storage_meta = self._index.storage_meta or StorageMeta()
+        self._index.storage_meta.load_id = self.load_id
+        return self._index
 
 
 # What an index consists of: classes defined in these modules, and a few names beside dtypes.

@@ -1,14 +1,18 @@
 """Write a checkpoint: complete under its final name, or not there at all."""
 
 import logging
+import queue
 import shutil
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_asvr.platforms import mcore
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -101,20 +105,50 @@ def save_checkpoint(
     """
     started = time.perf_counter()
     step = meta.resume.step
-    partial = folder.partial(step, attempt)
+    unfinished = folder.partial(step, attempt)
     if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
     dist.barrier(group=groups.world)
-    dist_checkpointing.save(sharded_state(model, optimizer, is_loading=False), str(partial))
+    _write(sharded_state(model, optimizer, is_loading=False), unfinished)
     if groups.rank == 0:
-        _finish(folder, partial, meta, attempt)
+        _finish(folder, unfinished, meta, attempt)
         folder.prune(keep)
         seconds = time.perf_counter() - started
         logger.info("saved %s in %.1f s", folder.step(step), seconds)
 
 
-def _finish(folder: RunFolder, partial: Path, meta: Meta, attempt: int) -> None:
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Write a sharded state from this process, on all ranks.
+
+    Up to megatron-core 0.16 a save forks writers (strategies/filesystem_async.py:266), which would
+    outlive a killed rank for ever, with its memory and its open pipes. So there the request of an
+    asynchronous save is taken and carried out here.
+    """
+    if tuple(int(x) for x in mcore.version.split(".")[:2]) >= (0, 17):
+        dist_checkpointing.save(state, str(path))
+        return
+    request = dist_checkpointing.save(state, str(path), async_sharded_save=True)
+    if request.async_fn is not None:  # None on a rank without anything to write
+        request = request._replace(async_fn=partial(_write_files, request.async_fn.args[0]))
+    request.execute_sync()
+
+
+def _write_files(transforms: list[Any], rank: int, buckets: list[Any], results: Any) -> None:
+    """What ``FileSystemWriterAsync.write_preloaded_data_multiproc`` does, without processes."""
+    written: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    for number, bucket in enumerate(buckets):
+        started: queue.Queue[int] = queue.Queue()
+        started.put(number)
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, number, bucket, written, started, use_fsync=True
+        )
+    found = dict(written.get() for _ in buckets)
+    errors = [x for x in found.values() if isinstance(x, Exception)]
+    results.put(errors[0] if errors else found)
+
+
+def _finish(folder: RunFolder, unfinished: Path, meta: Meta, attempt: int) -> None:
     newest = folder.last_attempt()
     if newest > attempt:
         # A scheduler may start a job again while ranks of the old attempt are still alive.
@@ -122,10 +156,10 @@ def _finish(folder: RunFolder, partial: Path, meta: Meta, attempt: int) -> None:
             f"attempt {newest} of {folder.root} has started since, so attempt {attempt} must not "
             f"write {folder.step(meta.resume.step).name} any more; it stops here"
         )
-    write_meta(partial, meta)
-    fsync(partial)
+    write_meta(unfinished, meta)
+    fsync(unfinished)
     final = folder.step(meta.resume.step)
     if final.exists():  # incomplete by hand: a complete one would have been continued from
         shutil.rmtree(final)
-    partial.rename(final)
+    unfinished.rename(final)
     fsync(folder.checkpoints)

@@ -97,12 +97,28 @@ def happening(folder: RunFolder, when: str) -> bool:
     return folder.metrics.exists() and done in folder.metrics.read_text()
 
 
+def wait_until_nothing_uses(folder: str) -> None:
+    """Fail when a process that a killed rank left behind still holds files of the run."""
+    deadline = time.monotonic() + 10
+    while users := [str(p) for p in Path("/proc").glob("[0-9]*/fd/*") if target(p, folder)]:
+        assert time.monotonic() < deadline, users
+        time.sleep(0.1)
+
+
+def target(link: Path, folder: str) -> bool:
+    try:
+        return str(link.readlink()).startswith(folder)
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(("rank", "when"), [(1, "step"), (0, "save"), (1, "save")])
 def test_killed_at_any_point_it_ends_with_the_same_bits(rank: int, when: str) -> None:
     config = new_run(f"killed_{rank}_{when}")
     with pytest.raises(LaunchError, match="SIGKILL"):
         run_ranks(train_watched, (config, rank, when, signal.SIGKILL), 2, timeout_s=240)
     assert RunFolder(config.run.dir).latest() == 3
+    wait_until_nothing_uses(config.run.dir)
     result = run_ranks(train, (config,), 2, timeout_s=240)
     assert result["finished"]
     assert [p.name for p in RunFolder(config.run.dir).checkpoints.glob(".*")] == []
