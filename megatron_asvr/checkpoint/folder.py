@@ -10,15 +10,19 @@ A checkpoint appears under its final name by one rename, when all of it is on di
 ``step_N`` is complete by construction; anything unfinished carries another name.
 """
 
+import json
 import os
 import re
 import shutil
+import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 META = "meta.json"
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
+_CLAIM = "start.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ class RunFolder:
 
     def next_attempt(self) -> Path:
         """A new folder ``attempts/K`` for the logs of a start, K counted from 0."""
-        number = (self.last_attempt() if self.attempts.is_dir() else -1) + 1
+        number = self.last_attempt() + 1
         while True:
             try:
                 (self.attempts / str(number)).mkdir(parents=True)
@@ -90,8 +94,23 @@ class RunFolder:
             else:
                 return self.attempts / str(number)
 
+    def claim_attempt(self) -> int:
+        """Number of this start: of the newest folder if its start has not begun yet, else new.
+
+        The launcher makes the folder for the ranks' logs; whoever starts ranks in another way
+        leaves that to the first rank.
+        """
+        newest = self.last_attempt()
+        if newest < 0 or (self.attempts / str(newest) / _CLAIM).exists():
+            newest = int(self.next_attempt().name)
+        facts = {"host": socket.gethostname(), "pid": os.getpid(), "unix_time": time.time()}
+        (self.attempts / str(newest) / _CLAIM).write_text(json.dumps(facts) + "\n")
+        return newest
+
     def last_attempt(self) -> int:
         """Number of the newest start, -1 before the first."""
+        if not self.attempts.is_dir():
+            return -1
         numbers = [int(p.name) for p in self.attempts.iterdir() if p.name.isdecimal()]
         return max(numbers, default=-1)
 

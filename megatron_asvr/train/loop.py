@@ -39,12 +39,11 @@ from megatron_asvr.train.validate import validate
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, attempt: int | None = None) -> dict[str, Any]:
+def train(config: Config) -> dict[str, Any]:
     """What the run came to; call it on every rank. A run that was interrupted is continued.
 
     Args:
         config: the run.
-        attempt: number of the folder ``attempts/K`` that was made for this start; None makes one.
 
     Returns:
         ``finished`` (false when a signal stopped it early), ``step``, the last logged ``train`` and
@@ -61,7 +60,7 @@ def train(config: Config, attempt: int | None = None) -> dict[str, Any]:
     log_to_stdout()
     groups = make_groups(config)
     with contextlib.closing(open_data(config, groups=groups)) as data:
-        run = start(config, data, attempt=attempt, groups=groups)
+        run = start(config, data, groups=groups)
         with (
             StopRequest() as stop,
             MetricsLog(

@@ -86,20 +86,19 @@ class Run:
         )
 
 
-def start(config: Config, data: Data, *, attempt: int | None, groups: Groups) -> Run:
+def start(config: Config, data: Data, *, groups: Groups) -> Run:
     """The run, ready for its next step. All ranks take part.
 
     Args:
         config: the run.
         data: of the run.
-        attempt: number of the folder ``attempts/K`` that was made for this start; None makes one.
         groups: process groups of the layout.
 
     Raises:
         CheckpointError: the folder belongs to another run, or a source of weights does not fit.
         ConfigError: a source of weights does not fit.
     """
-    folder, attempt = _open_folder(config, attempt, groups)
+    folder, attempt = _open_folder(config, groups)
     facts = _identify(config, data)
     checkpoint = agree_resume(folder, facts, groups=groups)
     fill_codes(data, groups=groups)
@@ -150,17 +149,16 @@ def number_of_steps(config: Config, loader: Loader) -> int:
     return max(1, math.ceil(float(config.train.epochs or 0.0) * loader.steps))
 
 
-def _open_folder(config: Config, attempt: int | None, groups: Groups) -> tuple[RunFolder, int]:
+def _open_folder(config: Config, groups: Groups) -> tuple[RunFolder, int]:
     """The run's folder, cleared of interrupted saves, and the number of this start."""
     folder = RunFolder(config.run.dir)
-    shared = [attempt]
+    attempt = [0]
     if groups.rank == 0:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         folder.remove_partial()
-        shared = [attempt if attempt is not None else int(folder.next_attempt().name)]
-    dist.broadcast_object_list(shared, src=0, group=groups.world)
-    assert shared[0] is not None
-    return folder, shared[0]
+        attempt = [folder.claim_attempt()]
+    dist.broadcast_object_list(attempt, src=0, group=groups.world)
+    return folder, attempt[0]
 
 
 def _identify(config: Config, data: Data) -> dict[str, Any]:

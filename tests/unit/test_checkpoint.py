@@ -260,3 +260,6 @@ def test_attempts_are_counted_and_the_newest_is_known(tmp_path: Path) -> None:
     run_folder = RunFolder(tmp_path / "run")
     assert [run_folder.next_attempt().name for _ in range(3)] == ["0", "1", "2"]
     assert run_folder.last_attempt() == 2
+    assert run_folder.claim_attempt() == 2  # made by a launcher for the start that claims it
+    assert run_folder.claim_attempt() == 3
+    assert RunFolder(tmp_path / "other").claim_attempt() == 0
