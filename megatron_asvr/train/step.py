@@ -6,6 +6,7 @@ and every micro-batch's loss is already its exact part of the global one. Nothin
 afterwards: gradients are summed over ranks and micro-batches, never averaged.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def backward(
     def forward(
         iterator: Iterator[MicroBatch], model: DistributedDataParallel
     ) -> tuple[Any, Callable[..., Any]]:
-        return model(next(iterator)), finish
+        return model(to_device(next(iterator))), finish
 
     return get_forward_backward_func()(
         forward_step_func=forward,
@@ -158,6 +159,17 @@ def backward(
         micro_batch_size=batches[0].tokens_BS.shape[0],
         forward_only=False,
     )
+
+
+def to_device(batch: MicroBatch) -> MicroBatch:
+    """The batch with all its tensors on this rank's device; on the CPU the batch itself."""
+    platform, _ = select()
+    if platform.name == "cpu":
+        return batch
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
+    moved = {name: x.to(platform.device, non_blocking=True) for name, x in tensors.items()}
+    return dataclasses.replace(batch, **moved)
 
 
 def reduce_gradients(model: DistributedDataParallel, *, groups: Groups) -> None:

@@ -10,6 +10,7 @@ from megatron_asvr.data.loader import Loader
 from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.model.loss import read_totals
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.train.step import to_device
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def validate(
     model.eval()
     for step in range(loader.steps):
         for batch in loader.step(step):
-            totals += model(batch).totals()
+            totals += model(to_device(batch)).totals()
     model.train()
     if groups.plan.dp > 1:
         dist.all_reduce(totals, group=groups.dp)
