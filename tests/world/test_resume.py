@@ -41,8 +41,13 @@ UNEQUAL = ("tokens_per_s", "step_s", "data_wait", "codes_used", "code_perplexity
 
 
 @functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="asvr-resume-")  # removed when this process ends
+
+
+@functools.cache
 def files() -> Path:
-    return make_files(Path(tempfile.mkdtemp(prefix="asvr-resume-")) / "files")
+    return make_files(Path(scratch().name) / "files")
 
 
 def new_run(name: str, **changes: Any) -> Config:

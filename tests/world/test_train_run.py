@@ -27,8 +27,13 @@ STAGE_ONE = {"train__trainable": ["projector", "visual_head"], "data__eval": []}
 
 
 @functools.cache
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="asvr-run-")  # removed when this process ends
+
+
+@functools.cache
 def files() -> Path:
-    return make_files(Path(tempfile.mkdtemp(prefix="asvr-run-")) / "files")
+    return make_files(Path(scratch().name) / "files")
 
 
 def losses(run: Path, kind: str = "train") -> list[float]:
