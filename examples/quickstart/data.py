@@ -129,11 +129,11 @@ def text_record(example: Example) -> dict:
 
 
 def corpus(examples: Iterable[Example]) -> list[str]:
-    """Lines of text for the SentencePiece tokenizer."""
+    """Lines of text for the SentencePiece tokenizer: the words of the conversation template too."""
     lines = []
     for example in examples:
-        lines.append(caption(facts_of(example)))
-        lines += [text for pair in example.questions for text in pair]
+        lines.append(f"USER: {caption(facts_of(example))}")
+        lines += [f"{question} ASSISTANT: {answer}" for question, answer in example.questions]
     return lines
 
 
@@ -141,7 +141,8 @@ def prepare(folder: Path, *, limit: int | None = None) -> dict[str, int]:
     """Write everything below ``folder``; returns how many records each file holds.
 
     Args:
-        folder: gets images/, train.json, val.json, test.json, text.json, facts.json, corpus.txt.
+        folder: gets images/, train.json, val.json, test.json, text.json, facts.json, corpus.txt,
+            and val_facts.json, by which the encoder is measured.
         limit: images kept of each split, for a short run; None keeps all.
     """
     train, test = read_split("train"), read_split("test")
@@ -149,16 +150,13 @@ def prepare(folder: Path, *, limit: int | None = None) -> dict[str, int]:
     held_out = [e for e in train if is_held_out(e.image)][:limit]
     test = test[:limit]
     _copy_images(folder / "images", [*kept, *held_out, *test])
-    facts = {e.image: facts_of(e) for e in kept}
     files = {
         "train.json": [record(e) for e in kept],
         "val.json": [record(e) for e in held_out],
         "test.json": [record(e) for e in test],
         "text.json": [text_record(e) for e in kept],
-        "facts.json": [
-            {"image": i, "colour": f.colour, "shape": f.shape, "absent": sorted(f.absent)}
-            for i, f in facts.items()
-        ],
+        "facts.json": [_facts_record(e) for e in kept],
+        "val_facts.json": [_facts_record(e) for e in held_out],
     }
     for name, records in files.items():
         write_atomically(folder / name, json.dumps(records, indent=1))
@@ -183,6 +181,16 @@ def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def _facts_record(example: Example) -> dict:
+    facts = facts_of(example)
+    return {
+        "image": example.image,
+        "colour": facts.colour,
+        "shape": facts.shape,
+        "absent": sorted(facts.absent),
+    }
 
 
 def _copy_images(folder: Path, examples: Sequence[Example]) -> None:

@@ -46,7 +46,9 @@ def plot_losses(runs: dict[str, Path], out: Path) -> None:
             depth = sum(key.startswith("visual_accuracy_") for key in rows[0])
             for d in range(depth):
                 values = [row[f"visual_accuracy_{d}"] for row in rows]
-                axes[2].plot(steps, values, color=f"C{d}", label=f"depth {d}" if not start else "")
+                known = axes[2].get_legend_handles_labels()[1]
+                label = f"depth {d}" if f"depth {d}" not in known else ""
+                axes[2].plot(steps, values, color=f"C{d}", label=label)
         for axis in axes:
             axis.axvline(start, color="grey", linewidth=0.5)
         start = steps[-1] if steps else start

@@ -31,6 +31,7 @@ def write(out: Path, phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "seconds": {name: round(marker["seconds"], 1) for name, marker in phases.items()},
         "seconds_total": round(sum(marker["seconds"] for marker in phases.values()), 1),
         "peak_mem_bytes": max(marker["peak_mem_bytes"] for marker in phases.values()),
+        "encoder": _read(out / "encoder" / "quality.json"),
         "visual_tokenizer": _read(out / "visual_tokenizer" / "report.json"),
         "verify": _read(out / "verify.json"),
         "versions": {name: version(name) for name in PACKAGES},
