@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.run(args)
     except AsvrError as err:
-        print(f"asvr {args.command}: {type(err).__name__}: {err}", file=sys.stderr)
+        # An error of ours inside a rank is shown as itself; its traceback is in the rank's log.
+        shown = err.__cause__ if isinstance(err.__cause__, AsvrError) else err
+        print(f"asvr {args.command}: {type(shown).__name__}: {shown}", file=sys.stderr)
         return 1
     return 0
 

@@ -18,6 +18,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train in as many ranks as the layout needs."""
     from megatron_asvr.checkpoint.folder import RunFolder
+    from megatron_asvr.launch.job import place
     from megatron_asvr.launch.job import run as run_job
     from megatron_asvr.train.loop import train
 
@@ -25,10 +26,12 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         print("\n".join(plan_lines(config, world)))
         return
+    # Under a launcher every rank is here, and its logs are the launcher's.
+    attempt = RunFolder(config.run.dir).next_attempt() if place() is None else None
     run_job(
         train,
         (config,),
         world,
-        log_dir=RunFolder(config.run.dir).next_attempt(),
+        log_dir=attempt,
         threads_per_rank=config.train.threads_per_rank,
     )

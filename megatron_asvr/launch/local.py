@@ -25,7 +25,8 @@ from typing import Any
 
 from megatron_asvr.platforms import select
 
-from megatron_asvr.errors import LaunchError
+from megatron_asvr import errors
+from megatron_asvr.errors import AsvrError, LaunchError
 from megatron_asvr.launch.rank import DEFAULT_TIMEOUT_S
 from megatron_asvr.launch.worker import LOG_START, Job
 
@@ -63,7 +64,8 @@ def run_ranks(
         init: initialise the default process group before the call, destroy it afterwards.
 
     Raises:
-        LaunchError: a rank raised, died or ran out of time; the earliest failure comes first.
+        LaunchError: a rank raised, died or ran out of time; the earliest failure comes first. When
+            that was an error of ours, it is the cause (``__cause__``).
     """
     if fn.__module__ == "__main__":
         raise LaunchError(
@@ -89,7 +91,9 @@ def run_ranks(
         )
         outcome = _run_job(job, timeout_s)
         if sum(code == 0 for code, _ in outcome.ended.values()) < world_size:
-            raise LaunchError(_explain(job, outcome, timeout_s))
+            failures = _failures(job, outcome)
+            text = _explain(job, outcome, failures, timeout_s)
+            raise LaunchError(text) from _own_error(job, failures)
         result = pathlib.Path(folder, "result")
         return pickle.loads(result.read_bytes()) if result.exists() else None
 
@@ -245,18 +249,31 @@ def _forward_signals(nursery: _Nursery) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _explain(job: Job, outcome: _Outcome, timeout_s: float | None) -> str:
-    """Which ranks failed and why, the earliest failure first."""
-    failures: dict[int, tuple[int, str]] = {}
+def _failures(job: Job, outcome: _Outcome) -> dict[int, str]:
+    """What each rank that failed by itself says, the earliest failure first."""
+    found: dict[int, tuple[int, str]] = {}
     for path in pathlib.Path(job.folder).glob("*.rank_*"):
         rank = int(path.name.rpartition("_")[2])
-        failures[rank] = (int(path.name.partition(".")[0]), path.read_text(errors="replace"))
+        found[rank] = (int(path.name.partition(".")[0]), path.read_text(errors="replace"))
     for rank, (code, time_ns) in outcome.ended.items():
-        if code != 0 and rank not in failures:
+        if code != 0 and rank not in found:
             text = f"{_cause(code)}\n{_log_tail(job, rank)}"
-            failures[rank] = (time_ns - SIGNAL_HEAD_START_NS, text)
-    order = sorted(failures, key=lambda rank: failures[rank][0])
-    parts = [f"rank {rank}: {failures[rank][1]}" for rank in order]
+            found[rank] = (time_ns - SIGNAL_HEAD_START_NS, text)
+    return {rank: found[rank][1] for rank in sorted(found, key=lambda rank: found[rank][0])}
+
+
+def _own_error(job: Job, failures: dict[int, str]) -> AsvrError | None:
+    """The error of ours that the earliest failure was, if it was one."""
+    path = pathlib.Path(job.folder, f"own_error_{next(iter(failures), None)}")
+    if not path.exists():
+        return None
+    own = json.loads(path.read_text())
+    return getattr(errors, own["kind"], AsvrError)(own["message"])
+
+
+def _explain(job: Job, outcome: _Outcome, failures: dict[int, str], timeout_s: float | None) -> str:
+    """Which ranks failed and why."""
+    parts = [f"rank {rank}: {text}" for rank, text in failures.items()]
     if outcome.late:
         late = [f"rank {rank}: {_log_tail(job, rank)}" for rank in outcome.stopped]
         parts += [f"ranks {outcome.stopped} had not finished after {timeout_s:g} s", *late]
@@ -264,8 +281,8 @@ def _explain(job: Job, outcome: _Outcome, timeout_s: float | None) -> str:
         parts.append(f"ranks {outcome.stopped} were stopped because of that")
     if not parts:
         parts.append("the process that starts the ranks died; was it killed for memory?")
-    head = f"{len(order)} of {job.world_size} ranks failed"
-    return "\n".join([f"{head}, the earliest first:" if len(order) > 1 else f"{head}:", *parts])
+    head = f"{len(failures)} of {job.world_size} ranks failed"
+    return "\n".join([f"{head}, the earliest first:" if len(failures) > 1 else f"{head}:", *parts])
 
 
 def _cause(code: int) -> str:

@@ -3,6 +3,7 @@
 import atexit
 import faulthandler
 import importlib
+import json
 import os
 import pathlib
 import pickle
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from megatron_asvr.errors import AsvrError
 from megatron_asvr.launch.rank import init_group, leave_group, prepare_rank
 
 FAILED = 1  # exit status of a rank whose function raised
@@ -99,10 +101,19 @@ def run_rank(job: Job, rank: int) -> int:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             return 0
         text = traceback.format_exc()
+        if isinstance(error, AsvrError):
+            own = {"kind": type(error).__name__, "message": _with_notes(error)}
+            _write(pathlib.Path(job.folder, f"own_error_{rank}"), json.dumps(own).encode())
         _write(pathlib.Path(job.folder, f"{time.time_ns()}.rank_{rank}"), text.encode())
-        sys.stderr.write(text)
+        if job.log_dir is not None or not isinstance(error, AsvrError):
+            sys.stderr.write(text)  # the launcher shows an error of ours by itself
         return FAILED
     return 0
+
+
+def _with_notes(error: BaseException) -> str:
+    """An error's message with what was added to it on its way up."""
+    return "; ".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def leave(status: int) -> None:

@@ -123,6 +123,21 @@ def test_mistakes_are_one_clear_line(command, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_a_mistake_found_by_a_rank_is_shown_as_itself(trained, tmp_path, capfd):
+    folder, files, _ = trained
+    records = json.loads((files / "train.json").read_text())
+    records[2]["image"] = "gone.png"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    source = f"data.train=[{{path: {tmp_path / 'train.json'}, images: {files / 'images'}}}]"
+    train = ["train", str(folder / "run.yaml"), source, f"run.dir={tmp_path / 'run'}"]
+    assert main([*train, "data.on_bad_sample=error"]) == 1
+    printed = capfd.readouterr().err
+    assert printed.startswith("asvr train: DataError: ")
+    assert "gone.png" in printed
+    assert "Traceback" not in printed
+    assert "Traceback" in (tmp_path / "run" / "attempts" / "0" / "rank_0.log").read_text()
+
+
 def test_an_unknown_flag_or_word_is_refused(capsys):
     for wrong in (["train", "a.yaml", "--stepz", "3"], ["train", "a.yaml", "steps"]):
         with pytest.raises(SystemExit):
