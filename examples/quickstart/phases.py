@@ -1,13 +1,12 @@
 """Phases that survive being interrupted: done once, measured, and done again when they change.
 
 A phase's marker holds the hash of everything the phase depends on, the markers before it included.
-A phase whose marker fits is skipped; one whose marker is of another hash starts from an empty
-folder; one without a marker continues in what it finds, which is how a killed training goes on.
+A phase whose marker fits and says so is done; any other starts without its old outputs, except that
+a killed training with the same settings continues in its own folder.
 """
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -21,6 +20,7 @@ import psutil
 from examples.quickstart.data import write_atomically
 
 SAMPLE_S = 1.0
+NOTHING_USED = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_mem_bytes": 0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +29,17 @@ class Phase:
 
     Attributes:
         name: also the name of its marker.
-        run: does the work; must continue what an interrupted call left.
+        run: does the work.
         inputs: settings and file contents that the result depends on.
-        outputs: what is removed before the phase is done with other inputs.
+        outputs: what is removed before the phase starts afresh.
+        continues: whether ``run`` goes on where an interrupted call with the same inputs stopped.
     """
 
     name: str
     run: Callable[[], None]
     inputs: Sequence[str] = ()
     outputs: Sequence[Path] = ()
+    continues: bool = False
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Phases:
             self.say(f"{phase.name}: done before, in {marker['seconds']:.0f} s")
             return
         if marker.get("hash") != self._chain:
-            marker = {"hash": self._chain, "done": False, "seconds": 0.0, "peak_mem_bytes": 0}
+            marker = {"hash": self._chain, "done": False, **NOTHING_USED}
             for path in phase.outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.say(f"{phase.name}: starts")
@@ -76,23 +78,29 @@ class Phases:
         meter.write()
         self.results[phase.name] = marker
         peak = marker["peak_mem_bytes"] / 2**30
-        self.say(f"{phase.name}: {marker['seconds']:.0f} s, peak memory {peak:.2f} GiB")
+        self.say(
+            f"{phase.name}: {marker['seconds']:.0f} s ({marker['cpu_seconds']:.0f} CPU-s), "
+            f"peak memory {peak:.2f} GiB"
+        )
 
 
 class Meter:
-    """Adds wall seconds and peak memory of this process and all below it to a marker.
+    """Adds wall and CPU seconds and peak memory of this process and all below it to a marker.
 
-    Memory is the proportional set size, so pages that ranks share are counted once. The marker is
-    written every second: time before an interruption is not forgotten.
+    Memory is the proportional set size, so pages that ranks share are counted once. CPU time is
+    sampled: what a process used after its last sample is missed. The marker is written every
+    second, so what was used before an interruption is not forgotten.
 
     Args:
         path: of the marker.
-        marker: with ``seconds`` and ``peak_mem_bytes`` of earlier calls.
+        marker: with what earlier calls used (``NOTHING_USED`` before the first).
     """
 
     def __init__(self, path: Path, marker: dict[str, Any]) -> None:
         self._path, self._marker = path, marker
-        self._before = marker["seconds"]
+        self._before = dict(marker)
+        self._own_cpu_s = psutil.Process().cpu_times()
+        self._cpu_s: dict[int, float] = {}  # by process, as last seen
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -112,24 +120,29 @@ class Meter:
 
     def _sample(self) -> None:
         while True:
-            used = _memory_bytes()
-            self._marker["peak_mem_bytes"] = max(self._marker["peak_mem_bytes"], used)
-            self._marker["seconds"] = self._before + time.monotonic() - self._started
+            self._look()
             self.write()
             if self._stop.wait(SAMPLE_S):
-                self._marker["seconds"] = self._before + time.monotonic() - self._started
+                self._look()
                 return
 
-
-def _memory_bytes() -> int:
-    here = psutil.Process(os.getpid())
-    total = 0
-    for process in (here, *here.children(recursive=True)):
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return total
+    def _look(self) -> None:
+        """Bring the marker up to date."""
+        here = psutil.Process()
+        used_bytes = 0
+        for process in (here, *here.children(recursive=True)):
+            try:
+                used_bytes += process.memory_full_info().pss
+                times = process.cpu_times()
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+            self._cpu_s[process.pid] = times.user + times.system
+        before_s = self._own_cpu_s.user + self._own_cpu_s.system
+        self._marker["cpu_seconds"] = (
+            self._before["cpu_seconds"] + sum(self._cpu_s.values()) - before_s
+        )
+        self._marker["seconds"] = self._before["seconds"] + time.monotonic() - self._started
+        self._marker["peak_mem_bytes"] = max(self._marker["peak_mem_bytes"], used_bytes)
 
 
 def _read(path: Path) -> dict[str, Any]:

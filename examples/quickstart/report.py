@@ -30,6 +30,8 @@ def write(out: Path, phases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "validation": {name: _last(out / name, "eval") for name in STAGES if name != "warmup"},
         "seconds": {name: round(marker["seconds"], 1) for name, marker in phases.items()},
         "seconds_total": round(sum(marker["seconds"] for marker in phases.values()), 1),
+        "cpu_seconds": {name: round(marker["cpu_seconds"], 1) for name, marker in phases.items()},
+        "cpu_seconds_total": round(sum(marker["cpu_seconds"] for marker in phases.values()), 1),
         "peak_mem_bytes": max(marker["peak_mem_bytes"] for marker in phases.values()),
         "encoder": _read(out / "encoder" / "quality.json"),
         "visual_tokenizer": _read(out / "visual_tokenizer" / "report.json"),
@@ -70,7 +72,8 @@ def _markdown(result: dict[str, Any]) -> str:
         f"- test accuracy **{result['test_accuracy']:.4f}** on {result['num_questions']} questions "
         "of the test split, each asked alone, greedy answers, exact match",
         f"- the same training with blank images: {result['blind_accuracy']:.4f}",
-        f"- {result['seconds_total'] / 60:.1f} minutes in all; peak memory "
+        f"- {result['seconds_total'] / 60:.1f} minutes in all, "
+        f"{result['cpu_seconds_total'] / 60:.1f} CPU-minutes; peak memory "
         f"{result['peak_mem_bytes'] / 2**30:.2f} GiB",
         f"- reloaded with transformers {result['verify']['transformers']}: logits differ by at "
         f"most {result['verify']['logits_max_abs']:.1e}, "
@@ -80,9 +83,12 @@ def _markdown(result: dict[str, Any]) -> str:
         "Everything here shows that the system works; at this size it says nothing about the "
         "method's gain.",
         "",
-        "| phase | seconds |",
-        "|---|---|",
-        *(f"| {name} | {seconds:.0f} |" for name, seconds in result["seconds"].items()),
+        "| phase | seconds | CPU-seconds |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {seconds:.0f} | {result['cpu_seconds'][name]:.0f} |"
+            for name, seconds in result["seconds"].items()
+        ),
         "",
         "| run | text loss | visual loss | code accuracy by depth |",
         "|---|---|---|---|",

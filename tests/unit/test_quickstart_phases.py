@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -9,7 +11,7 @@ class Work:
     """Two phases that leave a file each and count how often they ran."""
 
     def __init__(self, folder):
-        self.folder, self.ran = folder, []
+        self.folder, self.ran, self.continues = folder, [], True
 
     def phases(self, **settings):
         return [
@@ -18,6 +20,7 @@ class Work:
                 run=lambda name=name: self.work(name),
                 inputs=[settings.get(name, "")],
                 outputs=[self.folder / name],
+                continues=self.continues,
             )
             for name in ("first", "second")
         ]
@@ -48,6 +51,19 @@ def test_done_phases_are_not_done_again(work):
     assert first["first"]["peak_mem_bytes"] > 2**20
 
 
+def test_seconds_of_child_processes_count(tmp_path):
+    spin = "import time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass"
+
+    def work():
+        subprocess.run([sys.executable, "-c", spin], check=True)
+
+    phases = Phases(tmp_path, say=lambda line: None)
+    phases.do(Phase(name="spin", run=work))
+    used = phases.results["spin"]
+    assert used["seconds"] >= 1.5
+    assert 0.3 <= used["cpu_seconds"] <= used["seconds"] + 0.5  # sampled once a second
+
+
 def test_a_changed_phase_and_what_follows_start_afresh(work):
     work.run()
     work.run(first="other")
@@ -57,14 +73,16 @@ def test_a_changed_phase_and_what_follows_start_afresh(work):
     assert work.ran[4:] == ["second"]
 
 
-def test_an_interrupted_phase_continues_in_what_it_left(work):
+@pytest.mark.parametrize(("continues", "left"), [(True, "continued"), (False, "fresh")])
+def test_an_interrupted_phase_continues_if_it_can(work, continues, left):
+    work.continues = continues
     work.run()
     marker = work.folder / "phases/second.json"
-    left = json.loads(marker.read_text()) | {"done": False, "seconds": 100.0}
-    marker.write_text(json.dumps(left))
+    undone = json.loads(marker.read_text()) | {"done": False, "seconds": 100.0}
+    marker.write_text(json.dumps(undone))
     results = work.run()
     assert work.ran == ["first", "second", "second"]
-    assert (work.folder / "second/file").read_text() == "continued"
+    assert (work.folder / "second/file").read_text() == left
     assert results["second"]["seconds"] >= 100.0
 
 
