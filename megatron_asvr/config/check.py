@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from megatron_asvr.config.schema import PARTS, Config
+from megatron_asvr.config.schema import PARTS, Config, OptimConfig
 from megatron_asvr.errors import ConfigError
 
 
@@ -15,6 +15,8 @@ def check(config: Config) -> Config:
     _check_widths(config)
     _check_parallel(config)
     _check_train(config)
+    _check_optim(config.train.optim)
+    _check_data(config)
     _check_loss(config)
     _check_files(config)
     return config
@@ -60,6 +62,12 @@ def _positive(config: object, prefix: str, names: Iterable[str]) -> None:
             _require(value > 0, f"{prefix}.{name}={value} must be positive")
 
 
+def _not_negative(config: object, prefix: str, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 0, f"{prefix}.{name}={value} must not be negative")
+
+
 def _divisors(*numbers: int) -> str:
     return ", ".join(str(d) for d in range(1, min(numbers) + 1) if not any(n % d for n in numbers))
 
@@ -68,9 +76,11 @@ def _check_widths(config: Config) -> None:
     lm, vision, head = config.model.language, config.model.vision, config.model.visual_head
     sizes = ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size")
     _positive(lm, "model.language", (*sizes, "vocab_size", "num_kv_heads", "head_dim"))
-    _positive(lm, "model.language", ("max_positions", "sliding_window"))
+    _positive(lm, "model.language", ("max_positions", "sliding_window", "rope_theta"))
     _positive(vision, "model.vision", (*sizes, "image_size", "patch_size"))
     _positive(head, "model.visual_head", ("width", "num_layers", "num_heads"))
+    for name, part in (("language", lm), ("vision", vision), ("visual_head", head)):
+        _positive(part, f"model.{name}", ("norm_eps", "init_std"))
     _require(
         lm.head_dim is not None or lm.hidden_size % lm.num_heads == 0,
         f"model.language.num_heads={lm.num_heads} does not divide hidden_size={lm.hidden_size}; "
@@ -81,12 +91,16 @@ def _check_widths(config: Config) -> None:
         f"model.language.num_kv_heads={lm.kv_heads} does not divide num_heads={lm.num_heads}; "
         f"use {_divisors(lm.num_heads)}",
     )
-    for name, part, heads in (("vision", vision, vision.num_heads),):
-        _require(
-            part.hidden_size % heads == 0,
-            f"model.{name}.num_heads={heads} does not divide hidden_size={part.hidden_size}; "
-            f"use {_divisors(part.hidden_size)}",
-        )
+    _require(
+        lm.width_per_head % 2 == 0,
+        f"model.language.head_dim={lm.width_per_head} must be even: rotary positions turn pairs; "
+        "set head_dim or num_heads",
+    )
+    _require(
+        vision.hidden_size % vision.num_heads == 0,
+        f"model.vision.num_heads={vision.num_heads} does not divide "
+        f"hidden_size={vision.hidden_size}; use {_divisors(vision.hidden_size)}",
+    )
     _require(
         head.width % head.heads == 0,
         f"model.visual_head.num_heads={head.heads} does not divide width={head.width}; "
@@ -130,20 +144,17 @@ def _check_parallel(config: Config) -> None:
 
 
 def _check_train(config: Config) -> None:
-    t, o = config.train, config.train.optim
+    t = config.train
     _require(
         (t.steps is None) != (t.epochs is None),
         f"give exactly one of train.steps (got {t.steps}) and train.epochs (got {t.epochs})",
     )
     _positive(t, "train", ("steps", "epochs", "global_batch", "micro_batch", "threads_per_rank"))
     _positive(t, "train", ("save_every_steps", "keep_checkpoints", "log_every_steps"))
-    _positive(o, "train.optim", ("lr", "eps"))
-    _require(
-        0 <= o.warmup_fraction < 1,
-        f"train.optim.warmup_fraction={o.warmup_fraction} must be in [0, 1)",
-    )
-    _require(0 <= o.min_lr <= o.lr, f"train.optim.min_lr={o.min_lr} must be in [0, lr={o.lr}]")
+    _not_negative(t, "train", ("eval_every_steps", "cosine_every_steps"))
     _require(bool(t.trainable), f"train.trainable is empty; choose from {', '.join(PARTS)}")
+    for part in PARTS:
+        _require(t.trainable.count(part) < 2, f"train.trainable names {part} twice; name it once")
     if config.loss.visual_weight == 0 and "visual_head" in t.trainable:
         raise ConfigError(
             "train.trainable names visual_head but loss.visual_weight=0 builds none; "
@@ -153,6 +164,27 @@ def _check_train(config: Config) -> None:
         t.global_batch % t.micro_batch == 0,
         f"train.global_batch={t.global_batch} is not a multiple of "
         f"train.micro_batch={t.micro_batch}",
+    )
+
+
+def _check_optim(o: OptimConfig) -> None:
+    _positive(o, "train.optim", ("lr", "eps"))
+    _not_negative(o, "train.optim", ("weight_decay", "clip_grad"))
+    for name in ("warmup_fraction", "beta1", "beta2"):
+        value = getattr(o, name)
+        _require(0 <= value < 1, f"train.optim.{name}={value} must be in [0, 1)")
+    _require(0 <= o.min_lr <= o.lr, f"train.optim.min_lr={o.min_lr} must be in [0, lr={o.lr}]")
+
+
+def _check_data(config: Config) -> None:
+    d, positions = config.data, config.model.language.max_positions
+    _not_negative(config.run, "run", ("seed",))
+    _positive(d, "data", ("max_length", "max_image_pixels", "decode_threads"))
+    _not_negative(d, "data", ("prefetch_batches",))
+    _require(
+        d.max_length <= positions,
+        f"data.max_length={d.max_length} exceeds model.language.max_positions={positions}; use at "
+        "most that, or raise max_positions if the model is meant for it",
     )
 
 

@@ -7,6 +7,7 @@ allowed and the nearest valid name.
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -195,13 +196,15 @@ def _choice(allowed: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
+    if kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML 1.1 reads 1e-3 (no dot) as a string
-        except ValueError:
+            number = float(value)  # YAML 1.1 reads 1e-3 (no dot) as a string
+        except (TypeError, ValueError):
             pass
+        else:
+            if math.isfinite(number):
+                return number
+            raise ConfigError(f"{where}={value!r} must be a finite number")
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     raise ConfigError(f"{where}={value!r} is a {type(value).__name__}; wanted {kind.__name__}")

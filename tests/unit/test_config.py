@@ -42,12 +42,16 @@ def test_saved_configuration_reads_back_equal(tmp_path):
         ("train.steps=true", ["train.steps=True", "int"]),
         ("loss.mode=exakt", ["loss.mode='exakt'", "nearest: 'exact'", "official"]),
         ("loss.target_shift=2", ["loss.target_shift=2", "0, 1"]),
+        ("data.template=vicuna_v2", ["data.template='vicuna_v2'", "nearest: 'vicuna_v1'", "plain"]),
         ("data.train=a.json", ["data.train='a.json'", "list"]),
         ("data.train=[{pat: a}]", ["data.train[0].pat", "path"]),
         ("data.train=[{images: a}]", ["data.train[0].path", "required"]),
         ("train=3", ["train=3", "mapping"]),
         ("train", ["a.b=c"]),
         ("train.optim.lr=[", ["not valid YAML"]),
+        ("train.optim.lr=.inf", ["train.optim.lr=inf", "finite"]),
+        ("loss.visual_weight=nan", ["loss.visual_weight='nan'", "finite"]),
+        ("train.optim.lr=[1]", ["train.optim.lr=[1]", "float"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_way_out(override, words):
@@ -87,6 +91,13 @@ def test_preset_loop_is_refused(tmp_path):
         ("data.train=[]", ["data.train is empty"]),
         ("parallel.sp=true", ["parallel.sp", "tp > 1"]),
         ("train.trainable=[]", ["trainable is empty", "projector"]),
+        ("train.trainable=[projector, projector]", ["projector twice"]),
+        ("train.cosine_every_steps=-1", ["cosine_every_steps=-1", "negative"]),
+        ("model.language.head_dim=33", ["head_dim=33", "even"]),
+        ("model.vision.norm_eps=0", ["model.vision.norm_eps=0.0", "positive"]),
+        ("data.max_length=5000", ["max_length=5000", "max_positions=4096"]),
+        ("data.prefetch_batches=-1", ["prefetch_batches=-1", "negative"]),
+        ("run.seed=-1", ["run.seed=-1", "negative"]),
     ],
 )
 def test_impossible_settings_are_refused_before_work(override, words):
