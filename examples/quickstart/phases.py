@@ -62,13 +62,15 @@ class Phases:
         text = "\0".join([self._chain, phase.name, *phase.inputs])
         self._chain = hashlib.sha256(text.encode()).hexdigest()
         done = self.folder / f"{phase.name}.json"
-        marker = _read(done)
+        marker = {**NOTHING_USED, **_read(done)}
         if marker.get("hash") == self._chain and marker.get("done"):
             self.results[phase.name] = marker
             self.say(f"{phase.name}: done before, in {marker['seconds']:.0f} s")
             return
-        if marker.get("hash") != self._chain:
+        same = marker.get("hash") == self._chain
+        if not same:
             marker = {"hash": self._chain, "done": False, **NOTHING_USED}
+        if not (same and phase.continues):
             for path in phase.outputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.say(f"{phase.name}: starts")

@@ -8,9 +8,12 @@ of the command `asvr`; the lines it prints can be typed by hand.
 """
 
 import argparse
+import ctypes
 import hashlib
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from examples.quickstart.phases import Phase, Phases
 HERE = Path(__file__).parent
 CODEBOOKS = ("--depth", "4", "--codebook-size", "64")
 VOCAB_SIZE = 384  # 256 bytes, special symbols, and the words of the questions
+LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # linux/prctl.h
 ASKED = (0.2, 0.5, 0.8)  # where in the test split the three shown questions are
 
 
@@ -80,6 +84,7 @@ class QuickStart:
                 "--out",
                 str(self.out / "verify.json"),
             ),
+            Phase(name="ask", run=self.ask, inputs=[str(ASKED)]),
         ]
 
     def _prepare_data(self) -> Phase:
@@ -100,6 +105,7 @@ class QuickStart:
             run=partial(vision.train, self.out / "data", folder, steps=steps, say=say),
             inputs=[code_of(vision), str(steps)],
             outputs=[folder],
+            continues=True,
         )
 
     def _train_text_tokenizer(self) -> Phase:
@@ -144,6 +150,7 @@ class QuickStart:
             *settings,
             inputs=[path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.yaml"))],
             outputs=[Path(self._run(name))],
+            continues=True,
         )
 
     def _paths(self, stage: str, start: str) -> list[str]:
@@ -196,24 +203,44 @@ class QuickStart:
         return ["--data", str(folder / f"{split}.json"), "--images", str(folder / "images")]
 
     def _asvr(
-        self, name: str, *command: str, inputs: list[str] | None = None, outputs: list = ()
+        self,
+        name: str,
+        *command: str,
+        inputs: Sequence[str] = (),
+        outputs: Sequence[Path] = (),
+        continues: bool = False,
     ) -> Phase:
         """A phase that is one call of `asvr`."""
         return Phase(
             name=name,
             run=lambda: asvr(*command),
-            inputs=[*command, *(inputs or [])],
+            inputs=[*command, *inputs],
             outputs=outputs,
+            continues=continues,
         )
 
 
 def asvr(*command: str) -> None:
-    """Run one `asvr` command in a process of its own and show what it prints."""
+    """Run one `asvr` command in a process of its own and show what it prints.
+
+    The process dies with this one, so that what is left can be continued at once. Ctrl-C reaches
+    both: a training then saves where it stands, and is waited for.
+    """
     say("$ asvr " + " ".join(command))
     module = [sys.executable, "-m", "megatron_asvr.cli.main"]
-    status = subprocess.run([*module, *command], check=False).returncode
+    with subprocess.Popen([*module, *command], preexec_fn=die_with_parent) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
     if status:
-        raise SystemExit(f"`asvr {command[0]}` failed with status {status}; its message is above")
+        raise SystemExit(f"`asvr {command[0]}` ended with status {status}; its message is above")
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent is gone."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def code_of(module: object) -> str:
@@ -235,9 +262,11 @@ def main() -> None:
     out = args.out or Path("runs/quickstart-short" if args.short else "runs/quickstart")
     start = QuickStart(out=out, short=Short() if args.short else None)
     phases = Phases(out / "phases", say)
-    for phase in start.phases():
-        phases.do(phase)
-    start.ask()
+    try:
+        for phase in start.phases():
+            phases.do(phase)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command continues") from None
     report.write(out, phases.results)
     say((out / "report.md").read_text(encoding="utf-8"))
 
