@@ -57,6 +57,12 @@ class TokenizerConfig:
                 "a semantic tokenizer needs the feature_layer of an encoder; pixels (None) are "
                 "possible with kind=appearance"
             )
+        layer, num_layers = self.feature_layer, self.vision.num_layers
+        if layer is not None and not -num_layers - 1 <= layer <= num_layers:
+            raise ConfigError(
+                f"feature_layer={layer} does not exist in an encoder of {num_layers} layers; its "
+                f"hidden states are {-num_layers - 1} to {num_layers}"
+            )
         if not self.codebook_sizes or min(self.codebook_sizes) < 2:
             raise ConfigError(
                 f"codebook_sizes={list(self.codebook_sizes)}; give at least one level, each with "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_asvr.checkpoint.reader import read_run
+from megatron_asvr.config.check import check
 from megatron_asvr.config.load import override
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.conversation import Turn, find_template, prompt_ids
@@ -35,11 +36,13 @@ def inference_config(run: str, overrides: Iterable[str] = ()) -> Config:
 
     Raises:
         CheckpointError: there is no complete checkpoint.
-        ConfigError: an override is wrong.
+        ConfigError: an override is wrong, or cannot work.
     """
-    config = override(read_run(run)[0], overrides)
+    config = check(override(read_run(run)[0], overrides))
     return dataclasses.replace(
         config,
+        # Answers of any length: sequence parallelism would need multiples of tp.
+        parallel=dataclasses.replace(config.parallel, sp=False),
         loss=dataclasses.replace(config.loss, mode="exact", visual_weight=0.0),
         train=dataclasses.replace(config.train, trainable=()),
     )

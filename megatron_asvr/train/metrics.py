@@ -80,7 +80,7 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
     """
     line = f"step {step}/{total_steps} loss {values['loss']:.4f} text {values['text_loss']:.4f}"
     if "visual_loss" in values:
-        depths = (values[key] for key in sorted(values) if key.startswith("visual_loss_"))
+        depths = (v for key, v in values.items() if key.startswith("visual_loss_"))
         line += f" visual {values['visual_loss']:.4f} [{' '.join(f'{v:.3f}' for v in depths)}]"
     line += f" lr {values['lr']:.2e} gnorm {values['grad_norm']:.3f}"
     line += f" tok/s {values['tokens_per_s']:,.0f}"
@@ -112,13 +112,13 @@ class MetricsLog:
             self._file = folder.metrics.open("a", encoding="utf-8")
             self._wandb = _start_wandb(folder, config)
 
-    def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+    def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
         """Add one line.
 
         Args:
             step: steps done.
-            kind: ``train`` or ``eval``; a prefix of the names in wandb.
-            values: numbers by name.
+            kind: ``train``, ``eval`` or ``cosine``; a prefix of the names in wandb.
+            values: numbers by name; None is a number that does not exist at this step.
         """
         if self._file is None:
             return

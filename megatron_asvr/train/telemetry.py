@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from megatron_asvr.batch import MicroBatch
+from megatron_asvr.model.quantize import perplexity
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.step import Part, backward, sum_over_tp
 
@@ -56,10 +57,8 @@ class CodeUsage:
             dist.all_reduce(counts, group=groups.dp)
         values: dict[str, float] = {}
         for depth, count_K in enumerate(counts.cpu().split(self._sizes)):
-            share_K = count_K.double() / count_K.sum().clamp(min=1)
-            entropy = -(share_K * share_K.clamp(min=1e-30).log()).sum()
             values[f"codes_used_{depth}"] = float((count_K > 0).double().mean())
-            values[f"code_perplexity_{depth}"] = float(entropy.exp())
+            values[f"code_perplexity_{depth}"] = perplexity(count_K)
         return values
 
 
@@ -80,7 +79,7 @@ def gradient_cosine(
     params = _reached_by_both(model.module)
     both = batch.num_text_targets > 0 and batch.num_visual_targets > 0 and bool(params)
     both = both and model.module.visual_head is not None
-    summary = torch.zeros(2, dtype=torch.float64)  # sum of cosines, number of ranks
+    cosine, number = 0.0, 0  # of this rank's micro-batch
     if both:
         model.zero_grad_buffer()
         backward(model, [batch], lambda sums: sums.text_sum / sums.text_count)
@@ -88,9 +87,9 @@ def gradient_cosine(
         model.zero_grad_buffer()
         backward(model, [batch], lambda sums: sums.visual_sum_D.sum() / sums.visual_count)
         visual = _gradients(model.module, params, groups)
-        summary = torch.tensor([_cosine(params, text, visual, groups), 1.0], dtype=torch.float64)
+        cosine, number = _cosine(params, text, visual, groups), 1
+    summary = torch.tensor([cosine, number], dtype=torch.float64, device=select()[0].device)
     if groups.plan.dp > 1:
-        summary = summary.to(params[0].device) if params else summary
         dist.all_reduce(summary, group=groups.dp)
     total, number = summary.tolist()
     return total / number if number else None

@@ -215,3 +215,9 @@ def test_impossible_settings_are_refused():
         dataclasses.replace(SEMANTIC, feature_layer=None)
     with pytest.raises(ConfigError, match=r"codebook_sizes=\[8, 1\]"):
         dataclasses.replace(SEMANTIC, codebook_sizes=(8, 1))
+
+
+@pytest.mark.parametrize("layer", [-5, 4])
+def test_a_layer_that_the_encoder_does_not_have_is_refused(layer):
+    with pytest.raises(ConfigError, match=f"feature_layer={layer} does not exist.*-4 to 3"):
+        TokenizerConfig(kind="semantic", vision=VISION, feature_layer=layer, codebook_sizes=(8, 8))

@@ -72,6 +72,11 @@ def test_the_progress_line_has_what_a_person_needs() -> None:
     text_only.add(result(1.0, [20.0, 10, 5, 0]), COUNTS, data_s=0.0, train_s=1.0)
     assert "visual" not in progress_line({**text_only.values(), "lr": 0.0}, step=1, total_steps=2)
     assert clock(59.6) == "0:01:00"
+    deep = Window()
+    losses, corrects = [float(d) for d in range(12)], [0.0] * 12
+    deep.add(result(1.0, [1.0, 1, 0, 1, *losses, *corrects]), COUNTS, data_s=0.0, train_s=1.0)
+    line = progress_line({**deep.values(), "lr": 0.0}, step=1, total_steps=2)
+    assert " 9.000 10.000 11.000]" in line  # in the order of the depths
 
 
 def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) -> None:
@@ -138,7 +143,8 @@ def test_code_usage_counts_targets_and_starts_again() -> None:
         assert values["code_perplexity_0"] == pytest.approx(2.0)
         assert values["code_perplexity_1"] == pytest.approx(4.0)
         assert values["code_perplexity_2"] == pytest.approx(1.0)
-        assert usage.values(groups=groups)["codes_used_0"] == 0.0
+        empty = usage.values(groups=groups)
+        assert empty["codes_used_0"] == empty["code_perplexity_0"] == 0.0
         assert CodeUsage([]).values(groups=groups) == {}
 
 
