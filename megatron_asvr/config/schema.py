@@ -159,7 +159,7 @@ class DataConfig:
 
     train: tuple[SourceConfig, ...] = ()
     eval: tuple[SourceConfig, ...] = ()
-    template: str = "vicuna_v1"  # conversation template, see data/conversation.py
+    template: Literal["vicuna_v1", "vicuna_short", "plain"] = "vicuna_v1"  # of conversations
     max_length: int = 2048  # positions of one sample, image patches included
     on_overlong: Literal["drop", "cut_text"] = "cut_text"  # counted; no image is ever cut
     image_fit: Literal["square", "pad"] = "square"  # resize, or pad with the mean colour first
