@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import CheckpointError
 
 _FROZEN_ABOVE = "../../frozen"  # of checkpoints/step_N
+
+# Each rank reads for itself (``no_dist``), which torch takes for an oversight.
+warnings.filterwarnings("ignore", r"torch\.distributed is .* to load in a single process")
 
 
 def read_run(path: str | Path) -> tuple[Config, Callable[[str], Tensor | None]]:

@@ -1,9 +1,10 @@
-"""`asvr chat`: ask a trained model about an image, once or in a conversation."""
+"""`asvr chat`: ask a trained model about images, each question alone."""
 
 import argparse
 import sys
 
-from megatron_asvr.cli.common import add_overrides, run_config, start_ranks
+from megatron_asvr.cli.common import add_overrides, positive, run_config, start_ranks
+from megatron_asvr.errors import ConfigError
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -16,7 +17,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         action="append",
         help="question, may be repeated: each is asked alone (default: lines of standard input)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=positive, default=64)
     add_overrides(parser)
     parser.set_defaults(run=run)
 
@@ -26,7 +27,9 @@ def run(args: argparse.Namespace) -> None:
     from megatron_asvr.train.evaluate import ask
 
     config, world = run_config(args)
-    questions = args.question or [line.strip() for line in sys.stdin if line.strip()]
+    questions = args.question or read_questions()
+    if not questions:
+        raise ConfigError("there is no question; give --question TEXT, or lines of standard input")
     answers = start_ranks(
         ask,
         (args.model, questions, args.image, args.overrides, args.max_new_tokens),
@@ -35,3 +38,14 @@ def run(args: argparse.Namespace) -> None:
     )
     for question, answer in zip(questions, answers, strict=True):
         print(f"Q: {question}\nA: {answer}")
+
+
+def read_questions() -> list[str]:
+    """The lines of standard input up to its end or, from a terminal, to an empty line."""
+    if not sys.stdin.isatty():
+        return [line.strip() for line in sys.stdin if line.strip()]
+    print("Questions, one a line; an empty line asks them:", file=sys.stderr)
+    questions: list[str] = []
+    while line := sys.stdin.readline().strip():
+        questions.append(line)
+    return questions

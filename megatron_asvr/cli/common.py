@@ -1,13 +1,14 @@
 """What several commands share: configuration arguments, the world size, starting ranks."""
 
 import argparse
-import os
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_asvr.config.check import check, check_world
 from megatron_asvr.config.load import flatten, load
-from megatron_asvr.config.schema import Config
+from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.planner.parameters import count_parameters
 
 
@@ -19,15 +20,52 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Allow ``a.b=c`` settings and add the number of ranks."""
-    parser.add_argument("--ranks", type=int, help="processes on this machine (default: tp*pp*cp)")
+    parser.add_argument(
+        "--ranks", type=positive, help="processes on this machine (default: tp*pp*cp)"
+    )
     parser.epilog = "Settings given as a.b=c win over the file's."
     parser.set_defaults(takes_overrides=True)
 
 
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """Add what `eval` and `verify` ask, and where their report goes."""
+    parser.add_argument("--data", required=True, help="LLaVA-format JSON with the questions")
+    parser.add_argument("--images", help="folder of its images (default: the JSON's)")
+    parser.add_argument("--max-new-tokens", type=positive, default=32)
+    parser.add_argument("--out", help="JSON file for the report")
+
+
+def question_source(args: argparse.Namespace) -> SourceConfig:
+    """The file that ``add_questions`` asked for."""
+    return SourceConfig(path=args.data, images=args.images)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+positive.__name__ = "number of at least 1"  # argparse shows it: "invalid ... value: '0'"
+
+
+def write_report(path: str, report: Any) -> None:
+    """Write a report as JSON, whole or not at all; folders are made."""
+    out = Path(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".part")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(out)
+
+
 def world_size(config: Config, ranks: int | None) -> int:
     """Number of ranks of this job: the launcher's, the user's, or one model replica."""
-    p = config.parallel
-    return int(os.environ.get("WORLD_SIZE") or ranks or p.tp * p.pp * p.cp)
+    from megatron_asvr.launch.job import place
+
+    here, p = place(), config.parallel
+    return here.world_size if here is not None else ranks or p.tp * p.pp * p.cp
 
 
 def read_config(args: argparse.Namespace) -> tuple[Config, int]:

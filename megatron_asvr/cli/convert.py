@@ -2,10 +2,16 @@
 
 import argparse
 import json
-from pathlib import Path
 
-from megatron_asvr.cli.common import add_overrides, run_config, start_ranks
-from megatron_asvr.config.schema import SourceConfig
+from megatron_asvr.cli.common import (
+    add_overrides,
+    add_questions,
+    positive,
+    question_source,
+    run_config,
+    start_ranks,
+    write_report,
+)
 from megatron_asvr.errors import ConversionError
 
 
@@ -22,11 +28,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     verify = actions.add_parser("verify", help="compare an export with its run on real images")
     verify.add_argument("model", metavar="RUN", help="run folder or checkpoint")
     verify.add_argument("folder", help="the exported folder")
-    verify.add_argument("--data", required=True, help="LLaVA-format JSON with questions")
-    verify.add_argument("--images", help="folder of its images (default: the JSON's)")
-    verify.add_argument("--samples", type=int, default=16, help="questions to compare")
-    verify.add_argument("--max-new-tokens", type=int, default=32)
-    verify.add_argument("--out", help="JSON file for the report")
+    add_questions(verify)
+    verify.add_argument("--samples", type=positive, default=16, help="questions to compare")
     add_overrides(verify)
     verify.set_defaults(run=run_verify)
 
@@ -44,16 +47,15 @@ def run_verify(args: argparse.Namespace) -> None:
 
     config, world = run_config(args)
     questions = Questions(
-        source=SourceConfig(path=args.data, images=args.images),
+        source=question_source(args),
         limit=args.samples,
         max_new_tokens=args.max_new_tokens,
     )
     request = (args.model, args.folder, questions, args.overrides)
     report = start_ranks(verify_run, request, config, world)
-    text = json.dumps(report, indent=2)
     if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
-    print(text)
+        write_report(args.out, report)
+    print(json.dumps(report, indent=2))
     if not report["ok"]:
         raise ConversionError(
             f"{args.folder} does not behave as {args.model}: {report['num_mismatches']} "

@@ -1,22 +1,26 @@
 """`asvr eval`: answer a set of questions and compare with the references."""
 
 import argparse
-import json
-from pathlib import Path
 
-from megatron_asvr.cli.common import add_overrides, run_config, start_ranks
-from megatron_asvr.config.schema import SourceConfig
+from megatron_asvr.cli.common import (
+    add_overrides,
+    add_questions,
+    positive,
+    question_source,
+    run_config,
+    start_ranks,
+    write_report,
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
     parser = commands.add_parser("eval", help="accuracy of a run by greedy answers, exact match")
     parser.add_argument("model", metavar="RUN", help="run folder or checkpoint")
-    parser.add_argument("--data", required=True, help="LLaVA-format JSON with the questions")
-    parser.add_argument("--images", help="folder of its images (default: the JSON's)")
-    parser.add_argument("--out", help="JSON file for accuracy and every answer")
-    parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    add_questions(parser)
+    parser.add_argument(
+        "--limit", type=positive, help="so many questions, spread evenly over all (default: all)"
+    )
     add_overrides(parser)
     parser.set_defaults(run=run)
 
@@ -27,17 +31,13 @@ def run(args: argparse.Namespace) -> None:
 
     config, world = run_config(args)
     questions = Questions(
-        source=SourceConfig(path=args.data, images=args.images),
+        source=question_source(args),
         limit=args.limit,
         max_new_tokens=args.max_new_tokens,
     )
     result = start_ranks(evaluate_run, (args.model, questions, args.overrides), config, world)
     if args.out:
-        out = Path(args.out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = out.with_name(out.name + ".part")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(out)
+        write_report(args.out, result)
     print(
         f"accuracy {result['accuracy']:.4f} ({result['num_correct']} of "
         f"{result['num_questions']} questions) in {result['seconds']:.0f} s"

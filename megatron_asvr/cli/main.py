@@ -40,16 +40,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status of one `asvr` call: 0, or 1 after an error of ours."""
+    """Exit status of one `asvr` call: 0, 1 after an error of ours, 130 after Ctrl-C.
+
+    `asvr train` gives 3 when a signal stopped it early, after saving where it stands.
+    """
     args = parse(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print(f"asvr {args.command}: interrupted", file=sys.stderr)
+        return 130
     except AsvrError as err:
         # An error of ours inside a rank is shown as itself; its traceback is in the rank's log.
         shown = err.__cause__ if isinstance(err.__cause__, AsvrError) else err
         print(f"asvr {args.command}: {type(shown).__name__}: {shown}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_asvr.cli.common import add_config, read_config, start_ranks
+from megatron_asvr.cli.common import add_config, positive, read_config, start_ranks
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.errors import ConfigError
 
@@ -28,7 +28,7 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="LLaVA-format JSON with the images to use")
     parser.add_argument("--images", help="folder of its images (default: the JSON's)")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--depth", type=int, default=8, help="levels (default: 8)")
+    parser.add_argument("--depth", type=positive, default=8, help="levels (default: 8)")
     parser.add_argument(
         "--codebook-size",
         default="16384",
@@ -41,9 +41,9 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         help="hidden state to quantise, or `pixels` (appearance only; default: -2)",
     )
     parser.add_argument("--image-fit", choices=("square", "pad"), default="square")
-    parser.add_argument("--max-images", type=int, default=10_000)
+    parser.add_argument("--max-images", type=positive, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iters", type=int, default=10, help="k-means iterations a level")
+    parser.add_argument("--iters", type=positive, default=10, help="k-means iterations a level")
     parser.set_defaults(run=run_fit)
 
 

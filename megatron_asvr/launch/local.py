@@ -35,6 +35,7 @@ CLOSE_S = 2.0  # for the nursery to notice that its launcher has gone
 ABORT_S = 2.0  # for ranks that ran out of time to write where they stand
 # The sockets of a killed process close before its end is reported: peers may complain earlier.
 SIGNAL_HEAD_START_NS = 200_000_000
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def run_ranks(
@@ -50,7 +51,8 @@ def run_ranks(
     """What ``fn(*args)`` returns on rank 0, after all ranks have finished.
 
     When one rank fails, the others get a second to write their own tracebacks and are killed. All
-    ranks die with this process. SIGTERM and SIGUSR1 sent to this process reach the ranks.
+    ranks die with this process. SIGTERM, SIGUSR1 and a first SIGINT (Ctrl-C) sent to this process
+    reach the ranks; a second SIGINT ends them at once.
 
     Args:
         fn: a function that can be pickled, defined at the top of an importable module.
@@ -91,6 +93,8 @@ def run_ranks(
         )
         outcome = _run_job(job, timeout_s)
         if sum(code == 0 for code, _ in outcome.ended.values()) < world_size:
+            if outcome.interrupted:
+                raise KeyboardInterrupt
             failures = _failures(job, outcome)
             text = _explain(job, outcome, failures, timeout_s)
             raise LaunchError(text) from _own_error(job, failures)
@@ -106,11 +110,13 @@ class _Outcome:
         ended: exit code (negative: a signal's number) and time in ns of each that ended by itself.
         stopped: ranks that had to be killed.
         late: the call ran out of time.
+        interrupted: this process got SIGINT meanwhile.
     """
 
     ended: dict[int, tuple[int, int]] = dataclasses.field(default_factory=dict)
     stopped: list[int] = dataclasses.field(default_factory=list)
     late: bool = False
+    interrupted: bool = False
 
 
 class _Nursery:
@@ -201,7 +207,7 @@ def _run_job(job: Job, timeout_s: float | None) -> _Outcome:
     with _lock:
         nursery = _get_nursery()
         try:
-            with _forward_signals(nursery):
+            with _forward_signals(nursery, outcome):
                 nursery.send(dataclasses.asdict(job))
                 finished = _collect(nursery, outcome, deadline)
                 if not finished and nursery.process.poll() is None:
@@ -232,16 +238,24 @@ def _collect(nursery: _Nursery, outcome: _Outcome, deadline: float | None) -> bo
 
 
 @contextlib.contextmanager
-def _forward_signals(nursery: _Nursery) -> Iterator[None]:
-    """Pass SIGTERM and SIGUSR1 on to the ranks while they run (from the main thread only)."""
+def _forward_signals(nursery: _Nursery, outcome: _Outcome) -> Iterator[None]:
+    """Pass signals on to the ranks while they run (from the main thread only).
+
+    A terminal's Ctrl-C does not reach the ranks by itself: the nursery has its own session.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def forward(number: int, frame: FrameType | None) -> None:
         nursery.send(number)
+        if number == signal.SIGINT:
+            outcome.interrupted = True
+            signal.signal(number, before[number])  # the next one ends this process
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in _FORWARDED}
+    for number in _FORWARDED:
+        signal.signal(number, forward)
     try:
         yield
     finally:

@@ -105,8 +105,9 @@ def run_rank(job: Job, rank: int) -> int:
             own = {"kind": type(error).__name__, "message": _with_notes(error)}
             _write(pathlib.Path(job.folder, f"own_error_{rank}"), json.dumps(own).encode())
         _write(pathlib.Path(job.folder, f"{time.time_ns()}.rank_{rank}"), text.encode())
-        if job.log_dir is not None or not isinstance(error, AsvrError):
-            sys.stderr.write(text)  # the launcher shows an error of ours by itself
+        # The launcher shows an error of ours by itself, and says what Ctrl-C did.
+        if job.log_dir is not None or not isinstance(error, AsvrError | KeyboardInterrupt):
+            sys.stderr.write(text)
         return FAILED
     return 0
 

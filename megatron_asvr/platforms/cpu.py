@@ -37,8 +37,13 @@ class CpuPlatform:
                 )
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         apex.block()  # even NVIDIA's: its kernels need a GPU
-        # megatron-core warns, module by module, of fallbacks; on the CPU they are meant.
-        for text in (r".*Apex (is|are) not installed", r"absl\.logging is not installed"):
+        # megatron-core warns, module by module, of fallbacks; on the CPU they are meant. The advice
+        # about CUDA_DEVICE_MAX_CONNECTIONS is for overlapping kernels.
+        for text in (
+            r".*Apex (is|are) not installed",
+            r"absl\.logging is not installed",
+            ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+        ):
             warnings.filterwarnings("ignore", text, module=r"megatron\.core")
         shims.install_before_import()
 

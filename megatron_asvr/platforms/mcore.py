@@ -10,6 +10,12 @@ from megatron_asvr.platforms.choose import select
 
 # megatron-core calls collectives by names that newer versions of torch call deprecated.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+# It complains about the default of its own setting (0.16.1), which we leave alone.
+warnings.filterwarnings("ignore", "full scope is deprecated", module=r"megatron\.core")
+# Its optimizer asks shards, which are views, for a gradient that it sets itself.
+warnings.filterwarnings(
+    "ignore", r"The \.grad attribute of a Tensor", module=r"megatron\.core\.optimizer"
+)
 
 _platform, _ = select()
 _platform.prepare()

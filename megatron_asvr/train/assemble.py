@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
@@ -17,6 +18,7 @@ from megatron_asvr.config.check import check, check_world
 from megatron_asvr.config.schema import Config, ModelConfig
 from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
 from megatron_asvr.data.loader import Loader
+from megatron_asvr.data.records import SHOWN
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.importer import read_folder
@@ -120,12 +122,32 @@ def open_data(config: Config, *, groups: Groups) -> Data:
                 codes=cache,
             )
             splits[split].prepare(group=groups.world)
+            if groups.rank == 0:
+                _tell_bad_images(split, splits[split].report())
     return Data(
         train=splits["train"], held_out=splits.get("eval"), tokenizer=tokenizer, codes=cache
     )
 
 
 _HOW = {True: "share its tokens", False: "each repeat its tokens"}
+
+
+def _tell_bad_images(split: str, report: dict[str, Any]) -> None:
+    """Log which images cannot be used, before any of their records is replaced."""
+    if not report["num_bad_images"]:
+        return
+    done = "replaced" if split == "train" else "left out"
+    named = [f"{path}: {why}" for path, why in list(report["bad_images"].items())[:SHOWN]]
+    logger.warning(
+        "data.%s: %d of %d images cannot be used; their %d of %d records are %s:\n  %s",
+        split,
+        report["num_bad_images"],
+        report["images"],
+        report["bad_records"],
+        report["records"],
+        done,
+        "\n  ".join(named),
+    )
 
 
 def _branches(config: Config) -> tuple[bool, str]:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.data.conversation import Turn, prompt_text
 from megatron_asvr.data.evalset import EvalItem, read_questions
+from megatron_asvr.data.records import raise_problems
 from megatron_asvr.data.text import IMAGE_TOKEN
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.verify import VerifySample, exported_dtype, verify
@@ -67,8 +69,9 @@ def evaluate_run(run: str, questions: Questions, overrides: Sequence[str] = ()) 
         overrides: ``a.b=c`` settings that win over the run's, e.g. another layout.
     """
     started = time.monotonic()
-    answerer, groups = open_run(run, overrides, questions.max_new_tokens)
     items = read_items(questions)
+    check_exist([path for item in items for path in item.images])
+    answerer, groups = open_run(run, overrides, questions.max_new_tokens)
     prompts = [answerer.prompt(i.turns, i.images) for i in items[groups.dp_rank :: groups.plan.dp]]
     answers = _gather(_answer(answerer, prompts, groups), groups)
     rows = [
@@ -110,6 +113,7 @@ def ask(
         overrides: ``a.b=c`` settings that win over the run's.
         max_new_tokens: longest answer.
     """
+    check_exist(images)
     answerer, groups = open_run(run, overrides, max_new_tokens)
     placeholders = f"{IMAGE_TOKEN}\n" * len(images)
     turns = [(Turn("user", placeholders + question),) for question in questions]
@@ -131,6 +135,8 @@ def verify_run(
     Raises:
         ConfigError: more than one data-parallel rank.
     """
+    items = [item for item in read_items(questions) if len(item.turns) == 1]
+    check_exist([path for item in items for path in item.images])
     answerer, groups = open_run(
         run,
         ("train.precision=fp32", *overrides),
@@ -139,7 +145,6 @@ def verify_run(
     )
     if groups.plan.dp > 1:
         raise ConfigError(f"verify compares in one model replica; got {groups.plan.describe()}")
-    items = [item for item in read_items(questions) if len(item.turns) == 1]
     prompts = [answerer.prompt(item.turns, item.images) for item in items]
     answers = answerer.answers(prompts)
     samples = []
@@ -160,6 +165,16 @@ def verify_run(
     if groups.rank:
         return {}
     return verify(folder, samples, max_new_tokens=questions.max_new_tokens)
+
+
+def check_exist(images: Sequence[str]) -> None:
+    """Return when all images are there: known before a model is loaded.
+
+    Raises:
+        DataError: files are missing.
+    """
+    missing = [path for path in dict.fromkeys(images) if not Path(path).is_file()]
+    raise_problems(missing, "images of the questions are missing")
 
 
 def open_run(

@@ -1,6 +1,16 @@
 """The command line from a fitted tokenizer to a verified export, on a small real run."""
 
+import io
 import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +20,9 @@ from megatron_asvr.cli.main import main
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.hf.verify import load_stock
 from tests.run_data import make_files, run_config
+from tests.unit.test_docs import DOCS, commands
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.world
 
@@ -41,12 +54,56 @@ def test_dry_run_prints_the_plan_and_trains_nothing(trained, capsys, tmp_path):
     assert not fresh.exists()
 
 
+# What a document's command is given in addition, so that it suits a few small images.
+REDUCED = {"tokenizer fit": ["--depth", "2", "--codebook-size", "8"]}
+
+
+def test_every_command_of_the_documents_works(trained, tmp_path, monkeypatch, capsys):
+    """As written, in a folder with the files that they name."""
+    _, files, run = trained
+    assert main(["convert", "export", str(run), "--out", str(tmp_path / "hf")]) == 0
+    load_stock(tmp_path / "hf")[0].model.vision_tower.save_pretrained(tmp_path / "siglip")
+    for image in (files / "images").iterdir():
+        shutil.copy(image, tmp_path)
+    shutil.copy(files / "images" / "0.png", tmp_path / "photo.jpg")
+    shutil.copy(files / "text.model", tmp_path / "tokenizer.model")
+    for name in ("train.json", "llava_558k.json"):
+        shutil.copy(files / "train.json", tmp_path / name)
+    shutil.copy(files / "eval.json", tmp_path / "test.json")
+    monkeypatch.chdir(tmp_path)
+    common = {
+        "model__text_tokenizer": "tokenizer.model",
+        "model__visual_tokenizer": "tokenizer",
+        "data__train": [{"path": "train.json"}],
+        "data__eval": [],
+        "train__steps": 2,
+    }
+    stages = {
+        "stage1": {"train__trainable": ["projector", "visual_head"], "init__all": "siglip"},
+        "stage2": {"init__all": "runs/stage1"},
+    }
+    for name, changes in stages.items():
+        config = run_config(files, Path("runs", name), **common, **changes)
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    typed = [command for doc in DOCS for command in commands(doc.read_text(encoding="utf-8"))]
+    ran = [words for words in map(shlex.split, typed) if words[0] == "asvr"]
+    for _, *words in ran:
+        extra = REDUCED.get(" ".join(words[:2]), [])
+        assert main([*words, *extra]) == 0, (words, capsys.readouterr())
+    assert len(ran) >= 8
+    printed = capsys.readouterr().out
+    assert "language_model: 6,738,415,616 parameters, frozen" in printed  # of the dry run
+    assert "accuracy" in printed
+    assert "A: " in printed
+
+
 def test_every_layout_gives_the_same_answers(trained, tmp_path):
     _, files, run = trained
     answers = []
     for name, extra in (
         ("tp2", ["parallel.tp=2"]),
         ("tp1", ["parallel.tp=1"]),
+        ("tp2_sp", ["parallel.tp=2", "parallel.sp=true"]),
         ("dp2", ["parallel.tp=1", "--ranks", "2"]),
     ):
         out = tmp_path / f"{name}.json"
@@ -55,7 +112,7 @@ def test_every_layout_gives_the_same_answers(trained, tmp_path):
         assert result["num_questions"] == 9
         assert result["num_correct"] == sum(a["correct"] for a in result["answers"])
         answers.append([(a["id"], a["answer"]) for a in result["answers"]])
-    assert answers[0] == answers[1] == answers[2]
+    assert all(found == answers[0] for found in answers)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -79,12 +136,115 @@ def test_export_equals_the_run_and_a_changed_weight_is_noticed(trained, tmp_path
     assert "logits_max_abs" in capsys.readouterr().err
 
 
+def test_questions_that_cannot_be_asked_are_refused_before_the_model_is_loaded(
+    trained, tmp_path, capsys, monkeypatch
+):
+    _, files, run = trained
+    no_images = ["--data", str(files / "eval.json"), "--images", str(tmp_path)]
+    assert main(["eval", str(run), *no_images]) == 1
+    assert "3 images of the questions are missing" in capsys.readouterr().err
+    assert main(["chat", str(run), "--image", "gone.png", "--question", "What?"]) == 1
+    assert "gone.png" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main(["chat", str(run)]) == 1
+    assert "give --question TEXT" in capsys.readouterr().err
+
+
 def test_chat_answers_every_question(trained, capsys):
     _, files, run = trained
     ask = ["chat", str(run), "--image", str(files / "images" / "0.png"), "--max-new-tokens", "3"]
     assert main([*ask, "--question", "Which color?", "--question", "Which side?"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("A: ") == 2
+    assert main([*ask[:2], "--max-new-tokens", "3", "--question", "No image?"]) == 0
+    assert capsys.readouterr().out.count("A: ") == 3
+
+
+def test_chat_prints_questions_and_answers_and_nothing_else(trained):
+    """In a process of its own: what the ranks print is seen too."""
+    _, files, run = trained
+    command = [sys.executable, "-m", "megatron_asvr.cli.main", "chat", str(run)]
+    command += ["--image", str(files / "images" / "0.png"), "--max-new-tokens", "3"]
+    done = subprocess.run(
+        command, cwd=ROOT, input="Which color?\n", capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"Q: Which color\?\nA: .*\n", done.stdout)
+    assert done.stderr == ""
+
+
+def test_a_run_says_where_its_logs_are_and_what_it_came_to(trained, tmp_path, capsys):
+    folder, files, _ = trained
+    records = json.loads((files / "train.json").read_text())
+    records[2]["image"] = "gone.png"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    source = f"data.train=[{{path: {tmp_path / 'train.json'}, images: {files / 'images'}}}]"
+    run = tmp_path / "run"
+    assert main(["train", str(folder / "run.yaml"), source, f"run.dir={run}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"logs of the ranks: {run / 'attempts' / '0'}"
+    assert f"run: {run}" in lines
+    assert any(line.startswith("train at step 4: loss ") for line in lines)
+    assert "num_bad_images 1, replaced_samples 1" in lines[-1]
+    log = (run / "attempts" / "0" / "rank_0.log").read_text()
+    assert "data.train: 1 of 12 images cannot be used; their 1 of 13 records are replaced" in log
+    assert f"{files / 'images' / 'gone.png'}: missing file" in log
+    assert "Warning" not in log
+
+
+def test_ctrl_c_saves_the_step_and_the_same_command_continues(trained, tmp_path):
+    folder, _, _ = trained
+    command = [sys.executable, "-m", "megatron_asvr.cli.main", "train", str(folder / "run.yaml")]
+    command += [f"run.dir={tmp_path / 'run'}", "parallel.tp=2", "data.eval=[]"]
+    log = tmp_path / "run" / "attempts" / "0" / "rank_0.log"
+    with subprocess.Popen(
+        [*command, "train.steps=100000", "train.save_every_steps=100000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not log.exists() or "step 2/" not in log.read_text():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 3
+    assert "Traceback" not in printed
+    assert "stopped by a signal at step" in printed
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step_*")
+    assert f"{saved.name.removeprefix('step_')} of 100000 steps" in printed
+
+
+def test_ctrl_c_elsewhere_is_one_line(trained):
+    """Before there is a step to finish."""
+    _, files, run = trained
+    command = [sys.executable, "-m", "megatron_asvr.cli.main", "eval", str(run)]
+    command += ["--data", str(files / "eval.json"), "--images", str(files / "images")]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "1000000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 60
+        while not children.read_text().split():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        nursery = children.read_text().split()[0]
+        ranks = Path(f"/proc/{nursery}/task/{nursery}/children")
+        while not ranks.read_text().split():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.5)  # into the call
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said == "asvr eval: interrupted\n"
 
 
 def test_tokenizer_is_fitted_inspected_and_encodes(trained, tmp_path, capsys):
