@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.text import TextTokenizer
-from tests.run_cases import TREE, config, tokenizer
+from tests.run_cases import config, tokenizer
 
 COLOURS = {
     "red": (200, 30, 30),
