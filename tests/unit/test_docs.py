@@ -59,7 +59,18 @@ def test_commands_of_shell_blocks_exist(doc):
         elif program == "asvr":
             parse_asvr(arguments)
         else:
-            assert command in ("pip install .", "python -m pytest"), command
+            assert command == "pip install .", command  # run by tests/unit/test_packaging.py
+
+
+@each_doc
+def test_make_targets_of_shell_blocks_are_run_by_ci(doc):
+    """Or in their short form. `asvr` commands are run by tests/world/test_commands.py."""
+    ran = set(re.findall(r"^step ([a-z0-9-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
+    for command in commands(doc.read_text(encoding="utf-8")):
+        program, *arguments = shlex.split(command)
+        if program == "make":
+            (target,) = (a for a in arguments if "=" not in a)
+            assert {target, f"{target}-short"} & ran, command
 
 
 @each_doc

@@ -4,7 +4,11 @@ import ast
 import importlib
 import importlib.metadata
 import re
+import shutil
+import subprocess
 import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import megatron_asvr
+from megatron_asvr.config.load import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_asvr"
@@ -110,3 +115,27 @@ def test_every_folder_and_file_is_packaged():
             assert (path.parent / "__init__.py").exists(), f"{path.parent} has no __init__.py"
         else:
             assert path in packaged, f"{path} is not in package_data"
+
+
+@pytest.mark.slow
+def test_pip_installs_a_copy_of_the_repository(tmp_path):
+    """``pip install .``, up to the installation itself: its requirements, and what it builds."""
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "megatron_asvr", copy / "megatron_asvr")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    pip = [sys.executable, "-m", "pip"]
+    # Without isolation nothing is downloaded: what it needs is here.
+    flags = ["--no-build-isolation", "--disable-pip-version-check"]
+    run = partial(subprocess.run, cwd=copy, capture_output=True, text=True, check=True)
+    assert (
+        f"Would install megatron_asvr-{megatron_asvr.__version__}"
+        in run([*pip, "install", "--dry-run", *flags, "."]).stdout
+    )
+    run([*pip, "wheel", "--no-deps", *flags, "--wheel-dir", str(tmp_path), "."])
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as built:
+        names = set(built.namelist())
+    presets = {f"megatron_asvr/config/presets/{path.name}" for path in PRESETS.glob("*.yaml")}
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "megatron_asvr").rglob("*.py")}
+    assert presets | modules <= names
