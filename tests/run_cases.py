@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_asvr.platforms import mcore  # noqa: F401
 
@@ -69,16 +69,22 @@ def _changed(tree: dict[str, Any], path: list[str], value: Any) -> dict[str, Any
     return {**tree, path[0]: _changed(tree.get(path[0], {}), path[1:], value)}
 
 
-def tokenizer(vision: VisionConfig) -> VisualTokenizer:
+def tokenizer(
+    vision: VisionConfig,
+    *,
+    kind: Literal["semantic", "appearance"] = "semantic",
+    feature_layer: int | None = -2,
+    seed: int = 1,
+) -> VisualTokenizer:
     """A tokenizer of the right shape with random weights."""
     made = VisualTokenizer(
         TokenizerConfig(
-            kind="semantic", vision=vision, feature_layer=-2, codebook_sizes=CODEBOOK_SIZES
+            kind=kind, vision=vision, feature_layer=feature_layer, codebook_sizes=CODEBOOK_SIZES
         )
     )
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for param in made.encoder.parameters():
+        for param in made.parameters():
             param.copy_(0.2 * torch.randn(param.shape, generator=generator))
     made.set_codebooks([torch.randn(k, made.width, generator=generator) for k in CODEBOOK_SIZES])
     return made

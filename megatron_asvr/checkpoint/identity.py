@@ -33,6 +33,7 @@ _FREE = {
 # Files count by their content, not by where they lie.
 _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}
 _LAYOUT = "parallel."
+VISUAL_TOKENIZER = "model.visual_tokenizer (content)"  # name of its fingerprint in an identity
 
 
 def identity(
@@ -61,7 +62,7 @@ def identity(
     if config.model.text_tokenizer is not None:
         name = "model.text_tokenizer"
         facts[f"{name} (content)"] = _sha256(name, config.model.text_tokenizer)
-    facts["model.visual_tokenizer (content)"] = tokenizer_fingerprint
+    facts[VISUAL_TOKENIZER] = tokenizer_fingerprint
     return facts
 
 

@@ -7,7 +7,7 @@ not need; else the folder is refused before anything is loaded.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_asvr.config.compare import differences
 from megatron_asvr.config.schema import (
     LanguageConfig,
     ModelConfig,
@@ -125,22 +126,10 @@ class HfFolder:
                 _compare(f"{self.path}, {part}", found, wanted)
 
 
-# Not properties of weights: how they were first drawn, and how far a run lets positions grow.
-_FREE = {"init_std", "max_positions", "feature_layer"}
-
-
 def _compare(where: str, found: Any, wanted: Any) -> None:
-    if isinstance(found, LanguageConfig):
-        found, wanted = (
-            replace(c, num_kv_heads=c.kv_heads, head_dim=c.width_per_head) for c in (found, wanted)
-        )
-    keys = [k for k in type(found).__dataclass_fields__ if k not in _FREE]
-    different = [k for k in keys if getattr(found, k) != getattr(wanted, k)]
+    different = differences(found, wanted)
     if different:
-        shown = "; ".join(
-            f"{k} is {getattr(found, k)!r}, the run asks for {getattr(wanted, k)!r}"
-            for k in different
-        )
+        shown = "; ".join(f"{k} is {a!r}, the run asks for {b!r}" for k, a, b in different)
         raise ConversionError(f"{where}: {shown}. Take the settings from the folder's config.json")
 
 

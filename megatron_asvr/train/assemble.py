@@ -1,6 +1,5 @@
 """From a configuration to everything a run needs, in the order in which mistakes can be found."""
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +8,16 @@ from typing import Any
 
 from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_asvr.checkpoint.folder import META, RunFolder
-from megatron_asvr.checkpoint.reader import read_run
+from megatron_asvr.checkpoint.identity import VISUAL_TOKENIZER
+from megatron_asvr.checkpoint.meta import read_meta
+from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.config.check import check, check_world
+from megatron_asvr.config.compare import differences
 from megatron_asvr.config.schema import Config, ModelConfig
 from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
 from megatron_asvr.data.loader import Loader
@@ -160,7 +163,9 @@ def _branches(config: Config) -> tuple[bool, str]:
     return True, "the dense attention mask keeps them apart"
 
 
-def load_sources(model: AsvrModel, config: Config, *, groups: Groups) -> dict[str, str]:
+def load_sources(
+    model: AsvrModel, config: Config, *, tokenizer: VisualTokenizer | None, groups: Groups
+) -> dict[str, str]:
     """Where each part's first weights come from, after loading them from ``config.init``.
 
     A part without a source keeps the weights drawn from ``run.seed``. So does a part that the
@@ -169,6 +174,7 @@ def load_sources(model: AsvrModel, config: Config, *, groups: Groups) -> dict[st
     Args:
         model: the bare model, drawn from the seed.
         config: the run.
+        tokenizer: the visual tokenizer of the run, None when the visual loss is off.
         groups: process groups of the layout.
 
     Raises:
@@ -188,6 +194,8 @@ def load_sources(model: AsvrModel, config: Config, *, groups: Groups) -> dict[st
             origins[part] += f" (init.all={source} does not hold it)"
             continue
         load_weights(module, get, groups=groups, prefix=f"{part}.")
+        if part == "visual_head" and tokenizer is not None:
+            _check_codes(source, get, tokenizer)
         origins[part] = source
     return origins
 
@@ -204,7 +212,7 @@ def open_source(path: str, part: str, model: ModelConfig) -> Reader:
         ConfigError: the folder holds no weights, or its settings differ from the model's.
     """
     folder = Path(path)
-    if (folder / META).is_file() or RunFolder(folder).checkpoints.is_dir():
+    if _is_run(folder):
         config, get = read_run(folder)
         _check_same(path, part, config.model, model)
         return get
@@ -219,8 +227,6 @@ def open_source(path: str, part: str, model: ModelConfig) -> Reader:
     )
 
 
-# Settings of a part that do not change what its weights compute.
-_HARMLESS = {"init_std", "max_positions", "feature_layer"}
 _SETTINGS = {
     "vision_encoder": "vision",
     "language_model": "language",
@@ -229,14 +235,32 @@ _SETTINGS = {
 }
 
 
+def _is_run(folder: Path) -> bool:
+    return (folder / META).is_file() or RunFolder(folder).checkpoints.is_dir()
+
+
+def _check_codes(path: str, get: Reader, tokenizer: VisualTokenizer) -> None:
+    """Refuse a visual head that has learned the codes of another visual tokenizer."""
+    if _is_run(Path(path)):
+        identity = read_meta(find_checkpoint(Path(path))).identity
+        same = identity.get(VISUAL_TOKENIZER) == tokenizer.fingerprint
+    else:
+        theirs = [get(f"visual_head.codebooks.{d}") for d in range(tokenizer.depth)]
+        pairs = zip(theirs, tokenizer.codebooks.tables(), strict=True)
+        same = all(mine is None or torch.equal(mine.float(), own.cpu()) for mine, own in pairs)
+    if not same:
+        raise ConfigError(
+            f"the visual head in {path} predicts the codes of another tokenizer than "
+            "model.visual_tokenizer; use that tokenizer, or give the sources of the other parts by "
+            "name (init.projector=... instead of init.all) to start a new head"
+        )
+
+
 def _check_same(path: str, part: str, source: ModelConfig, model: ModelConfig) -> None:
     name = _SETTINGS[part]
-    theirs = dataclasses.asdict(getattr(source, name))
-    ours = dataclasses.asdict(getattr(model, name))
     different = [
-        f"model.{name}.{key} is {theirs[key]!r} there and {ours[key]!r} here"
-        for key in ours
-        if key not in _HARMLESS and theirs[key] != ours[key]
+        f"model.{name}.{key} is {theirs!r} there and {ours!r} here"
+        for key, theirs, ours in differences(getattr(source, name), getattr(model, name))
     ]
     if different:
         raise ConfigError(

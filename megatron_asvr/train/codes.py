@@ -50,6 +50,7 @@ def fill_codes(data: Data, *, groups: Groups) -> int:
     mine = missing[groups.rank :: groups.plan.world]
     for start in range(0, len(mine), PART_IMAGES):
         _write_part(cache, mine[start : start + PART_IMAGES], owner, tokenizer, len(mine), start)
+    tokenizer.cpu()  # training needs the device's memory, and no more codes
     dist.barrier(group=groups.world)
     cache.refresh()
     if groups.rank == 0:

@@ -101,16 +101,16 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     folder, attempt = _open_folder(config, groups)
     facts = _identify(config, data)
     checkpoint = agree_resume(folder, facts, groups=groups)
-    fill_codes(data, groups=groups)
 
     model = build_model(config, groups=groups, tokenizer=data.tokenizer)
     if checkpoint is None:
-        origins = load_sources(model, config, groups=groups)
+        origins = load_sources(model, config, tokenizer=data.tokenizer, groups=groups)
         frozen = save_frozen(folder, model, groups=groups)
     else:
         origins = {"all parts": str(folder.step(checkpoint.resume.step))}
         frozen = checkpoint.frozen
         load_frozen(folder, checkpoint, model, groups=groups)
+    fill_codes(data, groups=groups)  # takes a while: after all that can be refused
     wrapped = wrap(model, config.train.optim)
     optimizer = make_optimizer(wrapped, config.train)
     if checkpoint is not None:

@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 
 from megatron_asvr.config.check import check, check_world
+from megatron_asvr.config.compare import differences
 from megatron_asvr.config.load import PRESETS, flatten, from_dict, load, save, to_dict
-from megatron_asvr.config.schema import Config, VisionConfig
+from megatron_asvr.config.schema import Config, LanguageConfig, VisionConfig, VisualHeadConfig
 from megatron_asvr.errors import ConfigError
 
 FILES = [
@@ -113,6 +114,16 @@ def test_official_mode_refuses_what_it_is_not_defined_for():
         check_world(official, 2)
     with pytest.raises(ConfigError, match="target_shift"):
         check(good("loss.mode=official", "loss.target_shift=1"))
+
+
+def test_a_default_written_out_is_no_difference_and_another_width_is():
+    lm, head = LanguageConfig(), VisualHeadConfig()
+    written = LanguageConfig(num_kv_heads=32, head_dim=128, init_std=0.5, max_positions=9)
+    assert differences(lm, written) == []
+    assert differences(head, VisualHeadConfig(num_heads=16)) == []
+    assert differences(VisionConfig(), VisionConfig(feature_layer=3)) == []
+    other = LanguageConfig(num_kv_heads=8, rope_theta=1e6)
+    assert differences(lm, other) == [("num_kv_heads", 32, 8), ("rope_theta", 1e4, 1e6)]
 
 
 def test_world_must_divide():

@@ -74,10 +74,14 @@ def undisturbed(world: int) -> Config:
 
 
 def same_as_undisturbed(config: Config, world: int) -> None:
-    wanted, got = weights(undisturbed(world)), weights(config)
+    same(config, undisturbed(world))
+
+
+def same(config: Config, other: Config) -> None:
+    wanted, got = weights(other), weights(config)
     assert wanted.keys() == got.keys()
     assert [name for name in wanted if not torch.equal(wanted[name], got[name])] == []
-    assert metrics(config) == metrics(undisturbed(world))
+    assert metrics(config) == metrics(other)
 
 
 def train_watched(config: Config, rank: int, when: str, number: int) -> dict[str, Any]:
@@ -141,6 +145,18 @@ def test_told_to_stop_it_saves_and_goes_on_later(world: int) -> None:
     assert RunFolder(config.run.dir).latest() == first["step"]
     assert run_ranks(train, (config,), world, timeout_s=240)["finished"]
     same_as_undisturbed(config, world)
+
+
+def test_a_bf16_run_goes_on_with_the_same_bits() -> None:
+    whole, config = (new_run(f"bf16_{name}", train__precision="bf16") for name in ("whole", "cut"))
+    assert run_ranks(train, (whole,), 2, timeout_s=240)["finished"]
+    first = run_ranks(train_watched, (config, 0, "step", signal.SIGTERM), 2, timeout_s=240)
+    assert not first["finished"]
+    assert run_ranks(train, (config,), 2, timeout_s=240)["finished"]
+    assert {x.dtype for x in weights(whole).values()} == {torch.bfloat16}
+    same(config, whole)
+    losses = [line["loss"] for line in metrics(whole) if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
 
 
 def test_another_run_is_refused_and_another_layout_is_not() -> None:

@@ -19,6 +19,8 @@ from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.train.codes import encode_all
 from megatron_asvr.train.loop import train
+from tests.run_cases import config as config_of_cases
+from tests.run_cases import tokenizer
 from tests.run_data import make_files, run_config
 
 pytestmark = pytest.mark.world
@@ -70,6 +72,7 @@ def test_codes_are_encoded_once_and_equal_the_online_ones() -> None:
 def test_a_second_stage_starts_from_the_first_with_another_layout() -> None:
     one, two = stage_one(), files().parent / "stage_two"
     tiny = {"train__optim__lr": 1e-30, "train__steps": 1}  # too small to move a weight
+    tiny["model__language__head_dim"] = 8  # the default, written out
     config = run_config(files(), two, init__all=str(one), data__eval=[], **tiny)
     assert run_ranks(train, (config,), 1, timeout_s=240)["step"] == 1
     before, after = read_run(one)[1], read_run(two)[1]
@@ -115,6 +118,33 @@ def test_what_does_not_fit_is_refused_before_training(
     with pytest.raises(LaunchError, match=message):
         run_ranks(train, (config,), 1, timeout_s=240)
     assert not RunFolder(run).metrics.exists()
+
+
+def test_a_head_that_learned_other_codes_is_refused() -> None:
+    run, other = files().parent / "other_codes", files().parent / "other_tokenizer"
+    tokenizer(config_of_cases().model.vision, seed=2).save(other)
+    settings = {"model__visual_tokenizer": str(other), "data__eval": []}
+    config = run_config(files(), run, init__all=str(stage_one()), **settings)
+    with pytest.raises(LaunchError, match="predicts the codes of another tokenizer"):
+        run_ranks(train, (config,), 1, timeout_s=240)
+    named = {f"init__{part}": str(stage_one()) for part in ("projector", "language_model")}
+    config = run_config(files(), run, train__steps=1, **named, **settings)
+    assert run_ranks(train, (config,), 1, timeout_s=240)["finished"]
+
+
+@pytest.mark.parametrize(("name", "layer"), [("pixels", None), ("shallow", 1)])
+def test_appearance_codes_train_from_the_cache_and_online(name: str, layer: int | None) -> None:
+    folder = files().parent
+    made = tokenizer(config_of_cases().model.vision, kind="appearance", feature_layer=layer)
+    made.save(folder / name)
+    found = []
+    for codes in ("cache", "online"):
+        run = folder / f"{name}_{codes}"
+        settings = {"data__codes": codes, "model__visual_tokenizer": str(folder / name)}
+        config = run_config(files(), run, parallel__tp=2, **settings)
+        assert run_ranks(train, (config,), 2, timeout_s=240)["finished"]
+        found.append([*losses(run), *losses(run, "eval")])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_bad_images_are_replaced_and_reported() -> None:
