@@ -119,6 +119,8 @@ def _print_report(report: dict) -> None:
         f"{report['kind']} tokenizer {report['fingerprint'][:16]}: codebooks {sizes}; "
         f"width {report['width']}; fitted on {report['num_images']} images"
     )
+    for path, why in report["bad_images"].items():
+        print(f"left out: {path}: {why}")
     print("level  cosine  mse        usage  perplexity")
     for level in report["levels"]:
         print(

@@ -87,9 +87,9 @@ class Sources:
             for path in record.images:
                 owner.setdefault(path, record.id)
         named = [f"{path} (record {owner[path]}): {why}" for path, why in self._bad.items()]
-        hint = (
-            "no record is left; is data.*.images the right folder?"
-            if all_bad or all(why == MISSING for why in self._bad.values())
-            else "repair them, or set data.on_bad_sample=replace"
-        )
+        hint = "repair them, or set data.on_bad_sample=replace"
+        if all(why == MISSING for why in self._bad.values()):
+            hint = "is data.*.images the right folder?"
+        if all_bad:
+            hint = f"no record is left; {hint}"
         raise_problems(named, f"images cannot be used ({hint})")

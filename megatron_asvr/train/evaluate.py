@@ -116,7 +116,7 @@ def ask(
     check_exist(images)
     answerer, groups = open_run(run, overrides, max_new_tokens)
     placeholders = f"{IMAGE_TOKEN}\n" * len(images)
-    turns = [(Turn("user", placeholders + question),) for question in questions]
+    turns = [(Turn("user", (placeholders + question).strip()),) for question in questions]
     prompts = [answerer.prompt(turn, images) for turn in turns[groups.dp_rank :: groups.plan.dp]]
     return _gather(_answer(answerer, prompts, groups), groups)
 

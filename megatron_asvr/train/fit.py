@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_asvr.config.schema import Config, DataConfig, ModelConfig, RunConfig, SourceConfig
 from megatron_asvr.data.pixels import PixelStore
 from megatron_asvr.data.sources import Sources
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.errors import ConfigError, DataError
 from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.model.quantize import quantisation_report
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
@@ -61,7 +61,7 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
     Raises:
         ConfigError: the folder exists already, or settings do not fit the encoder.
         ConversionError: ``request.vision`` is no SigLIP folder.
-        DataError: the data cannot be read.
+        DataError: the data cannot be read, or holds no image that can be used.
     """
     out = Path(request.out)
     if (out / "config.json").exists():
@@ -75,7 +75,11 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
     )
     images = Sources(config, request.sources, device=device)
     images.prepare()
+    found = images.report()
     keys = images.good_image_keys()
+    if not keys:
+        named = ", ".join(source.path for source in request.sources)
+        raise DataError(f"{named}: no record has an image; there is nothing to fit on")
     keys = keys[:: max(1, -(-len(keys) // request.max_images))]
     store = PixelStore(config, device=device)
 
@@ -95,6 +99,8 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
         "codebook_sizes": list(request.codebook_sizes),
         "width": tokenizer.width,
         "num_images": len(keys),
+        "num_bad_images": found["num_bad_images"],
+        "bad_images": found["bad_images"],
         "levels": [dataclasses.asdict(level) for level in levels],
     }
     (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -148,6 +148,14 @@ def test_wrong_image_folder_is_an_error_under_every_policy(tmp_path, tokenizer):
         loader(tmp_path, tokenizer)
 
 
+def test_one_missing_image_is_not_taken_for_all(clean, tokenizer, tmp_path):
+    for name in ("train.json", *(f"{n}.img" for n in range(NUM) if n % 4)):
+        (tmp_path / name).write_bytes((clean / name).read_bytes())
+    (tmp_path / "5.img").unlink()
+    with pytest.raises(DataError, match=r"1 images cannot be used \(is data.*right folder\?\)"):
+        loader(tmp_path, tokenizer, data__on_bad_sample="error")
+
+
 def test_an_image_that_breaks_later_names_step_rank_and_samples(tokenizer, tmp_path):
     folder = corpus(tmp_path, {})
     with loader(folder, tokenizer, train__global_batch=NUM, data__prefetch_batches=0) as made:

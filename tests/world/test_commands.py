@@ -255,12 +255,22 @@ def test_tokenizer_is_fitted_inspected_and_encodes(trained, tmp_path, capsys):
     load_stock(export)[0].model.vision_tower.save_pretrained(vision)
     fitted = tmp_path / "fitted"
     fit = ["tokenizer", "fit", "--vision", str(vision), "--out", str(fitted)]
-    fit += ["--data", str(files / "train.json"), "--images", str(files / "images")]
+    records = json.loads((files / "train.json").read_text())
+    records[2]["image"] = "gone.png"
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    fit += ["--data", str(tmp_path / "train.json"), "--images", str(files / "images")]
     assert main([*fit, "--depth", "2", "--codebook-size", "8,4"]) == 0
     assert main([*fit, "--depth", "2", "--codebook-size", "8,4"]) == 1  # exists already
     capsys.readouterr()
     assert main(["tokenizer", "inspect", str(fitted)]) == 0
-    assert "codebooks 8, 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "codebooks 8, 4" in printed
+    assert "fitted on 11 images" in printed
+    assert f"left out: {files / 'images' / 'gone.png'}: missing file" in printed
+    (tmp_path / "words.json").write_text(json.dumps(records[-1:]))
+    words = ["tokenizer", "fit", "--vision", str(vision), "--data", str(tmp_path / "words.json")]
+    assert main([*words, "--out", str(tmp_path / "none")]) == 1
+    assert "words.json: no record has an image" in capsys.readouterr().err
     encode = ["tokenizer", "encode", str(folder / "run.yaml"), f"data.cache_dir={tmp_path}"]
     assert main([*encode, f"model.visual_tokenizer={fitted}"]) == 0
     assert '"encoded": 12' in capsys.readouterr().out
