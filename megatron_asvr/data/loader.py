@@ -24,10 +24,11 @@ from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.collate import Collator
 from megatron_asvr.data.order import StepOrder, micro_batches, rank_part
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
+from megatron_asvr.data.records import Record
 from megatron_asvr.data.sample import Sample, SampleBuilder
 from megatron_asvr.data.sources import Sources
 from megatron_asvr.data.text import TextTokenizer
-from megatron_asvr.errors import DataError
+from megatron_asvr.errors import ConfigError, DataError
 
 AMOUNTS = ("cut_tokens", "lost_targets", "lost_first_patches", "repeated_images")
 SAMPLE_CACHE_POSITIONS = 2_000_000  # positions of tokenised samples kept in memory (28 bytes each)
@@ -48,6 +49,11 @@ class Loader:
             images are repeated, one row a conversation.
         codes: cache of the visual tokenizer's codes; None when they are not needed or online.
         device: where images are decoded and pixels live; default: the platform's.
+
+    Raises:
+        ConfigError: ``loss.mode=official`` with records of several conversations, or the tokenizer
+            has ids that the language model does not.
+        DataError: a file of records is missing or wrong.
     """
 
     def __init__(
@@ -70,6 +76,8 @@ class Loader:
         self._codes = codes
         device = device or select()[0].device
         self._sources = Sources(config, getattr(config.data, split), device=device)
+        if split == "train" and config.loss.mode == "official":
+            _check_official(self._sources.records)
         self._builder = SampleBuilder(config, tokenizer, branches=branches)
         self._collator = Collator.from_config(
             config,
@@ -268,3 +276,14 @@ class Loader:
 
     def _count(self, name: str, sample_id: str, amount: int = 1) -> None:
         self._events.setdefault(name, {})[sample_id] = amount
+
+
+def _check_official(records: Sequence[Record]) -> None:
+    """Refuse what would make micro-batches of several sizes, whose means the mode would mix."""
+    for record in records:
+        if len(record.conversations) > 1:
+            raise ConfigError(
+                f"loss.mode='official' knows one conversation a record, but {record.id!r} of "
+                f"data.train holds {len(record.conversations)}; use loss.mode=exact, or give each "
+                "conversation a record of its own"
+            )

@@ -108,6 +108,7 @@ def test_a_baseline_leaves_the_head_of_its_source_and_a_new_head_is_drawn() -> N
         ({"model__visual_tokenizer": "/nowhere"}, "CheckpointError: /nowhere"),
         ({"model__vision__image_size": 24}, "ConfigError: model.visual_tokenizer has a grid"),
         ({"train__global_batch": 3}, r"ConfigError: train\.global_batch=3"),
+        ({"loss__mode": "official"}, r"ConfigError: loss.mode='official' knows one .*'q0' .*3;"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_training(
@@ -143,6 +144,23 @@ def test_appearance_codes_train_from_the_cache_and_online(name: str, layer: int 
         settings = {"data__codes": codes, "model__visual_tokenizer": str(folder / name)}
         config = run_config(files(), run, parallel__tp=2, **settings)
         assert run_ranks(train, (config,), 2, timeout_s=240)["finished"]
+        found.append([*losses(run), *losses(run, "eval")])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_official_mode_trains_on_one_conversation_a_record() -> None:
+    folder = files().parent
+    records = json.loads((files() / "train.json").read_text())
+    for record in records[:-1]:  # the last one has no image: it gets one of zeros
+        record["conversations"] = record["conversations"][0]
+    (folder / "plain.json").write_text(json.dumps(records[-5:]))
+    source = {"path": str(folder / "plain.json"), "images": str(files() / "images")}
+    found = []
+    for tp in (1, 2):
+        run = folder / f"official_{tp}"
+        settings = {"loss__mode": "official", "parallel__tp": tp, "data__train": [source]}
+        config = run_config(files(), run, **settings)
+        assert run_ranks(train, (config,), tp, timeout_s=240)["finished"]
         found.append([*losses(run), *losses(run, "eval")])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
