@@ -118,9 +118,13 @@ def plan_lines(config: Config, world: int) -> list[str]:
             open_source(source, part, config.model)
         origin = source or f"run.seed={config.run.seed}"
         lines.append(f"{part}: {number:,} parameters, {state}, from {origin}")
-    with Loader(config, TextTokenizer(str(config.model.text_tokenizer)), split="train") as data:
+    text = TextTokenizer(str(config.model.text_tokenizer))
+    with Loader(config, text, split="train") as data:
         lines.append(
             f"data: {data.num_samples:,} records, {data.steps:,} steps an epoch, "
             f"{number_of_steps(config, data):,} steps in all"
         )
+    if config.data.eval:
+        with Loader(config, text, split="eval") as held_out:
+            lines.append(f"evaluation: {held_out.num_samples:,} records")
     return lines

@@ -51,6 +51,11 @@ def test_dry_run_prints_the_plan_and_trains_nothing(trained, capsys, tmp_path):
     assert "layout: TP1" in printed
     assert "visual_head:" in printed
     assert "data: 13 records, 4 steps an epoch, 4 steps in all" in printed
+    assert "evaluation: 3 records" in printed
+    (tmp_path / "eval.json").write_text('[{"conversations": 3}]')
+    wrong = f"data.eval=[{{path: {tmp_path / 'eval.json'}}}]"
+    assert main(["train", str(folder / "run.yaml"), "--dry-run", f"run.dir={fresh}", wrong]) == 1
+    assert "record 0: 'conversations' is of type int" in capsys.readouterr().err
     assert not fresh.exists()
 
 
