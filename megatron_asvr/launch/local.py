@@ -89,7 +89,7 @@ def run_ranks(
             threads=threads_per_rank,
             init=init,
             timeout_s=timeout_s or DEFAULT_TIMEOUT_S,
-            fork=select()[0].capabilities.supports_fork,
+            fork=select()[0].supports_fork,
         )
         outcome = _run_job(job, timeout_s)
         if sum(code == 0 for code, _ in outcome.ended.values()) < world_size:

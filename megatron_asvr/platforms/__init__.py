@@ -1,6 +1,6 @@
 """The device a run uses, behind one interface; nothing above this package knows torch.cuda."""
 
-from megatron_asvr.platforms.base import Capabilities, Platform
+from megatron_asvr.platforms.base import Platform
 from megatron_asvr.platforms.choose import select
 
-__all__ = ["Capabilities", "Platform", "select"]
+__all__ = ["Platform", "select"]

@@ -6,7 +6,6 @@ import warnings
 from typing import Literal
 
 from megatron_asvr.platforms import apex, shims
-from megatron_asvr.platforms.base import Capabilities
 
 import torch
 
@@ -19,7 +18,7 @@ class CpuPlatform:
     name: Literal["cpu"] = "cpu"
     backend: Literal["gloo"] = "gloo"
     device = torch.device("cpu")
-    capabilities = Capabilities(supports_fp8=False, attention="dense", supports_fork=True)
+    supports_fork = True
 
     def __init__(self, *, hide_cuda: bool = False) -> None:
         self._hide_cuda = hide_cuda
@@ -66,9 +65,6 @@ class CpuPlatform:
     def set_device(self, local_rank: int) -> None:
         """Nothing: all ranks of a node share its CPU."""
 
-    def synchronize(self) -> None:
-        """Nothing: CPU operators have finished when they return."""
-
     def peak_memory_bytes(self) -> int:
         """Highest resident set of this process so far."""
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:
@@ -76,11 +72,3 @@ class CpuPlatform:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
         return 0
-
-    def rng_state(self) -> dict[str, torch.Tensor]:
-        """State of torch's CPU generator."""
-        return {"cpu": torch.get_rng_state()}
-
-    def set_rng_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what ``rng_state`` returned."""
-        torch.set_rng_state(state["cpu"])

@@ -222,6 +222,5 @@ def test_a_rank_can_be_a_new_interpreter(monkeypatch):
     """As on a GPU, where ranks are not forked."""
     from megatron_asvr.platforms import cpu
 
-    spawning = cpu.Capabilities(supports_fp8=False, attention="dense", supports_fork=False)
-    monkeypatch.setattr(cpu.CpuPlatform, "capabilities", spawning)
+    monkeypatch.setattr(cpu.CpuPlatform, "supports_fork", False)
     assert run_ranks(describe, ("spawned",), 2, timeout_s=120)["total"] == 3.0
