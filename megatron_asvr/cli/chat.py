@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         config,
         world,
     )
+    if answers is None:
+        return
     for question, answer in zip(questions, answers, strict=True):
         print(f"Q: {question}\nA: {answer}")
 

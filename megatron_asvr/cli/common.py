@@ -85,10 +85,15 @@ def run_config(args: argparse.Namespace) -> tuple[Config, int]:
 
 
 def start_ranks(fn: Callable[..., Any], args: Sequence[Any], config: Config, world: int) -> Any:
-    """What ``fn(*args)`` returns on rank 0 of ``world`` ranks."""
-    from megatron_asvr.launch.job import run
+    """What ``fn(*args)`` returns on rank 0; None on the other ranks of a launched job.
 
-    return run(fn, args, world, threads_per_rank=config.train.threads_per_rank)
+    So whoever gets a result prints it, once.
+    """
+    from megatron_asvr.launch.job import place, run
+
+    result = run(fn, args, world, threads_per_rank=config.train.threads_per_rank)
+    here = place()
+    return result if here is None or here.rank == 0 else None
 
 
 def plan_lines(config: Config, world: int) -> list[str]:

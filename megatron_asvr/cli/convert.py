@@ -53,6 +53,8 @@ def run_verify(args: argparse.Namespace) -> None:
     )
     request = (args.model, args.folder, questions, args.overrides)
     report = start_ranks(verify_run, request, config, world)
+    if report is None:
+        return
     if args.out:
         write_report(args.out, report)
     print(json.dumps(report, indent=2))

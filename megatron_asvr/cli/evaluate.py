@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
     )
     result = start_ranks(evaluate_run, (args.model, questions, args.overrides), config, world)
+    if result is None:
+        return
     if args.out:
         write_report(args.out, result)
     print(

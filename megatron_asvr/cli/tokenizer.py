@@ -73,7 +73,9 @@ def run_encode(args: argparse.Namespace) -> None:
     from megatron_asvr.train.codes import encode_all
 
     config, world = read_config(args)
-    print(json.dumps(start_ranks(encode_all, (config,), config, world)))
+    done = start_ranks(encode_all, (config,), config, world)
+    if done is not None:
+        print(json.dumps(done))
 
 
 def run_inspect(args: argparse.Namespace) -> None:

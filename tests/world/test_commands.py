@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.hf.verify import load_stock
@@ -192,6 +194,26 @@ def test_a_run_says_where_its_logs_are_and_what_it_came_to(trained, tmp_path, ca
     assert "data.train: 1 of 12 images cannot be used; their 1 of 13 records are replaced" in log
     assert f"{files / 'images' / 'gone.png'}: missing file" in log
     assert "Warning" not in log
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_train_and_speak_once(trained, tmp_path):
+    folder, files, run = trained
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += ["-m", "megatron_asvr.cli.main"]
+    start = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
+    train = ["train", str(folder / "run.yaml"), "parallel.tp=2", f"run.dir={tmp_path / 'run'}"]
+    printed = start([*launch, *train]).stdout
+    assert printed.count(f"run: {tmp_path / 'run'}") == 1
+    assert printed.count("step 4/4 loss") == 1
+    weights = [read_run(path)[1]("projector.linear_1.weight") for path in (run, tmp_path / "run")]
+    assert torch.equal(*weights)
+    out = tmp_path / "hf"
+    assert main(["convert", "export", str(run), "--out", str(out)]) == 0
+    printed = start([*launch, "convert", "verify", str(run), str(out), *questions(files)]).stdout
+    assert printed.count('"ok": true') == 1
+    printed = start([*launch, "eval", str(run), *questions(files)]).stdout
+    assert printed.count("accuracy") == 1
 
 
 def test_ctrl_c_saves_the_step_and_the_same_command_continues(trained, tmp_path):
