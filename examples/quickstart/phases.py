@@ -101,13 +101,15 @@ class Meter:
     def __init__(self, path: Path, marker: dict[str, Any]) -> None:
         self._path, self._marker = path, marker
         self._before = dict(marker)
-        self._own_cpu_s = psutil.Process().cpu_times()
         self._cpu_s: dict[int, float] = {}  # by process, as last seen
+        self._earlier_cpu_s: dict[int, float] = {}  # what processes that were there had used
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> "Meter":
         self._started = time.monotonic()
+        self._look()
+        self._earlier_cpu_s = dict(self._cpu_s)
         self._thread.start()
         return self
 
@@ -139,10 +141,8 @@ class Meter:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
             self._cpu_s[process.pid] = times.user + times.system
-        before_s = self._own_cpu_s.user + self._own_cpu_s.system
-        self._marker["cpu_seconds"] = (
-            self._before["cpu_seconds"] + sum(self._cpu_s.values()) - before_s
-        )
+        cpu_s = sum(self._cpu_s.values()) - sum(self._earlier_cpu_s.values())
+        self._marker["cpu_seconds"] = self._before["cpu_seconds"] + cpu_s
         self._marker["seconds"] = self._before["seconds"] + time.monotonic() - self._started
         self._marker["peak_mem_bytes"] = max(self._marker["peak_mem_bytes"], used_bytes)
 
