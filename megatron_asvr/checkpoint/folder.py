@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_asvr.errors import ConfigError
+
 META = "meta.json"
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
@@ -84,13 +86,22 @@ class RunFolder:
         return steps[-1] if steps else None
 
     def next_attempt(self) -> Path:
-        """A new folder ``attempts/K`` for the logs of a start, K counted from 0."""
+        """A new folder ``attempts/K`` for the logs of a start, K counted from 0.
+
+        Raises:
+            ConfigError: it cannot be made.
+        """
         number = self.last_attempt() + 1
         while True:
             try:
                 (self.attempts / str(number)).mkdir(parents=True)
             except FileExistsError:  # two starts at once: the later one takes the next number
                 number += 1
+            except OSError as err:
+                raise ConfigError(
+                    f"run.dir={str(self.root)!r} cannot be written: {err.strerror}; give another "
+                    "folder"
+                ) from None
             else:
                 return self.attempts / str(number)
 

@@ -100,12 +100,7 @@ def open_data(config: Config, *, groups: Groups) -> Data:
         tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer))
         tokenizer.check_fits(config.model.vision)
         if config.data.codes == "cache":
-            cache = CodeCache(
-                cache_root(config),
-                code_fingerprint(config, tokenizer.fingerprint),
-                num_patches=config.model.vision.num_patches,
-                codebook_sizes=tokenizer.codebook_sizes,
-            )
+            cache = _open_cache(config, tokenizer)
     text = TextTokenizer(str(config.model.text_tokenizer))
     branches, reason = _branches(config)
     if groups.rank == 0:
@@ -130,6 +125,25 @@ def open_data(config: Config, *, groups: Groups) -> Data:
     return Data(
         train=splits["train"], held_out=splits.get("eval"), tokenizer=tokenizer, codes=cache
     )
+
+
+def _open_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
+    """The code cache of a run, whose folder exists."""
+    root = cache_root(config)
+    cache = CodeCache(
+        root,
+        code_fingerprint(config, tokenizer.fingerprint),
+        num_patches=config.model.vision.num_patches,
+        codebook_sizes=tokenizer.codebook_sizes,
+    )
+    try:
+        cache.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ConfigError(
+            f"data.cache_dir={str(root)!r} cannot be written: {err.strerror}; give another folder, "
+            "or set data.codes=online"
+        ) from None
+    return cache
 
 
 _HOW = {True: "share its tokens", False: "each repeat its tokens"}

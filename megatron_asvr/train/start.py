@@ -154,9 +154,9 @@ def _open_folder(config: Config, groups: Groups) -> tuple[RunFolder, int]:
     folder = RunFolder(config.run.dir)
     attempt = [0]
     if groups.rank == 0:
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        folder.remove_partial()
         attempt = [folder.claim_attempt()]
+        folder.checkpoints.mkdir(exist_ok=True)
+        folder.remove_partial()
     dist.broadcast_object_list(attempt, src=0, group=groups.world)
     return folder, attempt[0]
 

@@ -92,8 +92,9 @@ def test_a_loss_that_is_not_finite_names_rank_step_and_samples() -> None:
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_gradient_that_is_not_finite_is_an_error() -> None:
-    run = config()
+@pytest.mark.parametrize("clip_grad", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_is_an_error(clip_grad: float) -> None:
+    run = config(train__optim__clip_grad=clip_grad)
     with one_rank() as groups:
         bench = Bench(run, groups)
         batches = step_batches(run, 0, groups)

@@ -108,6 +108,8 @@ def test_a_baseline_leaves_the_head_of_its_source_and_a_new_head_is_drawn() -> N
         ({"model__visual_tokenizer": "/nowhere"}, "CheckpointError: /nowhere"),
         ({"model__vision__image_size": 24}, "ConfigError: model.visual_tokenizer has a grid"),
         ({"train__global_batch": 3}, r"ConfigError: train\.global_batch=3"),
+        ({"run__dir": "/dev/null/run"}, "ConfigError: run.dir='/dev/null/run' cannot be written"),
+        ({"data__cache_dir": "/dev/null/c"}, "ConfigError: data.cache_dir='/dev/null/c' cannot be"),
         ({"loss__mode": "official"}, r"ConfigError: loss.mode='official' knows one .*'q0' .*3;"),
     ],
 )
