@@ -33,7 +33,8 @@ _FREE = {
 # Files count by their content, not by where they lie.
 _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}
 _LAYOUT = "parallel."
-VISUAL_TOKENIZER = "model.visual_tokenizer (content)"  # name of its fingerprint in an identity
+TEXT_TOKENIZER = "model.text_tokenizer (content)"  # names of their fingerprints in an identity
+VISUAL_TOKENIZER = "model.visual_tokenizer (content)"
 
 
 def identity(
@@ -60,8 +61,7 @@ def identity(
     images = hashlib.sha256("".join(image_keys).encode()).hexdigest()
     facts["data.train (content of the images)"] = images
     if config.model.text_tokenizer is not None:
-        name = "model.text_tokenizer"
-        facts[f"{name} (content)"] = _sha256(name, config.model.text_tokenizer)
+        facts[TEXT_TOKENIZER] = _sha256("model.text_tokenizer", config.model.text_tokenizer)
     facts[VISUAL_TOKENIZER] = tokenizer_fingerprint
     return facts
 

@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs, in the order in which mistakes can be found."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_asvr.checkpoint.folder import META, RunFolder
-from megatron_asvr.checkpoint.identity import VISUAL_TOKENIZER
+from megatron_asvr.checkpoint.identity import TEXT_TOKENIZER, VISUAL_TOKENIZER
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.config.check import check, check_world
@@ -178,7 +178,7 @@ def _branches(config: Config) -> tuple[bool, str]:
 
 
 def load_sources(
-    model: AsvrModel, config: Config, *, tokenizer: VisualTokenizer | None, groups: Groups
+    model: AsvrModel, config: Config, *, facts: Mapping[str, Any], groups: Groups
 ) -> dict[str, str]:
     """Where each part's first weights come from, after loading them from ``config.init``.
 
@@ -188,7 +188,7 @@ def load_sources(
     Args:
         model: the bare model, drawn from the seed.
         config: the run.
-        tokenizer: the visual tokenizer of the run, None when the visual loss is off.
+        facts: the run's identity (checkpoint/identity.py).
         groups: process groups of the layout.
 
     Raises:
@@ -208,8 +208,7 @@ def load_sources(
             origins[part] += f" (init.all={source} does not hold it)"
             continue
         load_weights(module, get, groups=groups, prefix=f"{part}.")
-        if part == "visual_head" and tokenizer is not None:
-            _check_codes(source, get, tokenizer)
+        _check_learned(source, part, get, model, facts)
         origins[part] = source
     return origins
 
@@ -253,20 +252,29 @@ def _is_run(folder: Path) -> bool:
     return (folder / META).is_file() or RunFolder(folder).checkpoints.is_dir()
 
 
-def _check_codes(path: str, get: Reader, tokenizer: VisualTokenizer) -> None:
-    """Refuse a visual head that has learned the codes of another visual tokenizer."""
+# The files that give a part's rows their meaning: weights learned with others do not fit.
+_LEARNED_WITH = {"language_model": TEXT_TOKENIZER, "visual_head": VISUAL_TOKENIZER}
+
+
+def _check_learned(
+    path: str, part: str, get: Reader, model: AsvrModel, facts: Mapping[str, Any]
+) -> None:
+    """Refuse words or codes that were learned with another tokenizer."""
+    fact = _LEARNED_WITH.get(part)
+    if fact is None:
+        return
+    same = True  # a Hugging Face folder does not say which text tokenizer is ours
     if _is_run(Path(path)):
-        identity = read_meta(find_checkpoint(Path(path))).identity
-        same = identity.get(VISUAL_TOKENIZER) == tokenizer.fingerprint
-    else:
-        theirs = [get(f"visual_head.codebooks.{d}") for d in range(tokenizer.depth)]
-        pairs = zip(theirs, tokenizer.codebooks.tables(), strict=True)
-        same = all(mine is None or torch.equal(mine.float(), own.cpu()) for mine, own in pairs)
+        same = read_meta(find_checkpoint(Path(path))).identity.get(fact) == facts[fact]
+    elif part == "visual_head":
+        tables = enumerate(model.visual_head.codebooks.tables())
+        pairs = ((get(f"visual_head.codebooks.{d}"), table.cpu()) for d, table in tables)
+        same = all(theirs is None or torch.equal(theirs.float(), own) for theirs, own in pairs)
     if not same:
         raise ConfigError(
-            f"the visual head in {path} predicts the codes of another tokenizer than "
-            "model.visual_tokenizer; use that tokenizer, or give the sources of the other parts by "
-            "name (init.projector=... instead of init.all) to start a new head"
+            f"{part} in {path} was trained with another {fact.partition(' ')[0]} than this run's; "
+            f"use that one, or leave init.all unset and name the sources of the other parts "
+            f"(init.projector=...), so that {part} starts anew"
         )
 
 

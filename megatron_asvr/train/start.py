@@ -104,7 +104,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
 
     model = build_model(config, groups=groups, tokenizer=data.tokenizer)
     if checkpoint is None:
-        origins = load_sources(model, config, tokenizer=data.tokenizer, groups=groups)
+        origins = load_sources(model, config, facts=facts, groups=groups)
         frozen = save_frozen(folder, model, groups=groups)
     else:
         origins = {"all parts": str(folder.step(checkpoint.resume.step))}

@@ -15,6 +15,7 @@ import torch
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.load import load
+from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.train.codes import encode_all
@@ -123,12 +124,19 @@ def test_what_does_not_fit_is_refused_before_training(
     assert not RunFolder(run).metrics.exists()
 
 
-def test_a_head_that_learned_other_codes_is_refused() -> None:
+def test_weights_that_learned_other_codes_or_words_are_refused() -> None:
     run, other = files().parent / "other_codes", files().parent / "other_tokenizer"
     tokenizer(config_of_cases().model.vision, seed=2).save(other)
     settings = {"model__visual_tokenizer": str(other), "data__eval": []}
     config = run_config(files(), run, init__all=str(stage_one()), **settings)
-    with pytest.raises(LaunchError, match="predicts the codes of another tokenizer"):
+    match = "visual_head in .* was trained with another model.visual_tokenizer"
+    with pytest.raises(LaunchError, match=match):
+        run_ranks(train, (config,), 1, timeout_s=240)
+    words = files().parent / "other.model"
+    texts = ["USER: Which side? ASSISTANT: yes red green blue grey left right color it Say"] * 40
+    TextTokenizer.train(texts, words, vocab_size=300)
+    config = run_config(files(), run, init__all=str(stage_one()), model__text_tokenizer=str(words))
+    with pytest.raises(LaunchError, match=r"language_model in .* another model\.text_token"):
         run_ranks(train, (config,), 1, timeout_s=240)
     named = {f"init__{part}": str(stage_one()) for part in ("projector", "language_model")}
     config = run_config(files(), run, train__steps=1, **named, **settings)
