@@ -105,9 +105,8 @@ def run_rank(job: Job, rank: int) -> int:
             own = {"kind": type(error).__name__, "message": _with_notes(error)}
             _write(pathlib.Path(job.folder, f"own_error_{rank}"), json.dumps(own).encode())
         _write(pathlib.Path(job.folder, f"{time.time_ns()}.rank_{rank}"), text.encode())
-        # The launcher shows an error of ours by itself, and says what Ctrl-C did.
-        if job.log_dir is not None or not isinstance(error, AsvrError | KeyboardInterrupt):
-            sys.stderr.write(text)
+        if job.log_dir is not None:
+            sys.stderr.write(text)  # without a log, the launcher shows it
         return FAILED
     return 0
 
