@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from megatron_asvr.batch import IGNORE, MicroBatch
+from megatron_asvr.batch import IGNORE, MicroBatch, image_share
 from megatron_asvr.config.schema import (
     Config,
     DataConfig,
@@ -17,7 +17,7 @@ from megatron_asvr.config.schema import (
     VisualHeadConfig,
 )
 from megatron_asvr.model import sharding
-from megatron_asvr.model.asvr import AsvrModel, share_of
+from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.groups import Groups
 
@@ -149,3 +149,18 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     found = {name: x.grad for name, x in model.named_parameters() if x.requires_grad}
     assert all(grad is not None for grad in found.values())
     return found
+
+
+def share_of(batch: MicroBatch, rank: int, ways: int) -> MicroBatch:
+    """The batch with only the images that ``rank`` of ``ways`` encodes.
+
+    Args:
+        batch: a batch that holds the pixels of all its images.
+        rank: place in the tensor-parallel group.
+        ways: size of the group.
+    """
+    start, end = image_share(batch.num_images, rank, ways)
+    pixels_ICHW = batch.pixel_values_ICHW
+    if pixels_ICHW is not None:
+        pixels_ICHW = pixels_ICHW[start:end]
+    return dataclasses.replace(batch, pixel_values_ICHW=pixels_ICHW, image_share=(start, end))

@@ -26,10 +26,11 @@ from megatron_asvr.config.schema import (
     VisualHeadConfig,
 )
 from megatron_asvr.model import sharding
-from megatron_asvr.model.asvr import AsvrModel, share_of
+from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.model.loss import LossSums, joint_loss, official_loss
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.groups import Groups
+from tests.asvr_cases import share_of
 
 FOLDER = pathlib.Path(__file__).parent / "golden" / "oracle_d4"
 MAX_FULL = 8192  # larger gradients are kept as sketches

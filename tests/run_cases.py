@@ -15,11 +15,12 @@ from megatron_asvr.checkpoint.load import load_frozen, load_trained
 from megatron_asvr.checkpoint.meta import Meta
 from megatron_asvr.config.load import from_dict
 from megatron_asvr.config.schema import Config, VisionConfig
-from megatron_asvr.model.asvr import AsvrModel, build_model, share_of
+from megatron_asvr.model.asvr import AsvrModel, build_model
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
 from megatron_asvr.train.step import StepResult, agree, loss_function, train_step
+from tests.asvr_cases import share_of
 
 CODEBOOK_SIZES = (7, 6, 5)
 TREE: dict[str, Any] = {

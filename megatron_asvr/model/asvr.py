@@ -10,7 +10,6 @@ no rank waits for a collective that another one skipped, and every trained param
 receives a gradient, if only zero.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -340,21 +339,6 @@ def build_model(
     )
     sharding.seeded_init(model, config.run.seed, groups=groups, std=model.init_std)
     return model
-
-
-def share_of(batch: MicroBatch, rank: int, ways: int) -> MicroBatch:
-    """The batch with only the images that ``rank`` of ``ways`` encodes.
-
-    Args:
-        batch: a batch that holds the pixels of all its images.
-        rank: place in the tensor-parallel group.
-        ways: size of the group.
-    """
-    start, end = image_share(batch.num_images, rank, ways)
-    pixels_ICHW = batch.pixel_values_ICHW
-    if pixels_ICHW is not None:
-        pixels_ICHW = pixels_ICHW[start:end]
-    return dataclasses.replace(batch, pixel_values_ICHW=pixels_ICHW, image_share=(start, end))
 
 
 def _checked(tokenizer: VisualTokenizer | None, config: Config) -> VisualTokenizer:

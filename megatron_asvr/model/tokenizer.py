@@ -63,6 +63,12 @@ class TokenizerConfig:
                 f"feature_layer={layer} does not exist in an encoder of {num_layers} layers; its "
                 f"hidden states are {-num_layers - 1} to {num_layers}"
             )
+        depth = None if layer is None else layer + (num_layers + 1 if layer < 0 else 0)
+        if self.kind == "appearance" and depth is not None and depth > num_layers // 2:
+            raise ConfigError(
+                f"kind=appearance quantises pixels or a shallow layer, but feature_layer={layer} "
+                f"comes after {depth} of {num_layers} layers; use pixels, or 0 to {num_layers // 2}"
+            )
         if not self.codebook_sizes or min(self.codebook_sizes) < 2:
             raise ConfigError(
                 f"codebook_sizes={list(self.codebook_sizes)}; give at least one level, each with "

@@ -221,3 +221,9 @@ def test_impossible_settings_are_refused():
 def test_a_layer_that_the_encoder_does_not_have_is_refused(layer):
     with pytest.raises(ConfigError, match=f"feature_layer={layer} does not exist.*-4 to 3"):
         TokenizerConfig(kind="semantic", vision=VISION, feature_layer=layer, codebook_sizes=(8, 8))
+
+
+def test_appearance_is_refused_on_a_late_layer():
+    with pytest.raises(ConfigError, match="feature_layer=-2 comes after 2 of 3 layers; use pixels"):
+        dataclasses.replace(PIXELS, feature_layer=-2)
+    assert dataclasses.replace(PIXELS, feature_layer=1).width == VISION.hidden_size
