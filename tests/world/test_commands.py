@@ -216,7 +216,8 @@ def test_ranks_of_torchrun_train_and_speak_once(trained, tmp_path):
     assert printed.count("accuracy") == 1
 
 
-def test_ctrl_c_saves_the_step_and_the_same_command_continues(trained, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_lets_training_save_its_step(trained, tmp_path, number):
     folder, _, _ = trained
     command = [sys.executable, "-m", "megatron_asvr.cli.main", "train", str(folder / "run.yaml")]
     command += [f"run.dir={tmp_path / 'run'}", "parallel.tp=2", "data.eval=[]"]
@@ -234,7 +235,7 @@ def test_ctrl_c_saves_the_step_and_the_same_command_continues(trained, tmp_path)
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        os.killpg(process.pid, number)  # as a terminal does with Ctrl-C
         printed = process.communicate(timeout=60)[0]
     assert process.returncode == 3
     assert "Traceback" not in printed
