@@ -4,8 +4,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_asvr.checkpoint.reader import read_run
+from megatron_asvr.checkpoint.identity import VISUAL_TOKENIZER
+from megatron_asvr.checkpoint.meta import read_meta
+from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.data.conversation import chat_template
+from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.export import export, finalize
 from megatron_asvr.model.tokenizer import VisualTokenizer
 
@@ -22,13 +25,21 @@ def export_run(run: str, out: str, *, dtype: str = "fp32") -> Path:
 
     Raises:
         CheckpointError: there is no complete checkpoint.
-        ConversionError: the folder exists, or the conversion would be incomplete.
+        ConversionError: the folder exists, the conversion would be incomplete, or the visual
+            tokenizer is no longer the one that the run learned with.
     """
     config, get = read_run(run)
     fingerprint, codebooks = None, {}
     if config.loss.visual_weight:
-        tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer))
+        folder = str(config.model.visual_tokenizer)
+        tokenizer = VisualTokenizer.load(folder)
         fingerprint = tokenizer.fingerprint
+        learned_with = read_meta(find_checkpoint(Path(run))).identity[VISUAL_TOKENIZER]
+        if fingerprint != learned_with:
+            raise ConversionError(
+                f"{run}: its visual head learned the codes of tokenizer {learned_with[:16]}, but "
+                f"{folder} now holds {fingerprint[:16]}; restore that tokenizer's folder"
+            )
         tables = tokenizer.codebooks.tables()
         codebooks = {f"visual_head.codebooks.{d}": table for d, table in enumerate(tables)}
     partial = export(

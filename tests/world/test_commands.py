@@ -21,6 +21,7 @@ from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.hf.verify import load_stock
+from megatron_asvr.model.tokenizer import VisualTokenizer
 from tests.run_data import make_files, run_config
 from tests.unit.test_docs import DOCS, commands
 
@@ -155,6 +156,21 @@ def test_questions_that_cannot_be_asked_are_refused_before_the_model_is_loaded(
     monkeypatch.setattr("sys.stdin", io.StringIO())
     assert main(["chat", str(run)]) == 1
     assert "give --question TEXT" in capsys.readouterr().err
+
+
+def test_an_export_wants_the_tokenizer_that_the_run_learned_with(trained, tmp_path, capsys):
+    _, files, run = trained
+    kept, folder = tmp_path / "kept", files / "visual"
+    folder.rename(kept)
+    try:
+        other = VisualTokenizer.load(kept)
+        other.set_codebooks([table + 1 for table in other.codebooks.tables()])
+        other.save(folder)
+        assert main(["convert", "export", str(run), "--out", str(tmp_path / "hf")]) == 1
+    finally:
+        shutil.rmtree(folder)
+        kept.rename(folder)
+    assert "restore that tokenizer's folder" in capsys.readouterr().err
 
 
 def test_chat_answers_every_question(trained, capsys):
