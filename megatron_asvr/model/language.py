@@ -7,6 +7,7 @@ vocabulary is never multiplied with an image position. Rotary positions and the 
 inputs: documents and branches restart their positions and do not see one another.
 """
 
+import logging
 import math
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
@@ -34,6 +35,14 @@ from megatron_asvr.precision.local import attention_mask
 VOCAB_MULTIPLE = 64  # the padded vocabulary is the same for every tensor-parallel degree up to 64
 MASKED_LOGIT = -1e30  # exp() of it is exactly 0, and no difference of two logits overflows
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+
+
+def _known(record: logging.LogRecord) -> bool:
+    """Everything but 0.19.2's notice, at each start, that GPTModel has a successor."""
+    return not record.getMessage().startswith("GPTModel IS DEPRECATED")
+
+
+logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_known)
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

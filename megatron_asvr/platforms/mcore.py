@@ -12,6 +12,8 @@ from megatron_asvr.platforms.choose import select
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 # It complains about the default of its own setting (0.16.1), which we leave alone.
 warnings.filterwarnings("ignore", "full scope is deprecated", module=r"megatron\.core")
+# 0.19.2 announces a module of its own, which we do not use, whenever it is imported.
+warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
 # Its optimizer asks shards, which are views, for a gradient that it sets itself.
 warnings.filterwarnings(
     "ignore", r"The \.grad attribute of a Tensor", module=r"megatron\.core\.optimizer"
