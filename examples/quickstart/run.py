@@ -1,6 +1,6 @@
 """The whole way on real images: data, encoder, tokenizers, three stages, evaluation, export.
 
-    make quickstart            everything, into runs/quickstart (about a quarter of an hour)
+    make quickstart            everything, into runs/quickstart (about ten minutes)
     make quickstart-short      the same code on few images and steps, into runs/quickstart-short
 
 Interrupt it at any point and run it again: it continues. Every step but the first three is a call
