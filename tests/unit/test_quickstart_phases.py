@@ -61,7 +61,7 @@ def test_seconds_of_child_processes_count(tmp_path):
     phases.do(Phase(name="spin", run=work))
     used = phases.results["spin"]
     assert used["seconds"] >= 1.5
-    assert 0.3 <= used["cpu_seconds"] <= 1.9  # sampled once a second; this process adds a little
+    assert 0.3 <= used["cpu_seconds"] <= 3  # sampled once a second; this process adds a little
 
 
 def test_a_changed_phase_and_what_follows_start_afresh(work):
