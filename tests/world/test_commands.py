@@ -260,13 +260,20 @@ def test_a_signal_lets_training_save_its_step(trained, tmp_path, number):
     assert f"{saved.name.removeprefix('step_')} of 100000 steps" in printed
 
 
-def test_ctrl_c_elsewhere_is_one_line(trained):
+def cpu_ticks(pid: str) -> int:
+    """CPU time of a process, in clock ticks (of 10 ms)."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+
+def test_ctrl_c_elsewhere_is_one_line(trained, tmp_path):
     """Before there is a step to finish."""
     _, files, run = trained
+    asked = json.loads((files / "eval.json").read_text())
+    (tmp_path / "many.json").write_text(json.dumps(asked * 10_000))  # a minute and more
     command = [sys.executable, "-m", "megatron_asvr.cli.main", "eval", str(run)]
-    command += ["--data", str(files / "eval.json"), "--images", str(files / "images")]
+    command += ["--data", str(tmp_path / "many.json"), "--images", str(files / "images")]
     with subprocess.Popen(
-        [*command, "--max-new-tokens", "1000000"],
+        command,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -284,7 +291,9 @@ def test_ctrl_c_elsewhere_is_one_line(trained):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(0.5)  # into the call
+        while cpu_ticks(ranks.read_text().split()[0]) < 30:  # in the midst of the call
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
