@@ -15,38 +15,60 @@ NO_POSITION = -1  # a visual target whose position was cut away (loss.mode=offic
 
 @dataclass(kw_only=True, slots=True)
 class MicroBatch:
-    """One micro-batch of one data-parallel rank (identical on all its tensor-parallel ranks).
+    """One micro-batch as one rank needs it (identical on the ranks of a tensor-parallel group).
 
-    Attention rule: position i sees j iff ``j <= i`` and ``document_BS[i] == document_BS[j]`` and
-    ``branch_BS[j] in (0, branch_BS[i])``: branch 0 is the shared prefix, branches 1.. are
-    independent questions that cannot see one another. Padding has document -1.
+    A row holds one document (a sample) or, packed, several. Attention rule: position i sees j iff
+    ``index_BS[j] <= index_BS[i]`` and ``document_BS[i] == document_BS[j]`` and ``branch_BS[j] in
+    (0, branch_BS[i])``: branch 0 is the shared prefix, branches 1.. are independent questions that
+    cannot see one another.
+
+    Under context parallelism the columns of a row are arranged so that rank r holds the r-th of
+    ``context[1]`` equal parts (see ``parallel/context.py``). Whatever attention must know about
+    all positions stays whole; tokens and targets are this rank's part; flat positions count its
+    own columns: b * (S / context[1]) + column.
+
+    A pipeline stage gets what it uses: ``tokens_BS`` and pixels come to the first, targets and
+    codes to the last (pixels too when codes are computed online), None elsewhere.
 
     Attributes:
-        tokens_BS: int64 token ids; image positions hold the image token's id.
+        tokens_BS: int64 token ids, this rank's columns; image positions hold the image token's id.
+        text_targets_BS: int64, this rank's columns; the token to predict, or IGNORE.
         position_ids_BS: int64 rotary positions; they restart per document, and every branch
             continues right after the shared prefix.
-        text_targets_BS: int64; the token that position s must predict, or IGNORE.
-        document_BS: int32 document of each position, -1 for padding.
+        document_BS: int32 document of each position, counted through the micro-batch (an index
+            into ``sample_ids``); -1 for padding.
         branch_BS: int32 branch of each position, 0 for the shared prefix.
-        image_positions_P: int64 flat index (b * S + s) of every image patch in the sequence, image
-            by image, patch by patch (P = num_images * N), NO_POSITION for a patch that was cut.
+        index_BS: int64 place of each position in its row before the columns were arranged.
+        cu_seqlens: int32 [documents + 1], sum of the documents' lengths up to each, over all rows;
+            None where nothing asks for it.
+        cu_seqlens_padded: int32, the same with each document's padding (it fills the rows).
+        image_positions_P: int64 flat position of every image patch that is in this rank's part.
+        image_patches_P: int64 which patch that is: image * N + patch, over all images.
         pixel_values_ICHW: float32, this rank's share of the images (images
             ``image_share[0]:image_share[1]`` of the micro-batch), or None without images.
-        image_share: first and one-past-last image encoded by this rank.
+        image_share: first and one-past-last image encoded by this rank, among those of the
+            tensor- and context-parallel group of its stage.
         num_images: images of the micro-batch, on all ranks together.
-        visual_positions_M: int64 flat index of each position that predicts a patch's codes
-            (``target_shift`` is already applied), NO_POSITION for a zero hidden vector.
-        visual_patches_M: int64 index into the P patches whose codes are predicted there.
-        codes_PD: int64 codes of every patch from the cache, or None when the tokenizer is online.
-        sample_ids: the samples' ids, for error messages.
+        visual_positions_M: int64 flat position of each position that predicts a patch's codes
+            (``target_shift`` is already applied), in this rank's part; NO_POSITION for a zero
+            hidden vector.
+        visual_patches_M: int64 patch whose codes are predicted there: image * N + patch.
+        codes_PD: int64 codes of every patch of all images from the cache, or None when the
+            tokenizer is online.
+        sample_ids: each document's sample, for messages.
+        context: this rank's place among those that share the sequences, and their number.
     """
 
-    tokens_BS: Tensor
+    tokens_BS: Tensor | None
+    text_targets_BS: Tensor | None
     position_ids_BS: Tensor
-    text_targets_BS: Tensor
     document_BS: Tensor
     branch_BS: Tensor
+    index_BS: Tensor
+    cu_seqlens: Tensor | None = None
+    cu_seqlens_padded: Tensor | None = None
     image_positions_P: Tensor
+    image_patches_P: Tensor
     pixel_values_ICHW: Tensor | None
     image_share: tuple[int, int]
     num_images: int
@@ -54,15 +76,23 @@ class MicroBatch:
     visual_patches_M: Tensor
     codes_PD: Tensor | None
     sample_ids: list[str]
+    context: tuple[int, int] = (0, 1)
+
+    def own(self, x_BS: Tensor) -> Tensor:
+        """This rank's columns of something that is given for all positions."""
+        rank, ways = self.context
+        size = x_BS.shape[1] // ways
+        return x_BS[:, rank * size : (rank + 1) * size]
 
     @property
     def num_text_targets(self) -> int:
-        """Positions with a text target."""
-        return int((self.text_targets_BS != IGNORE).sum())
+        """Positions of this rank with a text target; 0 on a stage that gets no targets."""
+        targets_BS = self.text_targets_BS
+        return 0 if targets_BS is None else int((targets_BS != IGNORE).sum())
 
     @property
     def num_visual_targets(self) -> int:
-        """Positions with a visual target."""
+        """Positions of this rank with a visual target."""
         return self.visual_positions_M.numel()
 
 

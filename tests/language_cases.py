@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LanguageConfig
 from megatron_asvr.model import sharding
 from megatron_asvr.model.language import LanguageModel
@@ -98,5 +99,27 @@ def hidden(
     position_ids_BS: Tensor,
 ) -> Tensor:
     """Final hidden states [S, B, H] of a one-stage model."""
-    mask_B1SS = model.mask(document_BS, branch_BS, position_ids_BS)
-    return model(model.embed(tokens_BS), position_ids_BS, mask_B1SS)
+    mask = model.mask(rule_batch(document_BS, branch_BS, position_ids_BS))
+    return model(model.embed(tokens_BS), position_ids_BS, mask)
+
+
+def rule_batch(document_BS: Tensor, branch_BS: Tensor, position_ids_BS: Tensor) -> MicroBatch:
+    """A micro-batch of which only the attention rule matters."""
+    none = torch.empty(0, dtype=torch.int64)
+    return MicroBatch(
+        tokens_BS=None,
+        text_targets_BS=None,
+        position_ids_BS=position_ids_BS,
+        document_BS=document_BS,
+        branch_BS=branch_BS,
+        index_BS=torch.arange(document_BS.shape[1]).expand_as(document_BS),
+        image_positions_P=none,
+        image_patches_P=none,
+        pixel_values_ICHW=None,
+        image_share=(0, 0),
+        num_images=0,
+        visual_positions_M=none,
+        visual_patches_M=none,
+        codes_PD=None,
+        sample_ids=[],
+    )

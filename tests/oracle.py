@@ -279,6 +279,7 @@ def _assemble(rows: list[dict], length: int, pixels: Tensor | None) -> MicroBatc
             else:
                 places += [b * length + s if s < used else NO_POSITION for s in span]
     positions_P = torch.tensor(places, dtype=torch.int64)
+    inside_P = positions_P != NO_POSITION
     num_images = 0 if pixels is None else len(pixels)
     document_BS = torch.tensor(documents, dtype=torch.int32)
     return MicroBatch(
@@ -287,7 +288,9 @@ def _assemble(rows: list[dict], length: int, pixels: Tensor | None) -> MicroBatc
         text_targets_BS=torch.tensor(targets),
         document_BS=document_BS,
         branch_BS=torch.zeros_like(document_BS),
-        image_positions_P=positions_P,
+        index_BS=torch.arange(length).repeat(len(rows), 1),
+        image_positions_P=positions_P[inside_P],
+        image_patches_P=inside_P.nonzero().squeeze(1),
         pixel_values_ICHW=pixels,
         image_share=(0, num_images),
         num_images=num_images,

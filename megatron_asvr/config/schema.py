@@ -162,6 +162,8 @@ class DataConfig:
     template: Literal["vicuna_v1", "vicuna_short", "plain"] = "vicuna_v1"  # of conversations
     max_length: int = 2048  # positions of one sample, image patches included
     on_overlong: Literal["drop", "cut_text"] = "cut_text"  # counted; no image is ever cut
+    packing: bool = False  # several samples in one sequence; micro_batch then counts sequences
+    pack_length: int | None = None  # positions of a packed sequence; default: max_length
     image_fit: Literal["square", "pad"] = "square"  # resize, or pad with the mean colour first
     blank_images: bool = False  # every image becomes the mean colour (the blind control)
     on_bad_sample: Literal["replace", "error"] = "replace"  # replace: by the next good one, counted
@@ -198,6 +200,8 @@ class TrainConfig:
     micro_batch: int = 1  # samples of one forward pass on one data-parallel rank
     precision: Literal["fp32", "bf16"] = "bf16"
     optim: OptimConfig = field(default_factory=OptimConfig)
+    recompute: Literal["none", "selective", "full"] = "none"  # of the language model's layers
+    recompute_visual_head: bool = False
     threads_per_rank: int = 1  # CPU threads; part of a run's identity (it changes rounding)
     eval_every_steps: int = 0  # 0: only at the end, when data.eval is given
     save_every_steps: int = 500
@@ -212,9 +216,11 @@ class ParallelConfig:
 
     tp: int = 1
     pp: int = 1
-    vpp: int | None = None
+    vpp: int | None = None  # model chunks of each pipeline stage; default: one
+    stages: tuple[int, ...] | None = None  # layers of each stage or chunk; default: even cost
     cp: int = 1
     sp: bool = False
+    ep: int = 1  # ranks that share the experts of a mixture; they are data-parallel ranks too
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,6 +91,8 @@ class Collator:
         images = _Images(self, size[1])
         for number, (row, these) in enumerate(zip(rows, row_keys, strict=True)):
             images.add_row(number, row, these)
+        positions_P = _join(images.positions)
+        inside_P = positions_P != NO_POSITION
         share = image_share(len(images.keys), self.encoder_rank, self.encoder_world)
         return MicroBatch(
             tokens_BS=_stack([row.tokens_S for row in rows], size, self.pad_id),
@@ -98,7 +100,9 @@ class Collator:
             text_targets_BS=_stack([row.targets_S for row in rows], size, IGNORE),
             document_BS=_stack([np.zeros_like(row.branch_S) for row in rows], size, -1),
             branch_BS=_stack([row.branch_S for row in rows], size, 0),
-            image_positions_P=_join(images.positions),
+            index_BS=torch.arange(size[1]).repeat(len(rows), 1),
+            image_positions_P=positions_P[inside_P],
+            image_patches_P=inside_P.nonzero().squeeze(1),
             pixel_values_ICHW=pixels(images.keys[slice(*share)]) if images.keys else None,
             image_share=share,
             num_images=len(images.keys),

@@ -1,9 +1,11 @@
 """The model: encoder, projector, language model and visual head, from micro-batch to loss sums.
 
 The first pipeline stage encodes images and splices them into the token embeddings, the last one
-computes both losses. Every rank of a tensor-parallel group sees the same micro-batch and encodes
-its own share of the images; the features are gathered, so no image is encoded twice, and the
-gradients of a trained encoder are partial (``partial_grad_parameters``).
+computes both losses. Every rank of a tensor- and context-parallel group encodes its own share of
+the images; the features are gathered, so no image is encoded twice, and the gradients of a trained
+encoder are partial (``partial_grad_parameters``). Under context parallelism a rank projects the
+patches and computes the losses of its own columns; megatron-core sums gradients over those ranks
+together with the data-parallel ones.
 
 A micro-batch without images or without text targets runs the same operations on empty tensors:
 no rank waits for a collective that another one skipped, and every trained parameter always
@@ -158,19 +160,18 @@ class AsvrModel(MegatronModule):
             return self._gather(encoder(self._pixels(batch)), batch)
 
     def embeddings(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
-        """Token embeddings with the projected image features in place, [S, B, H].
+        """Token embeddings of this rank's columns with the image features in place, [S, B, H].
 
         Args:
             batch: one micro-batch.
-            features_PF: encoder features of its patches where they are known already.
+            features_PF: encoder features of all its patches where they are known already.
         """
         if features_PF is None:
             features_PF = self.encode_images(batch).flatten(0, 1)
         return splice_images(
             self.language_model.embed(batch.tokens_BS),
-            self.projector(features_PF),
+            self.projector(features_PF[batch.image_patches_P]),
             batch.image_positions_P,
-            may_be_cut=self.official,
         )
 
     def hidden(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
@@ -178,13 +179,12 @@ class AsvrModel(MegatronModule):
 
         Args:
             batch: one micro-batch.
-            features_PF: encoder features of its patches where they are known already.
+            features_PF: encoder features of all its patches where they are known already.
         """
         embeds_SBH = self.embeddings(batch, features_PF) if self.pre_process else None
-        mask_B1SS = self.language_model.mask(
-            batch.document_BS, batch.branch_BS, batch.position_ids_BS
+        return self.language_model(
+            embeds_SBH, batch.own(batch.position_ids_BS), self.language_model.mask(batch)
         )
-        return self.language_model(embeds_SBH, batch.position_ids_BS, mask_B1SS)
 
     def codes(self, batch: MicroBatch) -> Tensor:
         """Target codes of every patch, int64 [P, D]: from the batch, or from the tokenizer."""
@@ -308,11 +308,10 @@ class AsvrModel(MegatronModule):
 
     def _gather(self, x_IN: Tensor, batch: MicroBatch) -> Tensor:
         """The rows of all images from this rank's share of them."""
-        if self.tp is None or not batch.num_images:
-            return x_IN
-        ways = self.groups.plan.tp
-        shares = [image_share(batch.num_images, rank, ways) for rank in range(ways)]
-        return gather_images(x_IN, sizes=[end - start for start, end in shares], group=self.tp)
+        group = self.groups.tp_cp
+        shares = [image_share(batch.num_images, r, group.size()) for r in range(group.size())]
+        sizes = [end - start for start, end in shares]
+        return gather_images(x_IN, sizes=sizes, group=group, sum_over=self.groups.cp)
 
 
 def build_model(

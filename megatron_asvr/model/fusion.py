@@ -1,8 +1,8 @@
 """Image features into the sequence, hidden states out of it.
 
 Positions of a micro-batch are flat indices b * S + s; activations are sequence first, [S, B, H].
-NO_POSITION occurs only under ``loss.mode=official``, where a truncated image keeps its targets
-but has lost its place in the sequence.
+Under context parallelism all of this is about a rank's own columns. NO_POSITION occurs only under
+``loss.mode=official``, where a truncated image keeps its targets but has lost its place.
 """
 
 from torch import Tensor
@@ -10,20 +10,14 @@ from torch import Tensor
 from megatron_asvr.batch import NO_POSITION
 
 
-def splice_images(
-    embeds_SBH: Tensor, image_embeds_PH: Tensor, positions_P: Tensor, *, may_be_cut: bool
-) -> Tensor:
+def splice_images(embeds_SBH: Tensor, image_embeds_PH: Tensor, positions_P: Tensor) -> Tensor:
     """Embeddings [S, B, H] in which the image positions hold the projected features.
 
     Args:
         embeds_SBH: token embeddings.
         image_embeds_PH: projected features, patch by patch; P may be 0.
         positions_P: int64 flat position of every patch.
-        may_be_cut: some positions may be NO_POSITION; those patches are left out.
     """
-    if may_be_cut:
-        kept = (positions_P != NO_POSITION).nonzero().squeeze(1)
-        image_embeds_PH, positions_P = image_embeds_PH[kept], positions_P[kept]
     spliced = embeds_SBH.flatten(0, 1).index_copy(
         0, _rows(positions_P, embeds_SBH), image_embeds_PH.to(embeds_SBH.dtype)
     )

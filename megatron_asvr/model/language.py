@@ -25,12 +25,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_asvr import platforms, precision
+from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LanguageConfig
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import sharding
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
-from megatron_asvr.precision.local import attention_mask
 
 VOCAB_MULTIPLE = 64  # the padded vocabulary is the same for every tensor-parallel degree up to 64
 MASKED_LOGIT = -1e30  # exp() of it is exactly 0, and no difference of two logits overflows
@@ -165,23 +165,18 @@ class LanguageModel(GPTModel):
             return std / math.sqrt(2 * self.language_config.num_layers)
         return std
 
-    def mask(self, document_BS: Tensor, branch_BS: Tensor, position_ids_BS: Tensor) -> Tensor:
-        """The model's attention mask, bool [B, 1, S, S], True = hidden.
+    def mask(self, batch: MicroBatch) -> Tensor:
+        """Who attends to whom in a micro-batch, in the form that this backend's attention takes.
 
         Args:
-            document_BS: int, document of each position, -1 for padding.
-            branch_BS: int, branch of each position, 0 for the shared prefix.
-            position_ids_BS: int, rotary position of each position.
+            batch: of this rank.
         """
-        return attention_mask(
-            document_BS,
-            branch_BS,
-            position_ids_BS,
-            sliding_window=self.language_config.sliding_window,
+        return precision.attention_rule(
+            batch, self.backend, sliding_window=self.language_config.sliding_window
         )
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
-        """Embeddings [S, B, H] of the whole sequence, on every rank; first stage only.
+        """Embeddings [S, B, H] of all given positions, on every rank; first stage only.
 
         Args:
             tokens_BS: int64 token ids below the vocabulary size.
@@ -200,20 +195,20 @@ class LanguageModel(GPTModel):
         angle_SB = position_ids_BS.t().float()[..., None] * frequency
         return torch.cat([angle_SB, angle_SB], -1)[:, :, None]
 
-    def forward(
-        self, embeds_SBH: Tensor | None, position_ids_BS: Tensor, mask_B1SS: Tensor
-    ) -> Tensor:
+    def forward(self, embeds_SBH: Tensor | None, position_ids_BS: Tensor, mask: Tensor) -> Tensor:
         """Hidden states: after the final norm on the last stage, before it on the others.
 
+        S counts the columns of this context-parallel rank.
+
         Args:
-            embeds_SBH: embeddings of the whole sequence, the same on every rank of the
-                tensor-parallel group; None on later stages (see ``set_input_tensor``).
+            embeds_SBH: embeddings, the same on every rank of the tensor-parallel group; None on
+                later stages (see ``set_input_tensor``).
             position_ids_BS: int64, rotary position of each position.
-            mask_B1SS: bool, True = hidden; from ``mask``.
+            mask: from ``mask``.
 
         Returns:
-            [S, B, H] of the whole sequence on the last stage; under sequence parallelism this
-            rank's part of the positions on the other stages.
+            [S, B, H] on the last stage; under sequence parallelism this rank's part of the
+            positions on the other stages.
 
         Raises:
             AsvrError: sequence parallelism, and the tensor-parallel degree does not divide S.
@@ -229,7 +224,7 @@ class LanguageModel(GPTModel):
             embeds_SBH = scatter_to_sequence_parallel_region(embeds_SBH, group=self.groups.tp)
         hidden_SBH = self.decoder(
             hidden_states=embeds_SBH,
-            attention_mask=mask_B1SS,
+            attention_mask=mask,
             rotary_pos_emb=self.rotary(position_ids_BS),
         )
         if self.post_process and plan.sp:

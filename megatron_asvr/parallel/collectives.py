@@ -39,16 +39,20 @@ def reduce_from_tp(x: Tensor, *, group: ProcessGroup) -> Tensor:
     return _SumValue.apply(x, group) if group.size() > 1 else x
 
 
-def gather_images(x: Tensor, *, sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+def gather_images(
+    x: Tensor, *, sizes: Sequence[int], group: ProcessGroup, sum_over: ProcessGroup
+) -> Tensor:
     """The rows of all ranks of the group, in rank order; the gradient is this rank's own rows.
 
-    The gradient of the result must be the same full gradient on every rank (as behind
-    ``copy_to_tp``): then each rank's rows already hold all of theirs, and nothing is summed.
+    Ranks of the group that are not in ``sum_over`` must have the same full gradient of the result
+    (as behind ``copy_to_tp``). Ranks of ``sum_over`` use the result for different positions: their
+    gradients are summed.
 
     Args:
         x: [rows of this rank, ...]; ranks may hold different numbers of rows, also none.
         sizes: rows of each rank of the group, the same list on every rank.
         group: the ranks that share the rows.
+        sum_over: a part of the group, with this rank: those with partial gradients.
 
     Raises:
         AsvrError: ``sizes`` does not fit the group or this rank's rows.
@@ -60,7 +64,22 @@ def gather_images(x: Tensor, *, sizes: Sequence[int], group: ProcessGroup) -> Te
             f"brings {x.shape[0]} rows"
         )
     # Without any row there is nothing to send, and gloo refuses to send nothing.
-    return _GatherRows.apply(x, tuple(sizes), group) if group.size() > 1 and any(sizes) else x
+    if group.size() == 1 or not any(sizes):
+        return x
+    return _GatherRows.apply(x, tuple(sizes), group, sum_over)
+
+
+def gather_columns(x: Tensor, *, group: ProcessGroup) -> Tensor:
+    """The first dimension of all ranks of the group, in rank order; gradients are summed.
+
+    Every rank uses the result in its own way, so the gradient of a rank's rows is the sum over the
+    ranks of what they give for these rows.
+
+    Args:
+        x: [rows, ...], as many on every rank.
+        group: the ranks that share the rows.
+    """
+    return _GatherColumns.apply(x, group) if group.size() > 1 else x
 
 
 def all_reduce_sum(x: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -103,8 +122,11 @@ class _SumValue(torch.autograd.Function):
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...], group: ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, sizes: tuple[int, ...], group: ProcessGroup, sum_over: ProcessGroup
+    ) -> Tensor:
         rank, most = group.rank(), max(sizes)
+        ctx.sum_over = sum_over
         ctx.rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         # gloo and NCCL gather equal shapes only: shares are padded to the largest.
         padded = x.new_zeros(most, *x.shape[1:])
@@ -114,5 +136,20 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([share[:n] for share, n in zip(shares, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad[ctx.rows], None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _all_reduce(grad, dist.ReduceOp.SUM, ctx.sum_over)[ctx.rows], None, None, None
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        full = _all_reduce(grad, dist.ReduceOp.SUM, ctx.group)
+        return full.chunk(ctx.group.size())[ctx.group.rank()], None

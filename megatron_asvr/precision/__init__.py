@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_asvr.platforms import Platform
 
+from megatron_asvr.batch import MicroBatch
+
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch import Tensor
 
 Backend = Literal["te", "local"]
 
@@ -55,3 +58,18 @@ def block_spec(
     spec = layers.layer_spec(qk_norm=config.qk_layernorm)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def attention_rule(batch: MicroBatch, backend: Backend, *, sliding_window: int | None) -> "Tensor":
+    """Who attends to whom, as the attention of ``backend`` takes it through the layers.
+
+    ``local``: a dense mask, bool [B, 1, S / context-parallel degree, S], True = hidden. ``te``:
+    int32 [2, documents + 1], where documents end without and with their padding.
+
+    Args:
+        batch: the micro-batch.
+        backend: from ``select_backend``.
+        sliding_window: positions that a token sees, itself included; None is all.
+    """
+    layers = importlib.import_module(f"megatron_asvr.precision.{backend}")
+    return layers.attention_rule(batch, sliding_window=sliding_window)

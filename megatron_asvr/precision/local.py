@@ -1,9 +1,9 @@
 """The layer parts that megatron-core has only in Transformer Engine, written with plain torch.
 
 megatron-core's own "local" layers refuse sequence parallelism (transformer/torch_norm.py:47) and
-know one causal mask for all rows. Here are a norm that works under sequence parallelism, and an
-attention core that takes one dense mask per row, which is what independent questions about one
-image need.
+know one causal mask for all rows, on one rank. Here are a norm that works under sequence
+parallelism, and an attention core that takes one dense mask per row, which is what independent
+questions about one image and packed documents need, and that knows context parallelism.
 """
 
 from typing import Any
@@ -18,7 +18,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.batch import MicroBatch
+from megatron_asvr.parallel.collectives import gather_columns
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -44,15 +45,15 @@ class RMSNorm(torch.nn.RMSNorm):
 class DenseAttention(MegatronModule):
     """Softmax attention under a dense mask; a core attention of megatron-core's SelfAttention.
 
-    Grouped queries are supported. Context parallelism and packed sequences are refused.
+    Grouped queries are supported. Under context parallelism the keys and values of all ranks are
+    gathered, in rank order; the mask's last axis is in that order. Packed documents are a matter of
+    the mask.
 
     Args:
         config: gives dropout, head width and the parallel degrees.
         layer_number: number of the layer, from 1 (unused).
         softmax_scale: multiplies the scores, default 1 / sqrt(head width).
-
-    Raises:
-        ConfigError: context parallelism is on.
+        pg_collection: holds the context-parallel group.
     """
 
     def __init__(
@@ -61,14 +62,11 @@ class DenseAttention(MegatronModule):
         layer_number: int,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ConfigError(
-                f"parallel.cp={config.context_parallel_size}: dense attention needs the whole "
-                "sequence on every rank; use parallel.cp=1"
-            )
+        self.cp = pg_collection.cp if config.context_parallel_size > 1 else None
         self.layer_number = layer_number
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
@@ -79,24 +77,23 @@ class DenseAttention(MegatronModule):
         key_SBGC: Tensor,
         value_SBGC: Tensor,
         attention_mask: Tensor | None,
-        packed_seq_params: Any = None,
         **_: Any,
     ) -> Tensor:
         """Attended values [S, B, A * C]; A and G are this rank's query and key/value heads.
+
+        S counts this rank's columns.
 
         Args:
             query_SBAC: queries, rotated; C is the width of a head.
             key_SBGC: keys, rotated; G divides A.
             value_SBGC: values.
-            attention_mask: [B or 1, 1, S, S]; bool with True = hidden, as megatron-core has it, or
-                floating point to be added to the scores. None is plain causal.
-            packed_seq_params: must be None.
-
-        Raises:
-            ConfigError: the sequences are packed.
+            attention_mask: [B or 1, 1, S, columns of all ranks]; bool with True = hidden, as
+                megatron-core has it, or floating point to be added to the scores. None is plain
+                causal.
         """
-        if packed_seq_params is not None:
-            raise ConfigError("dense attention has no packed sequences; give a mask instead")
+        if self.cp is not None:
+            both = gather_columns(torch.cat([key_SBGC, value_SBGC], -1), group=self.cp)
+            key_SBGC, value_SBGC = both.chunk(2, -1)
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             attention_mask = ~attention_mask  # torch's convention: True = may attend
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBAC, key_SBGC, value_SBGC))
@@ -113,35 +110,31 @@ class DenseAttention(MegatronModule):
         return out_BASC.permute(2, 0, 1, 3).flatten(2)
 
 
-def attention_mask(
-    document_BS: Tensor,
-    branch_BS: Tensor,
-    position_ids_BS: Tensor,
-    *,
-    sliding_window: int | None = None,
-) -> Tensor:
-    """Which positions are hidden from which: bool [B, 1, S, S], True = hidden (megatron-core's).
+def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
+    """Which keys are hidden from which of this rank's queries: bool [B, 1, Q, S], True = hidden.
 
     The rule is that of ``batch.MicroBatch``. A sliding window counts rotary positions, not
-    indices, so every branch has its full window. No row is hidden from itself, padding included:
-    softmax stays finite.
+    indices, so every branch has its full window. No position is hidden from itself, padding
+    included: softmax stays finite.
 
     Args:
-        document_BS: int, document of each position, -1 for padding.
-        branch_BS: int, branch of each position, 0 for the shared prefix.
-        position_ids_BS: int, rotary position of each position.
+        batch: Q of the S columns of its rows are this rank's.
         sliding_window: positions that a token sees, itself included; None is all.
     """
-    num_positions = document_BS.shape[1]
-    seen_BSS = document_BS[:, :, None] == document_BS[:, None, :]
-    branch_of_key = branch_BS[:, None, :]
-    seen_BSS &= (branch_of_key == 0) | (branch_of_key == branch_BS[:, :, None])
+
+    def pairs(x_BS: Tensor) -> tuple[Tensor, Tensor]:
+        return batch.own(x_BS)[:, :, None], x_BS[:, None, :]
+
+    query, key = pairs(batch.document_BS)
+    seen_BQS = query == key
+    query, key = pairs(batch.branch_BS)
+    seen_BQS &= (key == 0) | (key == query)
     if sliding_window is not None:
-        distance_BSS = position_ids_BS[:, :, None] - position_ids_BS[:, None, :]
-        seen_BSS &= distance_BSS < sliding_window
-    order = torch.arange(num_positions, device=document_BS.device)
-    seen_BSS &= order[:, None] >= order[None, :]
-    return ~seen_BSS[:, None]
+        query, key = pairs(batch.position_ids_BS)
+        seen_BQS &= query - key < sliding_window
+    query, key = pairs(batch.index_BS)
+    seen_BQS &= query >= key
+    return ~seen_BQS[:, None]
 
 
 def layer_spec(*, qk_norm: bool) -> ModuleSpec:

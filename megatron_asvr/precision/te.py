@@ -1,25 +1,77 @@
-"""Transformer layers on Transformer Engine's linears and norms, for CUDA.
+"""megatron-core's Transformer Engine linears, norms and attention, for CUDA.
 
-The attention core stays the dense one of ``precision/local.py``: the attention rule of a sample
-with independent questions is no mask type that Transformer Engine has a fused kernel for.
+Attention is the THD kind: all rows of a micro-batch are one stream of tokens, and where documents
+end says who sees whom. It has no form for independent questions about one image, so the data
+pipeline repeats the image there (``train/assemble.py``). Nothing here has run yet.
 """
+
+from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
 
+import torch
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
 
+from megatron_asvr.batch import MicroBatch
+from megatron_asvr.errors import AsvrError
 from megatron_asvr.precision import FUSED_NAMES
-from megatron_asvr.precision.local import DenseAttention
+
+
+class PackedAttention(TEDotProductAttention):
+    """Transformer Engine's attention over documents, which also knows context parallelism."""
+
+    def forward(
+        self, query_SBAC: Tensor, key_SBGC: Tensor, value_SBGC: Tensor, ends: Tensor, **_: Any
+    ) -> Tensor:
+        """Attended values [S, B, A * C]; A and G are this rank's query and key/value heads.
+
+        Args:
+            query_SBAC: queries, rotated; C is the width of a head, S this rank's columns.
+            key_SBGC: keys, rotated.
+            value_SBGC: values.
+            ends: from ``attention_rule``.
+        """
+        num_positions, num_rows = query_SBAC.shape[:2]
+        longest = num_positions * self.config.context_parallel_size
+        cu_seqlens, cu_seqlens_padded = ends.unbind()
+        documents = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens_padded,
+            cu_seqlens_kv_padded=cu_seqlens_padded,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        streams = (x.transpose(0, 1).flatten(0, 1) for x in (query_SBAC, key_SBGC, value_SBGC))
+        out = super().forward(*streams, None, AttnMaskType.causal, packed_seq_params=documents)
+        return out.view(num_rows, num_positions, -1).transpose(0, 1)
+
+
+def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
+    """Where the documents end, int32 [2, documents + 1]: without and with their padding.
+
+    Args:
+        batch: with its ``cu_seqlens``.
+        sliding_window: known to the layers from their configuration.
+    """
+    if batch.cu_seqlens is None or batch.cu_seqlens_padded is None:
+        raise AsvrError("Transformer Engine's attention needs cu_seqlens, the micro-batch has none")
+    return torch.stack([batch.cu_seqlens, batch.cu_seqlens_padded])
 
 
 def layer_spec(*, qk_norm: bool) -> ModuleSpec:
-    """One transformer layer of megatron-core with Transformer Engine's linears and norms.
+    """One transformer layer of megatron-core with Transformer Engine's parts.
 
     Args:
         qk_norm: normalise queries and keys per head.
     """
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
-    spec.submodules.self_attention.submodules.core_attention = DenseAttention
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.submodules.sharded_state_dict_keys_map = dict(FUSED_NAMES)
     return spec

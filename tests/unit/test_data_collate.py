@@ -154,12 +154,11 @@ def test_official_mode_adds_an_image_of_zeros_and_cuts_through_images(tokenizer,
         tokenizer, tmp_path, loss__mode="official", data__max_length=6, branches=False
     )
     assert asked == ["a", ZERO_KEY, "b", "c", "d", "d"]
-    dummy = batch.image_positions_P.view(-1, N)[1]
-    assert (dummy == NO_POSITION).all()
+    image_P = batch.image_patches_P // N
+    assert 1 not in image_P
     assert (batch.visual_positions_M.view(-1, N)[1] == NO_POSITION).all()
-    cut = batch.image_positions_P.view(-1, N)[0]
     tokens = batch.tokens_BS.flatten()
-    kept = cut[cut != NO_POSITION]
+    kept = batch.image_positions_P[image_P == 0]
     assert 0 < len(kept) < N
     assert (tokens[kept] == tokenizer.image_id).all()
     assert batch.num_visual_targets == 5 * N

@@ -1,19 +1,18 @@
 """The language model: attention rule, dense attention, vocabulary padding, checkpoint names."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron_asvr import platforms, precision
-from megatron_asvr.errors import AsvrError, ConfigError
+from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.language import MASKED_LOGIT, padded_vocab_size, transformer_config
 from megatron_asvr.parallel.plan import ParallelPlan
-from megatron_asvr.precision.local import DenseAttention, attention_mask
-from tests.language_cases import CASES, SMALL, build, hidden, one_rank, plain_batch
+from megatron_asvr.precision.local import DenseAttention, attention_rule
+from tests.language_cases import CASES, SMALL, build, hidden, one_rank, plain_batch, rule_batch
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def test_mask_follows_documents_branches_and_padding():
     document = ids(0, 0, 0, 0, 1, 1, -1)
     branch = ids(0, 1, 1, 2, 0, 1, 0)
     position = ids(0, 1, 2, 1, 0, 1, 0)
-    seen = ~attention_mask(document, branch, position)[0, 0]
+    seen = ~attention_rule(rule_batch(document, branch, position), sliding_window=None)[0, 0]
     assert seen.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0],
@@ -51,7 +50,7 @@ def test_sliding_window_counts_positions_not_indices():
     document = ids(0, 0, 0, 0, 0)
     branch = ids(0, 0, 1, 1, 2)
     position = ids(0, 1, 2, 3, 2)
-    seen = ~attention_mask(document, branch, position, sliding_window=2)[0, 0]
+    seen = ~attention_rule(rule_batch(document, branch, position), sliding_window=2)[0, 0]
     assert seen[3].tolist() == [False, False, True, True, False]
     assert seen[4].tolist() == [False, True, False, False, True]  # index 1 is one position away
 
@@ -114,16 +113,6 @@ def test_dense_attention_is_softmax_attention(heads, kv_heads, dtype):
     assert got.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 0.03  # bf16 has 8 bits; values up to 3
     torch.testing.assert_close(got.float(), expected, rtol=0, atol=tolerance)
-
-
-def test_dense_attention_refuses_what_it_cannot_do():
-    one = transformer_config(SMALL, ParallelPlan(), torch.float32)
-    q = torch.zeros(2, 1, 4, 8)
-    with pytest.raises(ConfigError, match="packed"):
-        DenseAttention(one, 1)(q, q, q, None, packed_seq_params=SimpleNamespace())
-    split = transformer_config(SMALL, ParallelPlan(cp=2, world=2), torch.float32)
-    with pytest.raises(ConfigError, match=r"parallel\.cp=2"):
-        DenseAttention(split, 1)
 
 
 def test_padded_vocabulary_gets_no_probability_and_no_gradient(groups):

@@ -63,7 +63,7 @@ def gathered_rows_match(world: int, sizes: tuple[int, ...]) -> None:
     weight = numbers(5, HIDDEN, HIDDEN).requires_grad_(True)
     start = sum(sizes[: g.tp_rank])
     mine = images[start : start + sizes[g.tp_rank]].clone().requires_grad_(True)
-    whole = collectives.gather_images(mine @ weight, sizes=sizes, group=g.tp)
+    whole = collectives.gather_images(mine @ weight, sizes=sizes, group=g.tp, sum_over=g.cp)
     (torch.tanh(whole) * numbers(6, *whole.shape)).sum().backward()
     weight_grad = collectives.all_reduce_sum(weight.grad, group=g.tp)  # partial on each rank
 
@@ -84,9 +84,11 @@ def test_gathered_images_have_the_gradients_of_one_process(sizes):
 def wrong_sizes() -> None:
     g = setup(2, tp=2)
     with pytest.raises(AsvrError, match="brings 4 rows"):
-        collectives.gather_images(torch.ones(4, 1), sizes=(3, 4)[:: 1 - 2 * g.rank], group=g.tp)
+        collectives.gather_images(
+            torch.ones(4, 1), sizes=(3, 4)[:: 1 - 2 * g.rank], group=g.tp, sum_over=g.cp
+        )
     with pytest.raises(AsvrError, match="group of 2"):
-        collectives.gather_images(torch.ones(4, 1), sizes=(4,), group=g.tp)
+        collectives.gather_images(torch.ones(4, 1), sizes=(4,), group=g.tp, sum_over=g.cp)
 
 
 def statistics_match() -> None:

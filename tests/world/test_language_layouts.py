@@ -18,7 +18,7 @@ from megatron_asvr.model.language import LanguageModel
 from megatron_asvr.parallel import groups as process_groups
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
-from tests.language_cases import CASES, SMALL, build, one_rank
+from tests.language_cases import CASES, SMALL, build, one_rank, rule_batch
 
 pytestmark = pytest.mark.world
 
@@ -63,7 +63,7 @@ def micro_batches(vocab_size: int) -> list[dict[str, Tensor]]:
 def forward_step(batches: Any, model: LanguageModel) -> tuple[Tensor, Any]:
     batch = next(batches)
     embeds = model.embed(batch["tokens"]) if model.pre_process else None
-    mask = model.mask(batch["document"], batch["branch"], batch["position"])
+    mask = model.mask(rule_batch(batch["document"], batch["branch"], batch["position"]))
     hidden_SBH = model(embeds, batch["position"], mask)
     if not model.post_process:
         return hidden_SBH, None
