@@ -1,10 +1,21 @@
-"""Collectives with a gradient.
+"""Every collective of ours, with a gradient or without: nothing else calls torch.distributed's.
 
-Each is named by what the forward pass does. The two for tensor parallelism are each other's mirror:
-``copy_to_tp`` sums gradients, ``reduce_from_tp`` sums values.
+On the CPU gloo forgives what NCCL hangs on or corrupts: CPU tensors in a GPU group, strided memory,
+ranks that bring different sizes. So one function, ``_check``, stands before every collective and
+refuses on the CPU what would fail on the GPU. That ranks agree on sizes can only be seen by asking
+them: ``checked_sizes()`` or ``ASVR_CHECK_COLLECTIVES=1`` does so before each collective, for tests
+and ``asvr certify``. Object collectives pickle: torch moves the bytes through a tensor on the
+device of the group's backend.
+
+The differentiable functions are named by what the forward pass does. The two for tensor parallelism
+are each other's mirror: ``copy_to_tp`` sums gradients, ``reduce_from_tp`` sums values.
+
+A group of None is this rank alone.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +24,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_asvr.errors import AsvrError
+
+_DEVICE = {"gloo": "cpu", "nccl": "cuda"}  # gloo would take CUDA tensors too, through the host
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8)  # gloo's and NCCL's
+_checks_sizes = os.environ.get("ASVR_CHECK_COLLECTIVES") == "1"
 
 
 def copy_to_tp(x: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -82,21 +98,152 @@ def gather_columns(x: Tensor, *, group: ProcessGroup) -> Tensor:
     return _GatherColumns.apply(x, group) if group.size() > 1 else x
 
 
-def all_reduce_sum(x: Tensor, *, group: ProcessGroup) -> Tensor:
+def all_reduce_sum(x: Tensor, *, group: ProcessGroup | None) -> Tensor:
     """The sum of ``x`` over the group, in a new tensor without a gradient (counts, statistics)."""
     return _all_reduce(x.detach(), dist.ReduceOp.SUM, group)
 
 
-def all_reduce_max(x: Tensor, *, group: ProcessGroup) -> Tensor:
+def all_reduce_max(x: Tensor, *, group: ProcessGroup | None) -> Tensor:
     """The largest ``x`` of the group, elementwise, in a new tensor without a gradient."""
     return _all_reduce(x.detach(), dist.ReduceOp.MAX, group)
 
 
-def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup) -> Tensor:
+def sum_in_place(tensors: Sequence[Tensor], *, group: ProcessGroup | None) -> None:
+    """Sum each tensor over the group in place, all of them in one collective.
+
+    Args:
+        tensors: of one dtype, any shapes and strides; as many and as large on every rank.
+        group: the ranks that hold the summands.
+
+    Raises:
+        AsvrError: the tensors have several dtypes.
+    """
+    if _alone(group) or not tensors:
+        return
+    if len(dtypes := {x.dtype for x in tensors}) > 1:
+        raise AsvrError(f"sum_in_place: tensors of {sorted(map(str, dtypes))}; give one dtype")
+    flat = torch.cat([x.detach().flatten() for x in tensors])
+    _check("all_reduce", flat, group)
+    dist.all_reduce(flat, group=group)
+    with torch.no_grad():
+        for x, summed in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(summed.view_as(x))
+
+
+def gather_equal(x: Tensor, *, group: ProcessGroup | None) -> list[Tensor]:
+    """``x`` of every rank of the group, in rank order, without a gradient; one shape on all."""
+    return [x] if _alone(group) else list(_all_gather(x.detach(), group).unbind())
+
+
+def broadcast_tensor(x: Tensor | None, src: int = 0, *, group: ProcessGroup | None) -> Tensor:
+    """``x`` of rank ``src`` of the group, on the device of the group's backend.
+
+    Args:
+        x: any shape and dtype on the source; not read elsewhere (shape and dtype are sent too).
+        src: rank in the group, not in the world.
+        group: the ranks that want it.
+    """
+    if _alone(group):
+        return x
+    is_source = group.rank() == src
+    shape, dtype = broadcast_object((x.shape, x.dtype) if is_source else None, src, group=group)
+    if is_source:
+        y = x.detach().contiguous()
+    else:
+        y = torch.empty(shape, dtype=dtype, device=_DEVICE.get(dist.get_backend(group)))
+    _check("broadcast", y, group)
+    dist.broadcast(y, group_src=src, group=group)
+    return y
+
+
+def gather_objects(value: Any, *, group: ProcessGroup | None) -> list[Any]:
+    """``value`` of every rank of the group, in rank order; anything that can be pickled."""
+    if _alone(group):
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def broadcast_object(value: Any, src: int = 0, *, group: ProcessGroup | None) -> Any:
+    """``value`` of rank ``src`` of the group; the other ranks' values are not read."""
+    if _alone(group):
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, group_src=src, group=group)
+    return values[0]
+
+
+def barrier(*, group: ProcessGroup | None) -> None:
+    """Return when every rank of the group has come here."""
+    if not _alone(group):
+        dist.barrier(group=group)
+
+
+@contextlib.contextmanager
+def checked_sizes() -> Iterator[None]:
+    """Inside, ranks compare what they are about to send before each collective of tensors.
+
+    It costs a second collective each time. All ranks must be inside at the same time.
+
+    Raises:
+        AsvrError: on every rank of the group, naming those that differ from its first.
+    """
+    global _checks_sizes
+    before, _checks_sizes = _checks_sizes, True
+    try:
+        yield
+    finally:
+        _checks_sizes = before
+
+
+def _alone(group: ProcessGroup | None) -> bool:
+    return group is None or group.size() == 1
+
+
+def _check(what: str, x: Tensor, group: ProcessGroup) -> None:
+    """Refuse what the group's backend cannot send, or what NCCL could not."""
+    backend = dist.get_backend(group)
+    wanted = _DEVICE.get(backend, x.device.type)
+    form = f"{what} of {tuple(x.shape)} {x.dtype} on {x.device} over {group.size()} ranks"
+    if x.device.type != wanted:
+        raise AsvrError(f"{form}: {backend} wants tensors on {wanted}; move it there before")
+    if x.dtype not in _DTYPES:
+        raise AsvrError(f"{form}: no dtype that both gloo and NCCL send; convert it before")
+    if not x.is_contiguous():
+        raise AsvrError(f"{form}: its memory is strided {x.stride()}; call contiguous() before")
+    if _checks_sizes:
+        _compare((what, tuple(x.shape), x.dtype), group)
+
+
+def _compare(mine: tuple[Any, ...], group: ProcessGroup) -> None:
+    """Raise on all ranks of the group unless all bring the same."""
+    forms = gather_objects(mine, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    wrong = [f"rank {r}: {form}" for r, form in zip(ranks, forms, strict=True) if form != forms[0]]
+    if wrong:
+        raise AsvrError(
+            f"ranks {ranks} disagree on a collective: {'; '.join(wrong)}; rank {ranks[0]} brings "
+            f"{forms[0]}. All must bring the same"
+        )
+
+
+def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
+    """Reduced copy of ``x``."""
     y = x.clone(memory_format=torch.contiguous_format)
-    if group.size() > 1:
+    if not _alone(group):
+        _check("all_reduce", y, group)
         dist.all_reduce(y, op=op, group=group)
     return y
+
+
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """``x`` of all ranks: [ranks, ...]."""
+    x = x.contiguous()
+    _check("all_gather", x, group)
+    gathered = x.new_empty(group.size() * x.numel())
+    dist.all_gather_into_tensor(gathered, x.flatten(), group=group)
+    return gathered.view(group.size(), *x.shape)
 
 
 class _SumGradient(torch.autograd.Function):
@@ -131,8 +278,7 @@ class _GatherRows(torch.autograd.Function):
         # gloo and NCCL gather equal shapes only: shares are padded to the largest.
         padded = x.new_zeros(most, *x.shape[1:])
         padded[: sizes[rank]] = x
-        shares = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(shares, padded, group=group)
+        shares = _all_gather(padded, group)
         return torch.cat([share[:n] for share, n in zip(shares, sizes, strict=True)])
 
     @staticmethod
@@ -144,12 +290,12 @@ class _GatherColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        x = x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(group.size())]
-        dist.all_gather(parts, x, group=group)
-        return torch.cat(parts)
+        return _all_gather(x, group).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        full = _all_reduce(grad, dist.ReduceOp.SUM, ctx.group)
-        return full.chunk(ctx.group.size())[ctx.group.rank()], None
+        grad = grad.contiguous()
+        mine = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
+        _check("reduce_scatter", grad, ctx.group)
+        dist.reduce_scatter_tensor(mine, grad, group=ctx.group)
+        return mine, None
