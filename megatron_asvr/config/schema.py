@@ -16,7 +16,7 @@ Part = Literal["vision_encoder", "projector", "language_model", "visual_head"]
 class LanguageConfig:
     """The language model, in Hugging Face's terms."""
 
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe"] = "llama"
     hidden_size: int = 4096
     num_layers: int = 32
     num_heads: int = 32
@@ -30,6 +30,11 @@ class LanguageConfig:
     tied_embeddings: bool = False
     sliding_window: int | None = None  # positions a token sees, itself included
     init_std: float = 0.02
+    num_experts: int | None = None  # of every layer; families mixtral and qwen3_moe only
+    experts_per_token: int = 2
+    expert_ffn_hidden_size: int | None = None  # default: ffn_hidden_size
+    norm_topk_prob: bool = True  # a token's expert weights sum to 1 (mixtral: always)
+    router_aux_loss_coef: float = 0.0  # load balancing; above 0 every step counts tokens first
 
     @property
     def kv_heads(self) -> int:
@@ -48,8 +53,18 @@ class LanguageConfig:
 
     @property
     def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised per head (Qwen3 only)."""
-        return self.family == "qwen3"
+        """Whether queries and keys are normalised per head (Qwen3 and Qwen3-MoE)."""
+        return self.family in ("qwen3", "qwen3_moe")
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether every layer's feed-forward part is a mixture of experts."""
+        return self.family in ("mixtral", "qwen3_moe")
+
+    @property
+    def expert_ffn(self) -> int:
+        """Inner width of one expert."""
+        return self.expert_ffn_hidden_size or self.ffn_hidden_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

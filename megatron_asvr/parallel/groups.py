@@ -27,6 +27,10 @@ class Groups:
         cp: ranks with the other parts of the same sequences.
         dp_cp: ``dp`` and ``cp`` together: what gradients are summed over.
         tp_cp: ``tp`` and ``cp`` together: the ranks of a stage that see the same samples.
+        tp_cp_dp: all ranks of a stage.
+        ep: ranks of a stage that hold the other experts.
+        expert_dp: ranks of a stage that hold the same experts: what their gradients are summed
+            over.
         world: all ranks.
     """
 
@@ -42,6 +46,9 @@ class Groups:
     cp: ProcessGroup
     dp_cp: ProcessGroup
     tp_cp: ProcessGroup
+    tp_cp_dp: ProcessGroup
+    ep: ProcessGroup
+    expert_dp: ProcessGroup
     world: ProcessGroup
 
     @property
@@ -78,6 +85,9 @@ def initialize(plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0) -
         pipeline_model_parallel_size=plan.pp,
         virtual_pipeline_model_parallel_size=plan.vpp,
         context_parallel_size=plan.cp,
+        # Experts are shared out whole: their matrices are not split over the tp ranks.
+        expert_model_parallel_size=plan.ep,
+        expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -94,6 +104,9 @@ def initialize(plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0) -
         cp=parallel_state.get_context_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tp_cp=parallel_state.get_tensor_and_context_parallel_group(),
+        tp_cp_dp=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
         world=dist.group.WORLD,
     )
 

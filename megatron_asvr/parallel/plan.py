@@ -17,6 +17,8 @@ class ParallelPlan:
         cp: ranks that share each sequence (context parallel).
         dp: copies of the model (data parallel).
         sp: norms and dropout are split along the sequence over the tp ranks.
+        ep: ranks that share the experts of a mixture; they are among the tp x cp x dp ranks of a
+            stage.
         world: number of ranks.
     """
 
@@ -26,6 +28,7 @@ class ParallelPlan:
     cp: int = 1
     dp: int = 1
     sp: bool = False
+    ep: int = 1
     world: int = 1
 
     @property
@@ -40,6 +43,8 @@ class ParallelPlan:
             parts.append(f"VPP{self.vpp}")
         if self.sp:
             parts.append("SP")
+        if self.ep > 1:
+            parts.append(f"EP{self.ep}")
         return " x ".join(parts) + f" = {self.world} ranks"
 
 
@@ -77,5 +82,6 @@ def make_plan(config: ParallelConfig, world_size: int) -> ParallelPlan:
         cp=config.cp,
         dp=world_size // model,
         sp=config.sp,
+        ep=config.ep,
         world=world_size,
     )
