@@ -90,13 +90,19 @@ class AsvrModel(MegatronModule):
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=vp_stage,
+            recompute=config.train.recompute,
         )
         self.visual_head: VisualHead | None = None
         online = None
         if config.loss.visual_weight and post_process:
             tables = _checked(tokenizer, config).codebooks.tables()
             head = VisualHead(
-                model.visual_head, model.language.hidden_size, tables, tp=tp, dtype=dtype
+                model.visual_head,
+                model.language.hidden_size,
+                tables,
+                tp=tp,
+                dtype=dtype,
+                recompute=config.train.recompute_visual_head,
             )
             self.visual_head = head.to(device)
             online = tokenizer.to(device) if config.data.codes == "online" else None

@@ -52,7 +52,7 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def transformer_config(
-    config: LanguageConfig, plan: ParallelPlan, dtype: torch.dtype
+    config: LanguageConfig, plan: ParallelPlan, dtype: torch.dtype, *, recompute: str = "none"
 ) -> TransformerConfig:
     """megatron-core's configuration of the language model.
 
@@ -60,8 +60,11 @@ def transformer_config(
         config: the language model.
         plan: parallel degrees.
         dtype: of the parameters and the computation, float32 or bfloat16.
+        recompute: ``full`` keeps each layer's input for the backward pass and computes the layer
+            again; ``selective`` does so with attention only; ``none`` keeps everything.
     """
     virtual = plan.vpp is not None
+    full = recompute == "full"
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -89,6 +92,9 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=plan.vpp,
         context_parallel_size=plan.cp,
         sequence_parallel=plan.sp,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
         # megatron-core's batched point-to-point calls give wrong numbers under gloo with
         # virtual stages, so those use the overlapped ones.
         overlap_p2p_comm=virtual,
@@ -115,6 +121,7 @@ class LanguageModel(GPTModel):
         pre_process: this stage holds the embedding.
         post_process: this stage holds the final norm and the output layer.
         vp_stage: model chunk under virtual pipeline stages.
+        recompute: what the backward pass computes again, see ``transformer_config``.
     """
 
     def __init__(
@@ -126,9 +133,10 @@ class LanguageModel(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
         vp_stage: int | None = None,
+        recompute: str = "none",
     ) -> None:
         platform = platforms.select()[0]
-        megatron_config = transformer_config(config, groups.plan, dtype)
+        megatron_config = transformer_config(config, groups.plan, dtype, recompute=recompute)
         backend, reason = precision.select_backend(platform)
         super().__init__(
             megatron_config,

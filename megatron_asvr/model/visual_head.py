@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from megatron_asvr.config.schema import VisualHeadConfig
 from megatron_asvr.errors import ConfigError
@@ -159,6 +160,7 @@ class VisualHead(nn.Module):
         codebooks: the tokenizer's frozen tables, one [K_d, C] for each depth.
         tp: tensor-parallel group, or None.
         dtype: of the parameters.
+        recompute: keep only the layers' inputs for the backward pass, and compute them again.
 
     Raises:
         ConfigError: the attention heads do not divide the width, or ``tp`` does not.
@@ -172,8 +174,10 @@ class VisualHead(nn.Module):
         *,
         tp: ProcessGroup | None,
         dtype: torch.dtype,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.config = config
         self.tp = tp
         self.codebook_sizes = tuple(len(table) for table in codebooks)
@@ -209,7 +213,10 @@ class VisualHead(nn.Module):
         codes_DME = F.linear(sums_DMC, self.code_projection.weight, self.code_projection.bias)
         x_DME = torch.cat([start_ME[None], codes_DME])
         for layer in self.layers:
-            x_DME = layer(x_DME)
+            if self.recompute:
+                x_DME = checkpoint(layer, x_DME, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_DME = layer(x_DME)
         x_DME = enter(self.norm(x_DME), self.tp)
         return [self._logits(depth, x_ME) for depth, x_ME in enumerate(x_DME.unbind(0))]
 

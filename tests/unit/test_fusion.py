@@ -17,30 +17,20 @@ def sequence():
 def test_features_land_on_their_positions():
     embeds_SBH, features_PH = sequence(), torch.full((3, H), -1.0, requires_grad=True)
     positions_P = torch.tensor([1, 2, 1 * S + 4])  # sample 0 at 1 and 2, sample 1 at 4
-    spliced = splice_images(embeds_SBH, features_PH, positions_P, may_be_cut=False)
+    spliced = splice_images(embeds_SBH, features_PH, positions_P)
     assert spliced[:, :, 0].T.tolist() == [[0, -1, -1, 3, 4], [10, 11, 12, 13, -1]]
     (spliced * 2).sum().backward()
     assert (features_PH.grad == 2).all()
     assert embeds_SBH.grad[:, :, 0].T.tolist() == [[2, 0, 0, 2, 2], [2, 2, 2, 2, 0]]
 
 
-def test_cut_patches_are_left_out():
-    embeds_SBH, features_PH = sequence(), torch.full((3, H), -1.0, requires_grad=True)
-    positions_P = torch.tensor([NO_POSITION, 4, NO_POSITION])
-    spliced = splice_images(embeds_SBH, features_PH, positions_P, may_be_cut=True)
-    assert spliced[:, :, 0].T.tolist() == [[0, 1, 2, 3, -1], [10, 11, 12, 13, 14]]
-    spliced.sum().backward()
-    assert features_PH.grad[:, 0].tolist() == [0, 1, 0]
-
-
 def test_no_images_keep_the_sequence_and_its_gradient_path():
     embeds_SBH, features_PH = sequence(), torch.zeros(0, H, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
-    for may_be_cut in (False, True):
-        spliced = splice_images(embeds_SBH, features_PH, none, may_be_cut=may_be_cut)
-        assert torch.equal(spliced, embeds_SBH)
-        spliced.sum().backward()
-        assert features_PH.grad.shape == (0, H)
+    spliced = splice_images(embeds_SBH, features_PH, none)
+    assert torch.equal(spliced, embeds_SBH)
+    spliced.sum().backward()
+    assert features_PH.grad.shape == (0, H)
 
 
 def test_hidden_states_are_taken_where_the_targets_are():
