@@ -4,16 +4,18 @@ A parameter's canonical name is its path in the model with global layer numbers.
 over the tensor-parallel group is written on the parameter itself: megatron-core's attributes
 (``tensor_model_parallel``, ``partition_dim``) and two of ours (see ``mark``). So loading,
 initialising and collecting weights need no table, and give the same weights in every layout.
+
+``Modules`` is a model, a part of one, or the list of a pipeline stage's model chunks; since names
+are global, chunks merge.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -23,8 +25,12 @@ from megatron.core.tensor_parallel.layers import (
 from torch import Tensor, nn
 
 from megatron_asvr.errors import CheckpointError
+from megatron_asvr.parallel.collectives import broadcast_tensor, gather_equal, gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision import FUSED_NAMES
+
+Modules = nn.Module | Sequence[nn.Module]
+Choice = Callable[[str, nn.Parameter], bool]  # by canonical name and parameter
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+")
 _SHOWN = 5  # names listed in an error
@@ -99,6 +105,19 @@ def canonical_names(module: nn.Module, *, prefix: str = "") -> dict[str, str]:
     return names
 
 
+def named(modules: Modules, *, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield (canonical name, this rank's shard) of every parameter.
+
+    Args:
+        modules: see the module's docstring.
+        prefix: where they sit in the model, e.g. ``"language_model."``.
+    """
+    for module in [modules] if isinstance(modules, nn.Module) else modules:
+        names = canonical_names(module, prefix=prefix)
+        for local, parameter in module.named_parameters():
+            yield names[local], parameter
+
+
 def full_shape(parameter: nn.Parameter, *, groups: Groups) -> tuple[int, ...]:
     """Shape of the full tensor of which ``parameter`` is a shard."""
     shape = list(parameter.shape)
@@ -129,18 +148,15 @@ def _gather(parameter: nn.Parameter, groups: Groups) -> Tensor:
     if not getattr(parameter, "tensor_model_parallel", False):
         return shard
     dim = parameter.partition_dim
-    shards = [shard]
-    if groups.plan.tp > 1:
-        shards = [torch.empty_like(shard) for _ in range(groups.plan.tp)]
-        dist.all_gather(shards, shard, group=groups.tp)
     num_blocks = getattr(parameter, "asvr_blocks", 1)
+    shards = gather_equal(shard, group=groups.tp)
     by_rank = [part.chunk(num_blocks, dim) for part in shards]
     full = torch.cat([rank[b] for b in range(num_blocks) for rank in by_rank], dim)
     return full.narrow(dim, 0, full_shape(parameter, groups=groups)[dim])
 
 
 def load_weights(
-    module: nn.Module,
+    modules: Modules,
     get: Callable[[str], Tensor | None],
     *,
     groups: Groups,
@@ -150,26 +166,27 @@ def load_weights(
     """Copy this rank's shard of every parameter; return the names that ``get`` does not have.
 
     Args:
-        module: a model or a part of one (of this pipeline stage).
+        modules: what is filled.
         get: full tensor of a canonical name, or None. Any dtype and device.
         groups: gives the tensor-parallel rank and degree.
-        prefix: where ``module`` sits in the model, e.g. ``"language_model."``.
+        prefix: where ``modules`` sit in the model, e.g. ``"language_model."``.
         strict: a missing tensor is an error.
 
     Raises:
         CheckpointError: a tensor has another shape than the model, or ``strict`` and one is
             missing. Nothing tells which parameters were already overwritten.
     """
-    names, missing = canonical_names(module, prefix=prefix), []
-    for local, parameter in module.named_parameters():
-        full = get(names[local])
+    missing, number = [], 0
+    for name, parameter in named(modules, prefix=prefix):
+        number += 1
+        full = get(name)
         if full is None:
-            missing.append(names[local])
+            missing.append(name)
             continue
         wanted = full_shape(parameter, groups=groups)
         if tuple(full.shape) != wanted:
             raise CheckpointError(
-                f"{names[local]} has shape {tuple(full.shape)}; this model wants {wanted}. "
+                f"{name} has shape {tuple(full.shape)}; this model wants {wanted}. "
                 "The weights belong to another model: compare its configuration with this run's"
             )
         with torch.no_grad():
@@ -177,56 +194,66 @@ def load_weights(
     if strict and missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise CheckpointError(
-            f"{len(missing)} of {len(names)} weights are missing: "
+            f"{len(missing)} of {number} weights are missing: "
             f"{', '.join(missing[:_SHOWN])}{more}. Give a complete source for this part"
         )
     return missing
 
 
+def full_shapes(
+    modules: Modules, *, groups: Groups, prefix: str = "", only: Choice | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter of the model by canonical name, the same on every stage.
+
+    Collective: all ranks of the pipeline-parallel group take part. A tied weight comes once. The
+    arguments are those of ``full_state``.
+    """
+    return {name: shape for name, (_, shape) in _table(modules, groups, prefix, only).items()}
+
+
 def full_state(
-    module: nn.Module, *, groups: Groups, prefix: str = ""
+    modules: Modules, *, groups: Groups, prefix: str = "", only: Choice | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (canonical name, full tensor on the CPU) of every parameter, on every rank.
 
-    The exact inverse of ``load_weights``. Collective: all ranks of the tensor- and
-    pipeline-parallel groups must iterate to the end. A tied weight comes once.
+    The exact inverse of ``load_weights``, in the order of the whole model. Collective: all ranks of
+    the tensor- and pipeline-parallel groups must iterate to the end. A tied weight comes once.
 
     Args:
-        module: a model or a part of one (of this pipeline stage).
+        modules: what this stage holds of the model, or of a part of it (perhaps nothing).
         groups: where to gather.
-        prefix: where ``module`` sits in the model, e.g. ``"language_model."``.
+        prefix: where ``modules`` sit in the model, e.g. ``"language_model."``.
+        only: which parameters; all without it.
     """
-    names = canonical_names(module, prefix=prefix)
-    mine = {names[local]: parameter for local, parameter in module.named_parameters()}
-    stages = [list(mine)]
-    if groups.plan.pp > 1:
-        stages = [None] * groups.plan.pp
-        dist.all_gather_object(stages, list(mine), group=groups.pp)
-    seen: set[str] = set()
-    for stage, stage_names in enumerate(stages):
-        for name in stage_names:
-            if name in seen:
-                continue
-            seen.add(name)
-            full = _gather(mine[name], groups) if stage == groups.pp_rank else None
-            yield name, _from_stage(full, stage, groups).cpu()
+    mine = dict(named(modules, prefix=prefix))
+    for name, (stage, _) in _table(modules, groups, prefix, only).items():
+        full = _gather(mine[name], groups) if stage == groups.pp_rank else None
+        yield name, broadcast_tensor(full, stage, group=groups.pp).cpu()
 
 
-def _from_stage(full: Tensor | None, stage: int, groups: Groups) -> Tensor:
-    """``full`` of pipeline stage ``stage``, on every stage."""
-    if groups.plan.pp == 1:
-        return full
-    source = dist.get_global_rank(groups.pp, stage)
-    form = [(full.shape, full.dtype, full.device.type) if full is not None else None]
-    dist.broadcast_object_list(form, src=source, group=groups.pp)
-    shape, dtype, device = form[0]
-    full = full.contiguous() if full is not None else torch.empty(shape, dtype=dtype, device=device)
-    dist.broadcast(full, src=source, group=groups.pp)
-    return full
+def _table(
+    modules: Modules, groups: Groups, prefix: str, only: Choice | None
+) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Stage and full shape of every parameter, in the order of the whole model; collective."""
+    chunks = [
+        {
+            name: full_shape(parameter, groups=groups)
+            for name, parameter in named(chunk, prefix=prefix)
+            if only is None or only(name, parameter)
+        }
+        for chunk in ([modules] if isinstance(modules, nn.Module) else modules)
+    ]
+    stages = gather_objects(chunks, group=groups.pp)
+    table: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for number in range(max(map(len, stages))):  # the first chunks of all stages come first
+        for stage, held in enumerate(stages):
+            for name, shape in held[number].items() if number < len(held) else ():
+                table.setdefault(name, (stage, shape))
+    return table
 
 
 def seeded_init(
-    module: nn.Module,
+    modules: Modules,
     seed: int,
     *,
     groups: Groups,
@@ -239,15 +266,13 @@ def seeded_init(
     the full tensor, on the CPU in fp32, and then sharded and cast.
 
     Args:
-        module: a model or a part of one (of this pipeline stage).
+        modules: what is initialised.
         seed: of the run.
         groups: gives the tensor-parallel rank and degree.
         std: standard deviation of the matrices, or a function of the canonical name.
-        prefix: where ``module`` sits in the model; part of the names that are hashed.
+        prefix: where ``modules`` sit in the model; part of the names that are hashed.
     """
-    names = canonical_names(module, prefix=prefix)
-    for local, parameter in module.named_parameters():
-        name = names[local]
+    for name, parameter in named(modules, prefix=prefix):
         shape = full_shape(parameter, groups=groups)
         if name.endswith("bias"):
             full = torch.zeros(shape)
