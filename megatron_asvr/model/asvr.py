@@ -106,6 +106,9 @@ class AsvrModel(MegatronModule):
             )
             self.visual_head = head.to(device)
             online = tokenizer.to(device) if config.data.codes == "online" else None
+        # Known on every stage: the last one's sums are added up over all ranks.
+        visual = config.loss.visual_weight and tokenizer is not None
+        self.num_depths = len(tokenizer.codebook_sizes) if visual else 0
         # A tuple hides it from torch: the tokenizer is no part of the model's weights.
         self._tokenizer = (online,)
         self._freeze(config.train.trainable)
@@ -320,29 +323,39 @@ class AsvrModel(MegatronModule):
         return gather_images(x_IN, sizes=sizes, group=group, sum_over=self.groups.cp)
 
 
-def build_model(
-    config: Config,
-    *,
-    groups: Groups,
-    tokenizer: VisualTokenizer | None,
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-) -> AsvrModel:
-    """The model (stage) of a run with weights drawn from ``run.seed``, on this rank's device.
+def build_chunks(
+    config: Config, *, groups: Groups, tokenizer: VisualTokenizer | None
+) -> list[AsvrModel]:
+    """This rank's part of the model with weights drawn from ``run.seed``, on its device.
 
-    The weights are the same in every layout. Sources of ``config.init`` are loaded over them by
-    the caller. The arguments are those of ``AsvrModel``.
+    One stage of the model, or under virtual pipeline stages ``parallel.vpp`` of them. The weights
+    are the same in every layout. Sources of ``config.init`` are loaded over them by the caller.
+
+    Args:
+        config: the run.
+        groups: process groups of the layout.
+        tokenizer: see ``AsvrModel``.
     """
-    model = AsvrModel(
-        config,
-        groups=groups,
-        tokenizer=tokenizer,
-        pre_process=pre_process,
-        post_process=post_process,
-        vp_stage=vp_stage,
-    )
-    sharding.seeded_init(model, config.run.seed, groups=groups, std=model.init_std)
+    vpp = groups.plan.vpp
+    chunks = [
+        AsvrModel(
+            config,
+            groups=groups,
+            tokenizer=tokenizer,
+            pre_process=groups.is_first_stage and number == 0,
+            post_process=groups.is_last_stage and number == (vpp or 1) - 1,
+            vp_stage=None if vpp is None else number,
+        )
+        for number in range(vpp or 1)
+    ]
+    for chunk in chunks:
+        sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
+    return chunks
+
+
+def build_model(config: Config, *, groups: Groups, tokenizer: VisualTokenizer | None) -> AsvrModel:
+    """The whole model where it is not cut into stages; see ``build_chunks``."""
+    (model,) = build_chunks(config, groups=groups, tokenizer=tokenizer)
     return model
 
 
