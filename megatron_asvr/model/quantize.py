@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from megatron_asvr.errors import ConfigError
+from megatron_asvr.parallel.collectives import gather_objects, sum_in_place
 
 MAX_SCORES = 2**24  # distances held at a time while searching (64 MiB)
 
@@ -112,7 +113,7 @@ def fit_codebooks(
     seed: int,
     iters: int = 10,
     max_vectors: int | None = None,
-    group: dist.ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[Tensor]:
     """Codebooks fitted by residual k-means, one fp32 [K_d, C] tensor per level.
 
@@ -128,13 +129,13 @@ def fit_codebooks(
     Raises:
         ConfigError: a codebook is larger than the number of vectors of all ranks.
     """
-    rank = dist.get_rank(group) if group is not None else 0
+    rank = group.rank() if group is not None else 0
     generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
     if max_vectors is None:
         max_vectors = max(2**16, 64 * max(sizes))
     residual_RC = _uniform_sample(features, max_vectors, generator)
     held = torch.tensor(len(residual_RC), device=residual_RC.device)
-    _sum_over_ranks(held, group)
+    sum_in_place([held], group=group)
     if held < max(sizes):
         raise ConfigError(
             f"codebook_sizes={list(sizes)} of the visual tokenizer, but only {int(held)} vectors "
@@ -154,7 +155,7 @@ def quantisation_report(
     features: Iterable[Tensor],
     codebooks: Sequence[Tensor],
     *,
-    group: dist.ProcessGroup | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[LevelReport]:
     """One report per level over all vectors of all ranks.
 
@@ -178,8 +179,8 @@ def quantisation_report(
             sums_D2[level, 1] += (vectors_RC - rebuilt_RC).square().double().sum()
             histograms[level] += torch.bincount(codes_RD[:, level], minlength=len(book))
         count += len(vectors_RC)
-    for total in (sums_D2, count, *histograms):
-        _sum_over_ranks(total, group)
+    sum_in_place([sums_D2], group=group)
+    sum_in_place([count, *histograms], group=group)
     return [
         LevelReport(
             level=level,
@@ -206,7 +207,7 @@ def _first_codewords(
     size: int,
     *,
     generator: torch.Generator,
-    group: dist.ProcessGroup | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """Codewords to start from: vectors drawn by error, in rounds that double their number.
 
@@ -233,15 +234,15 @@ def _lloyd_step(
     codebook_KC: Tensor,
     *,
     generator: torch.Generator,
-    group: dist.ProcessGroup | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """Codewords moved to the mean of the vectors nearest to them, the dead ones restarted."""
     size = len(codebook_KC)
     codes_R = nearest_codes(vectors_RC, codebook_KC)
     sums_KC = torch.zeros_like(codebook_KC).index_add_(0, codes_R, vectors_RC)
     counts_K = torch.bincount(codes_R, minlength=size)
-    _sum_over_ranks(sums_KC, group)
-    _sum_over_ranks(counts_K, group)
+    sum_in_place([sums_KC], group=group)
+    sum_in_place([counts_K], group=group)
     moved_KC = sums_KC / counts_K.clamp(min=1)[:, None]
     dead = (counts_K == 0).nonzero().squeeze(1)
     if len(dead):  # the same on every rank: the counts were summed
@@ -257,7 +258,7 @@ def _draw(
     count: int,
     *,
     generator: torch.Generator,
-    group: dist.ProcessGroup | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """``count`` rows of those of all ranks, drawn by weight without return: [count, C].
 
@@ -269,8 +270,7 @@ def _draw(
     drawn = vectors_RC[rows.to(vectors_RC.device)]
     if group is None:
         return drawn
-    parts: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, (keys, drawn.cpu()), group=group)
+    parts = gather_objects((keys, drawn.cpu()), group=group)
     keys, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
     best = torch.topk(keys, min(count, len(keys))).indices
     return drawn[best].to(vectors_RC.device)
@@ -298,9 +298,3 @@ def _keep_largest(
     all_keys, all_rows = torch.cat(keys), torch.cat(rows)
     kept = torch.topk(all_keys, count).indices.sort().values
     return [all_keys[kept]], [all_rows[kept.to(all_rows.device)]]
-
-
-def _sum_over_ranks(total: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Sum ``total`` in place over the ranks of ``group``."""
-    if group is not None:
-        dist.all_reduce(total, group=group)

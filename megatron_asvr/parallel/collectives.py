@@ -132,7 +132,8 @@ def sum_in_place(tensors: Sequence[Tensor], *, group: ProcessGroup | None) -> No
 
 def gather_equal(x: Tensor, *, group: ProcessGroup | None) -> list[Tensor]:
     """``x`` of every rank of the group, in rank order, without a gradient; one shape on all."""
-    return [x] if _alone(group) else list(_all_gather(x.detach(), group).unbind())
+    x = x.detach()
+    return [x] if _alone(group) else list(_all_gather(x, group).unbind())
 
 
 def broadcast_tensor(x: Tensor | None, src: int = 0, *, group: ProcessGroup | None) -> Tensor:
