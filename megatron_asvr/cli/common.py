@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_asvr.config.check import check, check_world
+from megatron_asvr.config.check import check
 from megatron_asvr.config.load import flatten, load
 from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.planner.parameters import count_parameters
@@ -70,10 +70,9 @@ def world_size(config: Config, ranks: int | None) -> int:
 
 def read_config(args: argparse.Namespace) -> tuple[Config, int]:
     """The checked configuration of a command and its world size."""
-    config = check(load(args.config, args.overrides))
+    config = load(args.config, args.overrides)
     world = world_size(config, args.ranks)
-    check_world(config, world)
-    return config, world
+    return check(config, world), world
 
 
 def run_config(args: argparse.Namespace) -> tuple[Config, int]:

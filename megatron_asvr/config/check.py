@@ -2,52 +2,31 @@
 
 from collections.abc import Iterable
 
-from megatron_asvr.config.schema import PARTS, Config, OptimConfig
+from megatron_asvr.config.layout import check_layout, divisors
+from megatron_asvr.config.schema import PARTS, Config, LanguageConfig, OptimConfig
 from megatron_asvr.errors import ConfigError
 
 
-def check(config: Config) -> Config:
+def check(config: Config, world: int | None = None) -> Config:
     """The same configuration, after every check across its settings.
 
+    Args:
+        config: the run.
+        world: number of ranks; None leaves out what depends on it.
+
     Raises:
-        ConfigError: the first setting that cannot work, with the values that would.
+        ConfigError: the first setting that cannot work, with the values that would; of the layout,
+            every one at once.
     """
     _check_widths(config)
-    _check_parallel(config)
+    _check_experts(config.model.language)
     _check_train(config)
     _check_optim(config.train.optim)
     _check_data(config)
     _check_loss(config)
+    check_layout(config, world)
     _check_files(config)
     return config
-
-
-def check_world(config: Config, world_size: int) -> int:
-    """Data-parallel degree of the world, after checking that the batch divides over it.
-
-    Raises:
-        ConfigError: the world or the global batch does not divide.
-    """
-    p = config.parallel
-    model = p.tp * p.pp * p.cp
-    if world_size % model:
-        raise ConfigError(
-            f"{world_size} ranks cannot hold parallel.tp*pp*cp={model}; use a multiple of {model}"
-        )
-    dp = world_size // model
-    share = dp * config.train.micro_batch
-    if config.train.global_batch % share:
-        raise ConfigError(
-            f"train.global_batch={config.train.global_batch} is not a multiple of "
-            f"data-parallel size {dp} x train.micro_batch={config.train.micro_batch}; "
-            f"use a multiple of {share}"
-        )
-    if config.loss.mode == "official" and dp > 1:
-        raise ConfigError(
-            f"loss.mode='official' takes means per micro-batch, so it is defined for one "
-            f"data-parallel rank only; got {dp}. Use loss.mode=exact, or {model} ranks"
-        )
-    return dp
 
 
 def _require(ok: bool, message: str) -> None:
@@ -68,10 +47,6 @@ def _not_negative(config: object, prefix: str, names: Iterable[str]) -> None:
         _require(value >= 0, f"{prefix}.{name}={value} must not be negative")
 
 
-def _divisors(*numbers: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(numbers) + 1) if not any(n % d for n in numbers))
-
-
 def _check_widths(config: Config) -> None:
     lm, vision, head = config.model.language, config.model.vision, config.model.visual_head
     sizes = ("hidden_size", "num_layers", "num_heads", "ffn_hidden_size")
@@ -84,12 +59,12 @@ def _check_widths(config: Config) -> None:
     _require(
         lm.head_dim is not None or lm.hidden_size % lm.num_heads == 0,
         f"model.language.num_heads={lm.num_heads} does not divide hidden_size={lm.hidden_size}; "
-        f"use {_divisors(lm.hidden_size)}, or set head_dim",
+        f"use {divisors(lm.hidden_size)}, or set head_dim",
     )
     _require(
         lm.num_heads % lm.kv_heads == 0,
         f"model.language.num_kv_heads={lm.kv_heads} does not divide num_heads={lm.num_heads}; "
-        f"use {_divisors(lm.num_heads)}",
+        f"use {divisors(lm.num_heads)}",
     )
     _require(
         lm.width_per_head % 2 == 0,
@@ -99,12 +74,12 @@ def _check_widths(config: Config) -> None:
     _require(
         vision.hidden_size % vision.num_heads == 0,
         f"model.vision.num_heads={vision.num_heads} does not divide "
-        f"hidden_size={vision.hidden_size}; use {_divisors(vision.hidden_size)}",
+        f"hidden_size={vision.hidden_size}; use {divisors(vision.hidden_size)}",
     )
     _require(
         head.width % head.heads == 0,
         f"model.visual_head.num_heads={head.heads} does not divide width={head.width}; "
-        f"use {_divisors(head.width)}",
+        f"use {divisors(head.width)}",
     )
     _require(vision.grid > 0, f"model.vision.patch_size={vision.patch_size} exceeds image_size")
     _require(
@@ -114,33 +89,25 @@ def _check_widths(config: Config) -> None:
     )
 
 
-def _check_parallel(config: Config) -> None:
-    p, lm = config.parallel, config.model.language
-    _positive(p, "parallel", ("tp", "pp", "cp", "vpp"))
-    for name in ("pp", "cp"):
+def _check_experts(lm: LanguageConfig) -> None:
+    _positive(lm, "model.language", ("experts_per_token", "expert_ffn_hidden_size"))
+    _not_negative(lm, "model.language", ("router_aux_loss_coef",))
+    if not lm.is_mixture:
         _require(
-            getattr(p, name) == 1,
-            f"parallel.{name}={getattr(p, name)} is not supported yet; use 1 and raise tp or "
-            "the number of ranks",
+            lm.num_experts is None,
+            f"model.language.num_experts={lm.num_experts} needs family mixtral or qwen3_moe, got "
+            f"{lm.family}; leave it unset",
         )
-    _require(p.vpp is None, f"parallel.vpp={p.vpp} needs parallel.pp > 1; leave it unset")
-    if p.tp > 1:
-        for key, value in (("num_heads", lm.num_heads), ("num_kv_heads", lm.kv_heads)):
-            _require(
-                value % p.tp == 0,
-                f"parallel.tp={p.tp} does not divide model.language.{key}={value}; "
-                f"use {_divisors(lm.num_heads, lm.kv_heads)}",
-            )
-        for key, value in (
-            ("language.ffn_hidden_size", lm.ffn_hidden_size),
-            ("language.hidden_size", lm.hidden_size),
-            ("visual_head.width", config.model.visual_head.width),
-        ):
-            _require(
-                value % p.tp == 0,
-                f"parallel.tp={p.tp} does not divide model.{key}={value}; use {_divisors(value)}",
-            )
-    _require(not p.sp or p.tp > 1, "parallel.sp=true needs parallel.tp > 1; set sp=false")
+        return
+    _require(
+        lm.num_experts is not None and lm.num_experts > 1,
+        f"model.language.family={lm.family} needs num_experts >= 2, got {lm.num_experts}",
+    )
+    _require(
+        lm.experts_per_token <= (lm.num_experts or 0),
+        f"model.language.experts_per_token={lm.experts_per_token} exceeds "
+        f"num_experts={lm.num_experts}; use 1 to {lm.num_experts}",
+    )
 
 
 def _check_train(config: Config) -> None:
@@ -161,7 +128,7 @@ def _check_train(config: Config) -> None:
             "remove it from train.trainable or set a weight"
         )
     _require(
-        t.global_batch % t.micro_batch == 0,
+        config.data.packing or t.global_batch % t.micro_batch == 0,
         f"train.global_batch={t.global_batch} is not a multiple of "
         f"train.micro_batch={t.micro_batch}",
     )
@@ -179,7 +146,7 @@ def _check_optim(o: OptimConfig) -> None:
 def _check_data(config: Config) -> None:
     d, positions = config.data, config.model.language.max_positions
     _not_negative(config.run, "run", ("seed",))
-    _positive(d, "data", ("max_length", "max_image_pixels", "decode_threads"))
+    _positive(d, "data", ("max_length", "pack_length", "max_image_pixels", "decode_threads"))
     _not_negative(d, "data", ("prefetch_batches",))
     _require(
         d.max_length <= positions,

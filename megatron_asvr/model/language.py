@@ -90,6 +90,7 @@ def transformer_config(
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
         virtual_pipeline_model_parallel_size=plan.vpp,
+        pipeline_model_parallel_layout=_chunks(plan),
         context_parallel_size=plan.cp,
         sequence_parallel=plan.sp,
         recompute_granularity=None if recompute == "none" else recompute,
@@ -109,6 +110,14 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
+
+
+def _chunks(plan: ParallelPlan) -> list[list[str]] | None:
+    """What each model chunk holds, in megatron-core's words; None: the same number of layers."""
+    if plan.pp == 1 or not plan.stages:
+        return None
+    chunks = [["decoder"] * number for number in plan.stages]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 class LanguageModel(GPTModel):

@@ -209,6 +209,15 @@ class VisualTokenizer(nn.Module):
         unfinished.write_text(json.dumps(document, indent=2) + "\n")
         unfinished.replace(path / CONFIG_FILE)
 
+    @staticmethod
+    def describe(folder: str | os.PathLike) -> TokenizerConfig:
+        """What the tokenizer saved in ``folder`` quantises, without reading its weights.
+
+        Raises:
+            CheckpointError: the description is missing or damaged.
+        """
+        return _read_config(pathlib.Path(folder))[0]
+
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "VisualTokenizer":
         """The tokenizer saved in ``folder``, on the CPU, after checking its fingerprint.

@@ -1,9 +1,11 @@
 """How many ranks share the model in which way: arithmetic only."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_asvr.config.schema import ParallelConfig
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.config.layout import data_parallel
+from megatron_asvr.config.schema import Config
+from megatron_asvr.parallel.stages import layer_split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,6 +16,8 @@ class ParallelPlan:
         tp: ranks that share each matrix (tensor parallel).
         pp: pipeline stages.
         vpp: model chunks per stage, None for one.
+        stages: layers of the language model in chunk v * pp + r, the v-th of stage r; empty: the
+            same number in each.
         cp: ranks that share each sequence (context parallel).
         dp: copies of the model (data parallel).
         sp: norms and dropout are split along the sequence over the tp ranks.
@@ -25,6 +29,7 @@ class ParallelPlan:
     tp: int = 1
     pp: int = 1
     vpp: int | None = None
+    stages: tuple[int, ...] = ()
     cp: int = 1
     dp: int = 1
     sp: bool = False
@@ -48,40 +53,27 @@ class ParallelPlan:
         return " x ".join(parts) + f" = {self.world} ranks"
 
 
-def make_plan(config: ParallelConfig, world_size: int) -> ParallelPlan:
+def make_plan(config: Config, world_size: int, codebook_sizes: Sequence[int] = ()) -> ParallelPlan:
     """The plan of ``world_size`` ranks: what the model does not take becomes data parallel.
 
+    Args:
+        config: the run, checked.
+        world_size: number of ranks.
+        codebook_sizes: codes of every depth of the visual head, if there is one; with pipeline
+            stages their layers depend on it.
+
     Raises:
-        ConfigError: a degree is impossible by itself, or the world does not divide.
+        ConfigError: the world is not a multiple of the ranks that hold the model.
     """
-    for name in ("tp", "pp", "cp"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"parallel.{name}={getattr(config, name)} must be at least 1")
-    if world_size < 1:
-        raise ConfigError(f"a world of {world_size} ranks is impossible; use at least 1")
-    if config.vpp is not None and (config.pp < 2 or config.vpp < 2):
-        raise ConfigError(
-            f"parallel.vpp={config.vpp} needs parallel.pp >= 2 (got {config.pp}) and at least 2 "
-            "chunks; leave it unset otherwise"
-        )
-    if config.sp and config.tp < 2:
-        raise ConfigError(
-            f"parallel.sp=true needs parallel.tp >= 2 (got {config.tp}); set sp=false"
-        )
-    model = config.tp * config.pp * config.cp
-    if world_size % model:
-        fits = ", ".join(str(model * k) for k in (1, 2, 4))
-        raise ConfigError(
-            f"parallel.tp={config.tp} x pp={config.pp} x cp={config.cp} needs a multiple of "
-            f"{model} ranks, got {world_size}; use {fits}, ... ranks or smaller degrees"
-        )
+    p = config.parallel
     return ParallelPlan(
-        tp=config.tp,
-        pp=config.pp,
-        vpp=config.vpp,
-        cp=config.cp,
-        dp=world_size // model,
-        sp=config.sp,
-        ep=config.ep,
+        tp=p.tp,
+        pp=p.pp,
+        vpp=p.vpp,
+        stages=layer_split(config, codebook_sizes).layers,
+        cp=p.cp,
+        dp=data_parallel(p, world_size),
+        sp=p.sp,
+        ep=p.ep,
         world=world_size,
     )

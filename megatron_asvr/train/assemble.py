@@ -1,7 +1,7 @@
 """From a configuration to everything a run needs, in the order in which mistakes can be found."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,24 +10,26 @@ from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_asvr.checkpoint.folder import META, RunFolder
 from megatron_asvr.checkpoint.identity import TEXT_TOKENIZER, VISUAL_TOKENIZER
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
-from megatron_asvr.config.check import check, check_world
+from megatron_asvr.config.check import check
 from megatron_asvr.config.compare import differences
-from megatron_asvr.config.schema import Config, ModelConfig
+from megatron_asvr.config.schema import PARTS, Config, ModelConfig
 from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
+from megatron_asvr.data.collate import View
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.records import SHOWN
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.model.asvr import AsvrModel
-from megatron_asvr.model.sharding import canonical_names, load_weights
+from megatron_asvr.model.sharding import full_shapes, load_weights
 from megatron_asvr.model.tokenizer import VisualTokenizer
+from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.precision import select_backend
@@ -76,9 +78,19 @@ def make_groups(config: Config) -> Groups:
         ConfigError: a setting cannot work, alone or with this number of ranks.
     """
     world = dist.get_world_size()
-    check(config)
-    check_world(config, world)
-    return initialize(make_plan(config.parallel, world), seed=config.run.seed)
+    check(config, world)
+    return initialize(make_plan(config, world, codebook_sizes(config)), seed=config.run.seed)
+
+
+def codebook_sizes(config: Config) -> tuple[int, ...]:
+    """Codes of every depth, from the tokenizer's description; empty without a visual loss.
+
+    Raises:
+        CheckpointError: ``model.visual_tokenizer`` is no tokenizer's folder.
+    """
+    if not config.loss.visual_weight:
+        return ()
+    return VisualTokenizer.describe(str(config.model.visual_tokenizer)).codebook_sizes
 
 
 def open_data(config: Config, *, groups: Groups) -> Data:
@@ -105,17 +117,14 @@ def open_data(config: Config, *, groups: Groups) -> Data:
     branches, reason = _branches(config)
     if groups.rank == 0:
         logger.info("questions about one image %s: %s", _HOW[branches], reason)
-    splits = {}
+    splits, view = {}, _view(groups)
     for split in ("train", "eval"):
         if getattr(config.data, split):
             splits[split] = Loader(
                 config,
                 text,
                 split=split,
-                dp_rank=groups.dp_rank,
-                dp=groups.plan.dp,
-                encoder_rank=groups.tp_rank,
-                encoder_world=groups.plan.tp,
+                view=view,
                 branches=branches,
                 codes=cache,
             )
@@ -124,6 +133,19 @@ def open_data(config: Config, *, groups: Groups) -> Data:
                 _tell_bad_images(split, splits[split].report())
     return Data(
         train=splits["train"], held_out=splits.get("eval"), tokenizer=tokenizer, codes=cache
+    )
+
+
+def _view(groups: Groups) -> View:
+    """What of a step's samples this rank gets."""
+    return View(
+        dp_rank=groups.dp_rank,
+        dp=groups.plan.dp,
+        cp_rank=groups.cp_rank,
+        encoder_rank=groups.tp_cp.rank(),
+        encoder_world=groups.tp_cp.size(),
+        first_stage=groups.is_first_stage,
+        last_stage=groups.is_last_stage,
     )
 
 
@@ -178,15 +200,16 @@ def _branches(config: Config) -> tuple[bool, str]:
 
 
 def load_sources(
-    model: AsvrModel, config: Config, *, facts: Mapping[str, Any], groups: Groups
+    chunks: Sequence[AsvrModel], config: Config, *, facts: Mapping[str, Any], groups: Groups
 ) -> dict[str, str]:
     """Where each part's first weights come from, after loading them from ``config.init``.
 
     A part without a source keeps the weights drawn from ``run.seed``. So does a part that the
-    common source ``init.all`` does not hold; a source named for the part must hold it.
+    common source ``init.all`` does not hold; a source named for the part must hold it. All ranks
+    take part: a stage learns where the parts of the others come from.
 
     Args:
-        model: the bare model, drawn from the seed.
+        chunks: the bare model of this rank, drawn from the seed.
         config: the run.
         facts: the run's identity (checkpoint/identity.py).
         groups: process groups of the layout.
@@ -197,20 +220,24 @@ def load_sources(
         ConversionError: a Hugging Face folder is not understood.
     """
     origins: dict[str, str] = {}
-    for part, module in model.parts().items():
+    for part in PARTS:
+        modules = [held for chunk in chunks if (held := chunk.parts().get(part)) is not None]
+        names = full_shapes(modules, groups=groups, prefix=f"{part}.")
+        if not modules:
+            continue
         origins[part] = f"run.seed={config.run.seed}"
         source = config.init.source(part)
         if source is None:
             continue
         get = open_source(source, part, config.model)
-        names = canonical_names(module, prefix=f"{part}.").values()
         if getattr(config.init, part) is None and all(get(name) is None for name in names):
             origins[part] += f" (init.all={source} does not hold it)"
             continue
-        load_weights(module, get, groups=groups, prefix=f"{part}.")
-        _check_learned(source, part, get, model, facts)
+        load_weights(modules, get, groups=groups, prefix=f"{part}.")
+        _check_learned(source, part, get, modules[0], facts)
         origins[part] = source
-    return origins
+    stages = gather_objects(origins, group=groups.pp)
+    return {part: stage[part] for part in PARTS for stage in stages if part in stage}
 
 
 def open_source(path: str, part: str, model: ModelConfig) -> Reader:
@@ -257,7 +284,7 @@ _LEARNED_WITH = {"language_model": TEXT_TOKENIZER, "visual_head": VISUAL_TOKENIZ
 
 
 def _check_learned(
-    path: str, part: str, get: Reader, model: AsvrModel, facts: Mapping[str, Any]
+    path: str, part: str, get: Reader, module: nn.Module, facts: Mapping[str, Any]
 ) -> None:
     """Refuse words or codes that were learned with another tokenizer."""
     fact = _LEARNED_WITH.get(part)
@@ -267,7 +294,7 @@ def _check_learned(
     if _is_run(Path(path)):
         same = read_meta(find_checkpoint(Path(path))).identity.get(fact) == facts[fact]
     elif part == "visual_head":
-        tables = enumerate(model.visual_head.codebooks.tables())
+        tables = enumerate(module.codebooks.tables())
         pairs = ((get(f"visual_head.codebooks.{d}"), table.cpu()) for d, table in tables)
         same = all(theirs is None or torch.equal(theirs.float(), own) for theirs, own in pairs)
     if not same:

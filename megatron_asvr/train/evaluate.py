@@ -186,7 +186,7 @@ def open_run(
 ) -> tuple[Answerer, Groups]:
     """A run's model in this process's layout, and the layout's groups; see ``Answerer``."""
     config = inference_config(run, overrides)
-    groups = initialize(make_plan(config.parallel, dist.get_world_size()))
+    groups = initialize(make_plan(config, dist.get_world_size()))
     answerer = Answerer(
         run, config, groups=groups, max_new_tokens=max_new_tokens, rounded_to=rounded_to
     )

@@ -6,7 +6,7 @@ import pytest
 from examples.quickstart import vision
 from examples.quickstart.run import VOCAB_SIZE, QuickStart, Short
 from megatron_asvr.cli.main import parse
-from megatron_asvr.config.check import check, check_world
+from megatron_asvr.config.check import check
 from megatron_asvr.config.load import flatten, load
 
 STAGES = ("warmup", "stage1", "stage2", "blind_stage1", "blind_stage2")
@@ -47,7 +47,7 @@ def test_stages_train_one_model_on_two_ranks(commands):
     found = configs(commands)
     for config in found.values():
         assert config.parallel.tp == 2
-        check_world(config, 2)
+        check(config, 2)
         assert config.model.language == found["warmup"].model.language
         assert dataclasses.replace(config.model.vision, feature_layer=-1) == vision.VISION
         assert config.model.language.vocab_size >= VOCAB_SIZE

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_asvr.config.schema import ParallelConfig
 from megatron_asvr.errors import AsvrError, LaunchError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.parallel import collectives, groups
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.parallel.plan import ParallelPlan, make_plan
+from megatron_asvr.parallel.plan import ParallelPlan
 
 pytestmark = pytest.mark.world
 
@@ -17,7 +16,7 @@ HIDDEN, WIDTH = 6, 8
 
 
 def setup(world: int, **degrees: int) -> Groups:
-    return groups.initialize(make_plan(ParallelConfig(**degrees), world), 60.0)
+    return groups.initialize(ParallelPlan(world=world, **degrees), 60.0)
 
 
 def numbers(seed: int, *shape: int) -> Tensor:

@@ -100,11 +100,9 @@ def loss_and_gradients(case: str, groups: Groups) -> tuple[float, dict[str, Tens
     )
     if plan.pp > 1:
         dist.all_reduce(loss, group=groups.pp)
-    gradients: dict[str, Tensor] = {}
     for chunk in chunks:
         finish_gradients(chunk, groups)
-        gradients |= dict(sharding.full_state(chunk, groups=groups))
-    return loss.item(), gradients
+    return loss.item(), dict(sharding.full_state(chunks, groups=groups))
 
 
 def finish_gradients(model: LanguageModel, groups: Groups) -> None:

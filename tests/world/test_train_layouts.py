@@ -33,7 +33,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def layout_run(changes: dict[str, Any]) -> dict[str, Any]:
     """Losses and norms of four steps, and the first step's gradients as full tensors."""
     run = config(train__trainable=ALL, **changes)
-    groups = initialize(make_plan(run.parallel, dist.get_world_size()))
+    groups = initialize(make_plan(run, dist.get_world_size()))
     # The plain optimizer's buffers hold the whole sum on every rank, so they can be compared.
     plain = Bench(config(train__trainable=ALL, train__optim__distributed=False, **changes), groups)
     grads = first_gradients(plain, groups)
