@@ -1,4 +1,10 @@
-"""Samples to one micro-batch: padding, positions of images, and which position predicts what."""
+"""Documents to one micro-batch: padding, who holds which column, and which position predicts what.
+
+A row holds one document or, packed, several. All rows end to end are one stream of positions;
+everything is laid out in the stream first and then arranged so that every context-parallel rank
+holds one block of columns (parallel/context.py). One path serves all layouts: an unpacked row is
+a row of one document, an empty micro-batch has rows without any.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +17,59 @@ from megatron_asvr.batch import IGNORE, NO_POSITION, MicroBatch, image_share
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.pixels import ZERO_KEY
 from megatron_asvr.data.sample import Row, Sample
+from megatron_asvr.parallel.context import (
+    document_multiple,
+    padded_lengths,
+    partition,
+    row_multiple,
+)
 
 Pixels = Callable[[Sequence[str]], Tensor]  # image keys to float32 [I, C, H, W]
 Codes = Callable[[str], np.ndarray]  # image key to codes [N, D]
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """What one rank sees of a step; by default everything.
+
+    Attributes:
+        dp_rank: this rank among the data-parallel ranks.
+        dp: number of those ranks.
+        cp_rank: this rank among those that share the sequences (``parallel.cp`` of them).
+        encoder_rank: this rank among those that share the images of a micro-batch.
+        encoder_world: number of those ranks.
+        first_stage: it embeds tokens and images.
+        last_stage: it computes the losses.
+    """
+
+    dp_rank: int = 0
+    dp: int = 1
+    cp_rank: int = 0
+    encoder_rank: int = 0
+    encoder_world: int = 1
+    first_stage: bool = True
+    last_stage: bool = True
+
+
+WHOLE = View()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """A row of a sample with what a micro-batch must know beside it.
+
+    Attributes:
+        row: tokens, targets and places of images.
+        sample_id: the record's id.
+        keys: content keys of the row's images.
+    """
+
+    row: Row
+    sample_id: str
+    keys: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Collator:
     """Settings of all micro-batches.
 
@@ -25,9 +78,11 @@ class Collator:
         pad_id: token of padding positions.
         target_shift: 0: a position predicts its own patch; 1: the position before it does.
         official: a sample without image gets an image of zeros that is not in its sequence.
-        length_multiple: sequence lengths are padded to a multiple of it.
-        encoder_rank: this rank within those that share the images of a micro-batch.
-        encoder_world: number of those ranks.
+        online: the last stage computes codes from pixels.
+        cp: ranks that share the sequences.
+        document_multiple: documents are padded to a multiple of it.
+        row_multiple: rows are padded to a multiple of it.
+        view: what this rank sees.
         code_depth: depths of the codes, when they come from the cache.
     """
 
@@ -35,144 +90,226 @@ class Collator:
     pad_id: int
     target_shift: int
     official: bool
-    length_multiple: int = 1
-    encoder_rank: int = 0
-    encoder_world: int = 1
+    online: bool = False
+    cp: int = 1
+    document_multiple: int = 1
+    row_multiple: int = 1
+    view: View = WHOLE
     code_depth: int = 0
 
     @classmethod
     def from_config(
-        cls,
-        config: Config,
-        pad_id: int,
-        *,
-        encoder_rank: int = 0,
-        encoder_world: int = 1,
-        code_depth: int = 0,
+        cls, config: Config, pad_id: int, *, view: View = WHOLE, code_depth: int = 0
     ) -> "Collator":
-        """The collator of a run; under sequence parallelism each rank holds 1/tp of a sequence."""
+        """The collator of a run."""
+        degrees = config.parallel
+        shares = {"tp": degrees.tp, "cp": degrees.cp, "sp": degrees.sp}
         return cls(
             num_patches=config.model.vision.num_patches,
             pad_id=pad_id,
             target_shift=config.loss.target_shift,
             official=config.loss.mode == "official",
-            length_multiple=config.parallel.tp if config.parallel.sp else 1,
-            encoder_rank=encoder_rank,
-            encoder_world=encoder_world,
+            online=config.data.codes == "online" and config.loss.visual_weight != 0,
+            cp=degrees.cp,
+            document_multiple=document_multiple(**shares),
+            row_multiple=row_multiple(**shares),
+            view=view,
             code_depth=code_depth,
         )
 
-    def padded_length(self, samples: Sequence[Sample]) -> int:
-        """Length of the longest row, rounded up."""
-        longest = max(row.length for sample in samples for row in sample.rows)
-        return -(-longest // self.length_multiple) * self.length_multiple
+    def padded_length(self, length: int) -> int:
+        """Positions that a document takes in its row."""
+        return padded_lengths([length], self.document_multiple)[0]
+
+    def size(self, batches: Sequence[Sequence[Sequence[Document]]]) -> tuple[int, int]:
+        """Rows and row length that hold every one of some micro-batches.
+
+        Args:
+            batches: micro-batches of rows of documents.
+        """
+        taken = [sum(self.padded_length(d.row.length) for d in row) for b in batches for row in b]
+        length = padded_lengths([max(taken, default=0)], self.row_multiple)[0]
+        return max([1, *map(len, batches)]), max(length, self.row_multiple)
 
     def collate(
         self,
-        samples: Sequence[Sample],
-        keys: Sequence[Sequence[str]],
+        rows: Sequence[Sequence[Document]],
         *,
         pixels: Pixels,
         codes: Codes | None,
-        length: int | None = None,
+        size: tuple[int, int] | None = None,
     ) -> MicroBatch:
-        """The micro-batch of ``samples``, whose rows become its rows in order.
+        """The micro-batch of ``rows``.
 
         Args:
-            samples: with at least one row each.
-            keys: content keys of each sample's images.
-            pixels: decodes images; asked for this rank's share only.
-            codes: looks up an image's codes; None when they are computed online, or not at all.
-            length: sequence length; default: :meth:`padded_length`.
+            rows: of one or several documents each; none at all makes an empty micro-batch.
+            pixels: decodes images; asked for this rank's share, where pixels are needed.
+            codes: looks up an image's codes, on the last stage; None when they are computed
+                online, or not at all.
+            size: number and length of rows, with padding; default: :meth:`size` of ``rows``.
         """
-        rows = [row for sample in samples for row in sample.rows]
-        row_keys = [k for sample, k in zip(samples, keys, strict=True) for _ in sample.rows]
-        size = (len(rows), length or self.padded_length(samples))
-        images = _Images(self, size[1])
-        for number, (row, these) in enumerate(zip(rows, row_keys, strict=True)):
-            images.add_row(number, row, these)
-        positions_P = _join(images.positions)
-        inside_P = positions_P != NO_POSITION
-        share = image_share(len(images.keys), self.encoder_rank, self.encoder_world)
+        documents = [document for row in rows for document in row]
+        stream = _Stream(self, rows, size or self.size([rows]))
+        images = _Images(self)
+        for document, start in zip(documents, stream.starts, strict=True):
+            images.add(document, start)
+        found = [document.row for document in documents]
+        numbers = [np.full(row.length, number) for number, row in enumerate(found)]
+        first, last = self.view.first_stage, self.view.last_stage
+        patches, visual = self._patches(stream, images), self._visual_targets(stream, images)
+        decode = images.keys and (first or (last and self.online))
+        share = image_share(len(images.keys), self.view.encoder_rank, self.view.encoder_world)
         return MicroBatch(
-            tokens_BS=_stack([row.tokens_S for row in rows], size, self.pad_id),
-            position_ids_BS=_stack([row.positions_S for row in rows], size, 0),
-            text_targets_BS=_stack([row.targets_S for row in rows], size, IGNORE),
-            document_BS=_stack([np.zeros_like(row.branch_S) for row in rows], size, -1),
-            branch_BS=_stack([row.branch_S for row in rows], size, 0),
-            index_BS=torch.arange(size[1]).repeat(len(rows), 1),
-            image_positions_P=positions_P[inside_P],
-            image_patches_P=inside_P.nonzero().squeeze(1),
-            pixel_values_ICHW=pixels(images.keys[slice(*share)]) if images.keys else None,
+            tokens_BS=stream.own([r.tokens_S for r in found], self.pad_id) if first else None,
+            text_targets_BS=stream.own([r.targets_S for r in found], IGNORE) if last else None,
+            position_ids_BS=stream.whole([row.positions_S for row in found], 0),
+            document_BS=stream.whole(numbers, -1, np.int32),
+            branch_BS=stream.whole([row.branch_S for row in found], 0, np.int32),
+            index_BS=torch.from_numpy(stream.columns_BS % stream.columns_BS.shape[1]),
+            cu_seqlens=torch.from_numpy(stream.cu_seqlens),
+            cu_seqlens_padded=torch.from_numpy(stream.cu_seqlens_padded),
+            image_positions_P=patches[0],
+            image_patches_P=patches[1],
+            pixel_values_ICHW=pixels(images.keys[slice(*share)]) if decode else None,
             image_share=share,
             num_images=len(images.keys),
-            visual_positions_M=_join(images.visual_positions),
-            visual_patches_M=_join(images.visual_patches),
+            visual_positions_M=visual[0],
+            visual_patches_M=visual[1],
             codes_PD=self._codes(images.keys, codes),
-            sample_ids=[sample.id for sample in samples],
+            sample_ids=[document.sample_id for document in documents],
+            context=(self.view.cp_rank, self.cp),
         )
 
-    def lost_first_patches(self, samples: Sequence[Sample]) -> int:
-        """Images whose first patch has no position before it that could predict it."""
+    def lost_first_patches(self, sample: Sample) -> int:
+        """Images whose first patch has no position before it in its document to predict it."""
         if self.target_shift == 0:
             return 0
-        return sum(
-            row.image_starts.count(0) for s in samples for row in s.rows if row.counts_images
-        )
+        return sum(row.image_starts.count(0) for row in sample.rows if row.counts_images)
+
+    def _patches(self, stream: "_Stream", images: "_Images") -> tuple[Tensor, Tensor]:
+        """Flat positions of the patches that this rank embeds, and which patches they are."""
+        if not self.view.first_stage:
+            return _join([]), _join([])
+        own_P = stream.own_places(_join(images.positions))
+        inside_P = own_P != NO_POSITION
+        return own_P[inside_P], inside_P.nonzero().squeeze(1)
+
+    def _visual_targets(self, stream: "_Stream", images: "_Images") -> tuple[Tensor, Tensor]:
+        """Flat positions of this rank that predict a patch, and which patch each predicts."""
+        if not self.view.last_stage:
+            return _join([]), _join([])
+        sources_M = _join(images.sources)
+        own_M = stream.own_places(sources_M)
+        here_M = own_M != NO_POSITION
+        if self.view.cp_rank == 0:  # a target that has lost its position counts all the same
+            here_M |= sources_M == NO_POSITION
+        return own_M[here_M], _join(images.targets)[here_M]
 
     def _codes(self, keys: Sequence[str], codes: Codes | None) -> Tensor | None:
-        if codes is None:
+        if codes is None or not self.view.last_stage:
             return None
         found = [torch.from_numpy(codes(key).astype(np.int64)) for key in keys]
         return torch.cat(found) if found else torch.empty(0, self.code_depth, dtype=torch.int64)
 
 
-class _Images:
-    """Collects the images of a micro-batch, in the order of its rows."""
+class _Stream:
+    """Where every document lies in the stream, and every position of the stream in the columns.
 
-    def __init__(self, collator: Collator, length: int) -> None:
-        self.num_patches, self.shift = collator.num_patches, collator.target_shift
-        self.official, self.length = collator.official, length
+    Attributes:
+        starts: first position of each document.
+        cu_seqlens: int32 sums of the documents' lengths; a row without any counts as one of 0.
+        cu_seqlens_padded: int32 where each of them starts, and the end of the stream.
+        columns_BS: int64 position in the stream that each column of each row holds.
+    """
+
+    def __init__(
+        self, collator: Collator, rows: Sequence[Sequence[Document]], size: tuple[int, int]
+    ) -> None:
+        self._rank, self._ways = collator.view.cp_rank, collator.cp
+        self._total = size[0] * size[1]
+        lengths, edges = [], []
+        for number in range(size[0]):
+            row = rows[number] if number < len(rows) else ()
+            start = number * size[1]
+            for length in [document.row.length for document in row] or [0]:
+                lengths.append(length)
+                edges.append(start)
+                start += collator.padded_length(length)
+        self.starts = [start for start, n in zip(edges, lengths, strict=True) if n]
+        self.cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+        self.cu_seqlens_padded = np.array([*edges, self._total], dtype=np.int32)
+        ranks = [
+            partition(self.cu_seqlens_padded, self._total, self._ways, rank).reshape(size[0], -1)
+            for rank in range(self._ways)
+        ]
+        self.columns_BS = np.concatenate(ranks, axis=1).astype(np.int64)
+        own = torch.from_numpy(ranks[self._rank].flatten().astype(np.int64))
+        # One more, so that NO_POSITION stays NO_POSITION.
+        self._places = torch.full((self._total + 1,), NO_POSITION)
+        self._places[own] = torch.arange(len(own))
+
+    def whole(self, parts: Sequence[np.ndarray], fill: int, dtype: type = np.int64) -> Tensor:
+        """One value a position, from one part a document, in the order of the columns: [B, S]."""
+        stream = np.full(self._total, fill, dtype=dtype)
+        for part, start in zip(parts, self.starts, strict=True):
+            stream[start : start + len(part)] = part
+        return torch.from_numpy(stream[self.columns_BS])
+
+    def own(self, parts: Sequence[np.ndarray], fill: int) -> Tensor:
+        """The same for this rank's columns."""
+        return self.whole(parts, fill).chunk(self._ways, dim=1)[self._rank].contiguous()
+
+    def own_places(self, positions: Tensor) -> Tensor:
+        """Flat positions in this rank's part of positions of the stream, or NO_POSITION."""
+        return self._places[positions]
+
+
+class _Images:
+    """Collects the images of a micro-batch, in the order of its documents.
+
+    Attributes:
+        keys: content key of each image.
+        positions: of its patches in the stream; NO_POSITION where they were cut away.
+        sources: positions in the stream that predict a patch; NO_POSITION for none.
+        targets: the patches that they predict.
+    """
+
+    def __init__(self, collator: Collator) -> None:
+        self._shift, self._official = collator.target_shift, collator.official
+        self._patches = np.arange(collator.num_patches, dtype=np.int64)
         self.keys: list[str] = []
         self.positions: list[np.ndarray] = []
-        self.visual_positions: list[np.ndarray] = []
-        self.visual_patches: list[np.ndarray] = []
+        self.sources: list[np.ndarray] = []
+        self.targets: list[np.ndarray] = []
 
-    def add_row(self, number: int, row: Row, keys: Sequence[str]) -> None:
-        patches = np.arange(self.num_patches, dtype=np.int64)
-        for key, start in zip(keys, row.image_starts, strict=True):
-            place = number * self.length
-            inside = _flat_positions(start + patches, row.length, place)
+    def add(self, document: Document, place: int) -> None:
+        """Add the images of the document that starts at ``place``."""
+        row = document.row
+        for key, start in zip(document.keys, row.image_starts, strict=True):
+            inside = start + self._patches
             if row.counts_images:
                 # A patch is predicted `shift` positions earlier; before position 0 there is none.
-                seen = start + patches >= self.shift
-                source = _flat_positions(start + patches - self.shift, row.length, place)
-                self._supervise(source[seen], patches[seen])
-            self._add(key, inside)
-        if self.official and not row.image_starts:
-            nowhere = np.full(self.num_patches, NO_POSITION, dtype=np.int64)
-            self._supervise(nowhere, patches)
-            self._add(ZERO_KEY, nowhere)
+                seen = inside >= self._shift
+                sources = _in_stream(inside - self._shift, row.length, place)
+                self._supervise(sources[seen], self._patches[seen])
+            self._show(key, _in_stream(inside, row.length, place))
+        if self._official and not row.image_starts:
+            nowhere = np.full_like(self._patches, NO_POSITION)
+            self._supervise(nowhere, self._patches)
+            self._show(ZERO_KEY, nowhere)
 
-    def _add(self, key: str, positions: np.ndarray) -> None:
+    def _show(self, key: str, positions: np.ndarray) -> None:
         self.keys.append(key)
         self.positions.append(positions)
 
-    def _supervise(self, positions: np.ndarray, patches: np.ndarray) -> None:
-        self.visual_positions.append(positions)
-        self.visual_patches.append(len(self.keys) * self.num_patches + patches)
+    def _supervise(self, sources: np.ndarray, patches: np.ndarray) -> None:
+        self.sources.append(sources)
+        self.targets.append(len(self.keys) * len(self._patches) + patches)
 
 
-def _flat_positions(positions: np.ndarray, row_length: int, place: int) -> np.ndarray:
-    """Index into the flattened micro-batch, or NO_POSITION behind the end of the row."""
-    return np.where(positions < row_length, place + positions, NO_POSITION)
-
-
-def _stack(rows: Sequence[np.ndarray], size: tuple[int, int], fill: int) -> Tensor:
-    out = np.full(size, fill, dtype=rows[0].dtype)
-    for number, row in enumerate(rows):
-        out[number, : len(row)] = row
-    return torch.from_numpy(out)
+def _in_stream(positions: np.ndarray, length: int, place: int) -> np.ndarray:
+    """Positions of a document in the stream, NO_POSITION behind its end."""
+    return np.where(positions < length, place + positions, NO_POSITION)
 
 
 def _join(parts: Sequence[np.ndarray]) -> Tensor:

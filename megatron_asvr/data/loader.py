@@ -2,8 +2,10 @@
 
 A step is a pure function of (seed, step): the order names its records, bad ones are replaced by the
 next good one in file order (a decision every rank can make alone, because all know the same bad
-images after ``prepare``), and each data-parallel rank takes its contiguous part. One worker thread
-reads, decodes and collates ahead of the training step; it alone touches the images.
+images after ``prepare``), and each data-parallel rank takes its contiguous part: of the samples,
+or, with packing, of the sequences that every rank plans for the whole global batch. All ranks have
+the same number of micro-batches; who runs out of data has empty ones. One worker thread reads,
+decodes and collates ahead of the training step; it alone touches the images.
 """
 
 from collections import OrderedDict
@@ -21,8 +23,9 @@ from torch import Tensor
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.cache import CodeCache
-from megatron_asvr.data.collate import Collator
-from megatron_asvr.data.order import StepOrder, micro_batches, rank_part
+from megatron_asvr.data.collate import WHOLE, Collator, Document, View
+from megatron_asvr.data.order import Item, StepOrder, micro_batches, num_micro_batches, rank_part
+from megatron_asvr.data.packing import pack
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
 from megatron_asvr.data.records import Record
 from megatron_asvr.data.sample import Sample, SampleBuilder
@@ -41,10 +44,7 @@ class Loader:
         config: the run's configuration.
         tokenizer: of the language model.
         split: ``train`` is shuffled and endless; ``eval`` meets every good sample once, in order.
-        dp_rank: this rank among ``dp`` data-parallel ranks.
-        dp: data-parallel ranks.
-        encoder_rank: this rank among those that share the images of one micro-batch.
-        encoder_world: number of those ranks.
+        view: which part of every step this rank needs; default: everything.
         branches: whether attention keeps the conversations of one row apart; without it the
             images are repeated, one row a conversation.
         codes: cache of the visual tokenizer's codes; None when they are not needed or online.
@@ -62,17 +62,14 @@ class Loader:
         tokenizer: TextTokenizer,
         *,
         split: Literal["train", "eval"],
-        dp_rank: int = 0,
-        dp: int = 1,
-        encoder_rank: int = 0,
-        encoder_world: int = 1,
+        view: View = WHOLE,
         branches: bool = True,
         codes: CodeCache | None = None,
         device: torch.device | None = None,
     ) -> None:
         self._config = config
         self._split = split
-        self._dp_rank, self._dp = dp_rank, dp
+        self._view = view
         self._codes = codes
         device = device or select()[0].device
         self._sources = Sources(config, getattr(config.data, split), device=device)
@@ -82,8 +79,7 @@ class Loader:
         self._collator = Collator.from_config(
             config,
             tokenizer.pad_id,
-            encoder_rank=encoder_rank,
-            encoder_world=encoder_world,
+            view=view,
             code_depth=codes.depth if codes is not None else 0,
         )
         self._store = PixelStore(config, device=device)
@@ -98,6 +94,7 @@ class Loader:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"asvr-{split}")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
         self._events: dict[str, dict[str, int]] = {}
+        self._sums = {"sequences": 0, "empty_micro_batches": 0, "positions": 0, "filled": 0}
 
     def prepare(self, *, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Check every image once; afterwards all ranks know the same bad ones.
@@ -124,7 +121,9 @@ class Loader:
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of one step; the next ones are prepared meanwhile.
 
-        ``eval`` leaves out what cannot be used, so its list may be short, or empty.
+        The list is as long on every rank, and a multiple of ``parallel.pp`` with ``parallel.vpp``.
+        Micro-batches without documents fill it up; ``eval``, which leaves out what cannot be used,
+        may have nothing else.
 
         Raises:
             DataError: naming the step, the rank and the samples.
@@ -141,9 +140,8 @@ class Loader:
         return future.result()
 
     def sample_ids(self, step: int) -> list[str]:
-        """Ids of the records that this rank's part of a step starts from."""
-        part = rank_part(self._order.indices(step), self._dp_rank, self._dp)
-        return [self._sources.records[index].id for index in part]
+        """Ids of the records that this rank builds for a step (with packing: of all of them)."""
+        return [self._sources.records[index].id for index in self._indices(step)]
 
     def image_keys(self) -> list[str]:
         """Content keys of the split's good images, each once; the same list on every rank."""
@@ -165,14 +163,19 @@ class Loader:
         """What was bad, replaced, cut, dropped or repeated, as plain values.
 
         Counts of samples are of different samples that this rank has met so far; ``bad_images``
-        and ``bad_records`` are of the whole split.
+        and ``bad_records`` are of the whole split. ``sequences``, ``fill`` (the share of positions
+        that are no padding) and ``empty_micro_batches`` are of all steps that were prepared.
         """
         # Copies, because the worker may be counting meanwhile.
         found = {name: dict(amounts) for name, amounts in sorted(dict(self._events).items())}
         events = {name: len(amounts) for name, amounts in found.items()}
         totals = {f"{name}_total": sum(found[name].values()) for name in AMOUNTS if name in found}
         damaged = len(self._codes.damaged) if self._codes is not None else 0
-        return {**self._sources.report(), **events, **totals, "damaged_code_parts": damaged}
+        sums = dict(self._sums)
+        positions = sums.pop("positions")
+        fill = {"fill": sums.pop("filled") / max(1, positions)}
+        whole = {**self._sources.report(), "damaged_code_parts": damaged}
+        return {**whole, **events, **totals, **sums, **fill}
 
     def close(self) -> None:
         """Stop the worker; what it has begun is finished, the rest is forgotten."""
@@ -197,34 +200,73 @@ class Loader:
 
     def _compute(self, step: int) -> list[MicroBatch]:
         try:
-            part = rank_part(self._order.indices(step), self._dp_rank, self._dp)
-            found = [self._sample(index) for index in part]
-            groups = micro_batches([s for s in found if s], self._config.train.micro_batch)
+            batches = self._rows(step)
             # Pipeline stages exchange tensors of one shape a step.
-            length = (
-                max(map(self._collator.padded_length, groups))
-                if groups and self._config.parallel.pp > 1
-                else None
-            )
-            return [self._collate(group, length) for group in groups]
+            size = self._collator.size(batches) if self._config.parallel.pp > 1 else None
+            return [self._collate(rows, size) for rows in batches]
         except Exception as error:
             raise DataError(
-                f"step {step}, data-parallel rank {self._dp_rank}, samples "
+                f"step {step}, data-parallel rank {self._view.dp_rank}, samples "
                 f"{', '.join(self.sample_ids(step))}: {error}"
             ) from error
 
-    def _collate(self, samples: list[Sample], length: int | None) -> MicroBatch:
-        keys = [self._keys(sample) for sample in samples]
-        lost = self._collator.lost_first_patches(samples)
-        if lost:
-            self._count("lost_first_patches", samples[0].id, lost)
-        return self._collator.collate(
-            samples,
-            keys,
+    def _indices(self, step: int) -> list[int]:
+        """Records whose samples this rank has to know."""
+        indices = self._order.indices(step)
+        if self._config.data.packing:
+            return indices
+        return rank_part(indices, self._view.dp_rank, self._view.dp)
+
+    def _rows(self, step: int) -> list[list[list[Document]]]:
+        """The documents of every row of this rank's micro-batches."""
+        found = [self._sample(index) for index in self._indices(step)]
+        samples = [self._documents(sample) for sample in found if sample]
+        if not self._config.data.packing:
+            groups = self._groups(samples, len(self._order.indices(step)))
+            return [[[d] for documents in group for d in documents] for group in groups]
+        documents = [d for sample in samples for d in sample]
+        packs = pack(
+            [self._collator.padded_length(d.row.length) for d in documents],
+            self._collator.padded_length(
+                self._config.data.pack_length or self._config.data.max_length
+            ),
+            self._config.run.seed,
+        )
+        mine = rank_part(packs, self._view.dp_rank, self._view.dp)
+        return self._groups([[documents[i] for i in indices] for indices in mine], len(packs))
+
+    def _groups(self, items: list[Item], total: int) -> list[list[Item]]:
+        """This rank's items of ``total`` of the global batch in groups, as many as on any rank."""
+        train, parallel = self._config.train, self._config.parallel
+        count = num_micro_batches(
+            total,
+            self._view.dp,
+            train.micro_batch,
+            multiple=parallel.pp if parallel.vpp else 1,
+        )
+        return micro_batches(items, train.micro_batch, count)
+
+    def _collate(
+        self, rows: Sequence[Sequence[Document]], size: tuple[int, int] | None
+    ) -> MicroBatch:
+        batch = self._collator.collate(
+            rows,
             pixels=self._pixels,
             codes=self._codes.get if self._codes is not None else None,
-            length=length,
+            size=size,
         )
+        for name, amount in (
+            ("sequences", len(rows)),
+            ("empty_micro_batches", int(not rows)),
+            ("positions", batch.document_BS.numel()),
+            ("filled", sum(document.row.length for row in rows for document in row)),
+        ):
+            self._sums[name] += amount
+        return batch
+
+    def _documents(self, sample: Sample) -> list[Document]:
+        keys = self._keys(sample)
+        return [Document(row=row, sample_id=sample.id, keys=keys) for row in sample.rows]
 
     def _keys(self, sample: Sample) -> list[str]:
         if self._config.data.blank_images:
@@ -269,6 +311,7 @@ class Loader:
             ("dropped_rows", sample.dropped_rows),
             ("dropped_samples", int(not sample.rows)),
             ("lost_targets", sample.lost_targets),
+            ("lost_first_patches", self._collator.lost_first_patches(sample)),
             ("repeated_images", repeated),
         ):
             if amount:

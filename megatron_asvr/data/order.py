@@ -64,6 +64,20 @@ def rank_part(items: Sequence[Item], dp_rank: int, dp: int) -> list[Item]:
     return list(items[count * dp_rank // dp : count * (dp_rank + 1) // dp])
 
 
-def micro_batches(items: Sequence[Item], size: int) -> list[list[Item]]:
-    """``items`` in groups of ``size``; only the last may be smaller."""
-    return [list(items[start : start + size]) for start in range(0, len(items), size)]
+def num_micro_batches(num_items: int, dp: int, size: int, *, multiple: int = 1) -> int:
+    """Micro-batches of a step, the same on every data-parallel rank; at least one.
+
+    Args:
+        num_items: samples or packed sequences of the global batch.
+        dp: ranks that share them by ``rank_part``.
+        size: items of one micro-batch.
+        multiple: what the number must be a multiple of.
+    """
+    largest_part = -(-num_items // dp)
+    count = max(1, -(-largest_part // size))
+    return -(-count // multiple) * multiple
+
+
+def micro_batches(items: Sequence[Item], size: int, count: int) -> list[list[Item]]:
+    """``items`` in ``count`` groups of ``size``: the last ones are smaller, or empty."""
+    return [list(items[place * size : (place + 1) * size]) for place in range(count)]

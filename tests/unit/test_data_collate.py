@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from megatron_asvr.batch import IGNORE, NO_POSITION
-from megatron_asvr.data.collate import Collator
+from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.pixels import ZERO_KEY
 from megatron_asvr.data.records import parse_record
 from megatron_asvr.data.sample import SampleBuilder
@@ -31,23 +31,29 @@ def tokenizer(tmp_path_factory):
     return TextTokenizer.train(TEXTS, path, vocab_size=420)
 
 
-def micro_batch(tokenizer, tmp_path, *, branches=True, rank=0, world=1, codes=None, **changes):
+def documents_of(samples):
+    return [
+        Document(row=row, sample_id=sample.id, keys=[image[-1] for image in sample.images])
+        for sample in samples
+        for row in sample.rows
+    ]
+
+
+def micro_batch(tokenizer, tmp_path, *, branches=True, view=WHOLE, codes=None, **changes):
     settings = config(**changes)
     builder = SampleBuilder(settings, tokenizer, branches=branches)
     samples = [
         builder.build(parse_record(raw, where=raw["id"], folder=tmp_path)) for raw in RECORDS
     ]
-    keys = [[image[-1] for image in sample.images] for sample in samples]
-    collator = Collator.from_config(
-        settings, tokenizer.pad_id, encoder_rank=rank, encoder_world=world, code_depth=2
-    )
+    collator = Collator.from_config(settings, tokenizer.pad_id, view=view, code_depth=2)
     asked = []
 
     def pixels(wanted):
         asked.extend(wanted)
         return torch.zeros(len(wanted), 3, 16, 16)
 
-    batch = collator.collate(samples, keys, pixels=pixels, codes=codes)
+    rows = [[document] for document in documents_of(samples)]
+    batch = collator.collate(rows, pixels=pixels, codes=codes)
     return batch, asked
 
 
@@ -62,7 +68,7 @@ def test_rows_are_padded_and_keep_their_samples(tokenizer, tmp_path):
     assert padding.any()
     assert (batch.tokens_BS[padding] == tokenizer.pad_id).all()
     assert (batch.text_targets_BS[padding] == IGNORE).all()
-    assert (batch.document_BS[~padding] == 0).all()
+    assert batch.document_BS.amax(1).tolist() == [0, 1, 2, 3]
     assert batch.branch_BS[3].max() == 2
     dtypes = (batch.tokens_BS.dtype, batch.document_BS.dtype, batch.branch_BS.dtype)
     assert dtypes == (torch.int64, torch.int32, torch.int32)
@@ -99,10 +105,11 @@ def test_shift_loses_the_first_patch_of_an_image_without_predecessor(tokenizer, 
     )
     sample = type(sample)(id="x", images=sample.images, rows=(headless,))
     collator = Collator.from_config(settings, tokenizer.pad_id)
-    batch = collator.collate([sample], [["a"]], pixels=lambda keys: None, codes=None)
+    rows = [documents_of([sample])]
+    batch = collator.collate(rows, pixels=lambda keys: None, codes=None)
     assert batch.visual_positions_M.tolist() == [0, 1, 2]
     assert batch.visual_patches_M.tolist() == [1, 2, 3]
-    assert collator.lost_first_patches([sample]) == 1
+    assert collator.lost_first_patches(sample) == 1
 
 
 def test_repeated_images_have_one_visual_loss(tokenizer, tmp_path):
@@ -118,7 +125,8 @@ def test_repeated_images_have_one_visual_loss(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_encoder_ranks_share_the_images_and_nothing_else_differs(tokenizer, tmp_path, world):
-    parts = [micro_batch(tokenizer, tmp_path, rank=rank, world=world) for rank in range(world)]
+    views = [View(encoder_rank=rank, encoder_world=world) for rank in range(world)]
+    parts = [micro_batch(tokenizer, tmp_path, view=view) for view in views]
     assert [key for _, asked in parts for key in asked] == ["a", "b", "c", "d"]
     for batch, asked in parts:
         first, stop = batch.image_share

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_asvr.data.cache import CodeCache
+from megatron_asvr.data.collate import WHOLE, View
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import DataError
@@ -51,9 +52,7 @@ def corpus(folder, bad):
     return folder
 
 
-def loader(
-    folder, tokenizer, *, split="train", ranks=(0, 1), encoder=(0, 1), codes=None, **changes
-):
+def loader(folder, tokenizer, *, split="train", view=WHOLE, codes=None, **changes):
     sources = [{"path": str(folder / "train.json")}]
     settings = config(
         data__train=sources, data__eval=sources, data__cache_dir=str(folder / "cache"), **changes
@@ -62,10 +61,7 @@ def loader(
         settings,
         tokenizer,
         split=split,
-        dp_rank=ranks[0],
-        dp=ranks[1],
-        encoder_rank=encoder[0],
-        encoder_world=encoder[1],
+        view=view,
         codes=codes,
         device=CPU,
     )
@@ -94,7 +90,7 @@ def same(left, right):
 @pytest.mark.parametrize("dp", [2, 4])
 def test_data_parallel_ranks_together_see_the_same_batch(dirty, tokenizer, dp):
     with loader(dirty, tokenizer) as alone:
-        parts = [loader(dirty, tokenizer, ranks=(rank, dp)) for rank in range(dp)]
+        parts = [loader(dirty, tokenizer, view=View(dp_rank=rank, dp=dp)) for rank in range(dp)]
         for step in (0, 5, 6):
             together = [batch for part in parts for batch in part.step(step)]
             assert same(alone.step(step), together)

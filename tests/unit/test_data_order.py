@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_asvr.data.order import StepOrder, micro_batches, rank_part
+from megatron_asvr.data.order import StepOrder, micro_batches, num_micro_batches, rank_part
 
 
 def test_epochs_are_permutations_that_follow_one_another():
@@ -29,7 +29,20 @@ def test_order_is_pinned():
 def test_ranks_together_hold_the_global_batch(dp):
     items = StepOrder(100, 8, seed=1).indices(5)
     assert [i for rank in range(dp) for i in rank_part(items, rank, dp)] == items
-    assert micro_batches(rank_part(items, 0, dp), 2)[0] == items[:2]
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_items", [0, 1, 7, 8])
+@pytest.mark.parametrize("multiple", [1, 2])
+def test_every_rank_has_as_many_micro_batches(num_items, dp, multiple):
+    items = list(range(num_items))
+    count = num_micro_batches(num_items, dp, 3, multiple=multiple)
+    parts = [micro_batches(rank_part(items, rank, dp), 3, count) for rank in range(dp)]
+    assert [i for part in parts for batch in part for i in batch] == items
+    assert {len(part) for part in parts} == {count}
+    assert count >= 1
+    assert count % multiple == 0
+    assert count == multiple or any(len(part[count - multiple]) for part in parts)  # no more
 
 
 def test_evaluation_meets_every_sample_once():

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_asvr.data.cache import CodeCache
+from megatron_asvr.data.collate import View
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.launch.local import run_ranks
@@ -43,10 +44,7 @@ def compare_ranks(folder: str) -> None:
         ),
         TextTokenizer(f"{folder}/tokenizer.model"),
         split="train",
-        dp_rank=rank // 2,
-        dp=2,
-        encoder_rank=rank % 2,
-        encoder_world=2,
+        view=View(dp_rank=rank // 2, dp=2, encoder_rank=rank % 2, encoder_world=2),
         device=torch.device("cpu"),
     )
     made.prepare(group=dist.group.WORLD)
