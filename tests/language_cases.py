@@ -33,6 +33,20 @@ CASES = {
     "qwen2": dataclasses.replace(SMALL, family="qwen2", tied_embeddings=True),
     "qwen3": dataclasses.replace(SMALL, family="qwen3", head_dim=12, norm_eps=1e-5),
 }
+MIXTURES = {
+    "mixtral": dataclasses.replace(SMALL, family="mixtral", num_experts=4, experts_per_token=2),
+    "qwen3_moe": dataclasses.replace(
+        SMALL,
+        family="qwen3_moe",
+        head_dim=12,
+        num_experts=6,
+        experts_per_token=3,
+        expert_ffn_hidden_size=20,
+    ),
+    "qwen3_moe_unnormalised": dataclasses.replace(
+        SMALL, family="qwen3_moe", num_experts=4, experts_per_token=1, norm_topk_prob=False
+    ),
+}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The causal language model on megatron-core: Llama, Mistral, Qwen2 and Qwen3 settings.
+"""The causal language model on megatron-core: Llama, Mistral, Qwen and mixture settings.
 
 ``LanguageModel`` is a GPTModel whose three steps are called separately: tokens to embeddings,
 embeddings to hidden states, hidden states to logits. Between the first two the image features are
@@ -9,11 +9,13 @@ inputs: documents and branches restart their positions and do not see one anothe
 
 import logging
 import math
+from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -34,7 +36,7 @@ from megatron_asvr.parallel.plan import ParallelPlan
 
 VOCAB_MULTIPLE = 64  # the padded vocabulary is the same for every tensor-parallel degree up to 64
 MASKED_LOGIT = -1e30  # exp() of it is exactly 0, and no difference of two logits overflows
-RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "linear_fc2.weight")
 
 
 def _known(record: logging.LogRecord) -> bool:
@@ -65,13 +67,14 @@ def transformer_config(
     """
     virtual = plan.vpp is not None
     full = recompute == "full"
+    mixture = _mixture_settings(config, plan) if config.is_mixture else {}
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
         num_query_groups=config.kv_heads,
         kv_channels=config.width_per_head,
-        ffn_hidden_size=config.ffn_hidden_size,
+        ffn_hidden_size=config.expert_ffn if mixture else config.ffn_hidden_size,
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",
@@ -109,7 +112,29 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
+        **mixture,
     )
+
+
+def _mixture_settings(config: LanguageConfig, plan: ParallelPlan) -> dict[str, Any]:
+    """The part of ``transformer_config`` that a mixture of experts in every layer needs.
+
+    Every token reaches all its experts: capacities, which would drop tokens, stay off.
+    """
+    return {
+        "num_moe_experts": config.num_experts,
+        "moe_ffn_hidden_size": config.expert_ffn,
+        "moe_router_topk": config.experts_per_token,
+        # Softmax over the chosen experts alone is softmax over all, divided by the chosen sum.
+        "moe_router_pre_softmax": config.family == "qwen3_moe" and not config.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",  # instead: precision/routing.py
+        "moe_aux_loss_coeff": config.router_aux_loss_coef,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_expert_capacity_factor": None,
+        "expert_model_parallel_size": plan.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _chunks(plan: ParallelPlan) -> list[list[str]] | None:
@@ -171,6 +196,8 @@ class LanguageModel(GPTModel):
                 sharding.mark(parameter, dim=0, full_size=config.vocab_size)
             elif name.endswith("mlp.linear_fc1.weight"):
                 sharding.mark(parameter, dim=0, blocks=2)
+            elif ".experts." in name:
+                sharding.mark_expert(parameter)
 
     def init_std(self, name: str) -> float:
         """Standard deviation that the matrix called ``name`` is initialised with.
@@ -212,7 +239,13 @@ class LanguageModel(GPTModel):
         angle_SB = position_ids_BS.t().float()[..., None] * frequency
         return torch.cat([angle_SB, angle_SB], -1)[:, :, None]
 
-    def forward(self, embeds_SBH: Tensor | None, position_ids_BS: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        embeds_SBH: Tensor | None,
+        position_ids_BS: Tensor,
+        mask: Tensor,
+        padding_BS: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states: after the final norm on the last stage, before it on the others.
 
         S counts the columns of this context-parallel rank.
@@ -222,6 +255,8 @@ class LanguageModel(GPTModel):
                 later stages (see ``set_input_tensor``).
             position_ids_BS: int64, rotary position of each position.
             mask: from ``mask``.
+            padding_BS: bool, True where there is no document, which a mixture's load-balancing loss
+                does not count; without it there is no such loss.
 
         Returns:
             [S, B, H] on the last stage; under sequence parallelism this rank's part of the
@@ -237,12 +272,15 @@ class LanguageModel(GPTModel):
                 f"sequence parallelism splits {num_positions} positions over parallel.tp={plan.tp} "
                 f"ranks; pad the batch to a multiple of {plan.tp}"
             )
+        if padding_BS is not None and plan.sp:
+            padding_BS = padding_BS.chunk(plan.tp, 1)[self.groups.tp_rank]
         if self.pre_process and plan.sp:
             embeds_SBH = scatter_to_sequence_parallel_region(embeds_SBH, group=self.groups.tp)
         hidden_SBH = self.decoder(
             hidden_states=embeds_SBH,
             attention_mask=mask,
             rotary_pos_emb=self.rotary(position_ids_BS),
+            padding_mask=padding_BS,
         )
         if self.post_process and plan.sp:
             # What follows computes the full gradient on every rank, so the backward only splits.
@@ -250,6 +288,32 @@ class LanguageModel(GPTModel):
                 hidden_SBH, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         return hidden_SBH
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """megatron-core's, but every expert's matrix is a tensor of its own, by canonical name.
+
+        megatron-core stores all experts of a layer as one tensor, in halves. Experts are whole on
+        their ranks, so nothing has to be cut.
+
+        Args:
+            prefix: put before every key.
+            sharded_offsets: as in megatron-core.
+            metadata: as in megatron-core.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        names = sharding.canonical_names(self, prefix=prefix)
+        for local, parameter in self.named_parameters():
+            if sharding.is_expert(parameter):
+                state[prefix + local] = ShardedTensor.from_rank_offsets(
+                    names[local],
+                    parameter,
+                    *sharded_offsets,
+                    replica_id=(0, 0, self.groups.expert_dp.rank()),
+                    prepend_axis_num=len(sharded_offsets),
+                )
+        return state
 
     def logits(self, hidden_XH: Tensor) -> Tensor:
         """This rank's shard of the logits, float32 [X, padded vocabulary / tp]; last stage only.

@@ -3,7 +3,9 @@
 A parameter's canonical name is its path in the model with global layer numbers. How it is split
 over the tensor-parallel group is written on the parameter itself: megatron-core's attributes
 (``tensor_model_parallel``, ``partition_dim``) and two of ours (see ``mark``). So loading,
-initialising and collecting weights need no table, and give the same weights in every layout.
+initialising and collecting weights need no table, and give the same weights in every layout. The
+experts of a mixture are shared out whole over the expert-parallel group (``mark_expert``), and
+have global numbers too.
 
 ``Modules`` is a model, a part of one, or the list of a pipeline stage's model chunks; since names
 are global, chunks merge.
@@ -33,6 +35,7 @@ Modules = nn.Module | Sequence[nn.Module]
 Choice = Callable[[str, nn.Parameter], bool]  # by canonical name and parameter
 
 _LAYER = re.compile(r"(?:.*\.)?layers\.\d+")
+_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+(?=\.)")
 _SHOWN = 5  # names listed in an error
 
 
@@ -54,6 +57,27 @@ def mark(
     parameter.asvr_full_size = full_size
     parameter.asvr_blocks = blocks
     return parameter
+
+
+def mark_expert(parameter: nn.Parameter) -> nn.Parameter:
+    """Return ``parameter`` after marking it as a weight of one expert of a mixture.
+
+    It is whole on the ranks that hold this expert; ``allreduce`` tells megatron-core to sum its
+    gradients over those ranks alone (``Groups.expert_dp``), which it does by itself only with more
+    than one expert-parallel rank (tensor_parallel/layers.py, ColumnParallelLinear).
+    """
+    parameter.allreduce = False
+    return parameter
+
+
+def is_expert(parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` is a weight of one expert of a mixture."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether tensor-parallel ranks hold different parts of ``parameter``."""
+    return getattr(parameter, "tensor_model_parallel", False) and not is_expert(parameter)
 
 
 def mark_parallel_linears(module: nn.Module) -> None:
@@ -90,6 +114,9 @@ def canonical_names(module: nn.Module, *, prefix: str = "") -> dict[str, str]:
         for path, part in module.named_modules()
         if getattr(part, "share_embeddings_and_output_weights", False)
     ]
+    first_expert = next(
+        (x.ep_group.rank() * x.num_local_experts for x in module.modules() if _holds_experts(x)), 0
+    )
     names = {}
     for name, _ in module.named_parameters():
         canonical = name
@@ -98,11 +125,16 @@ def canonical_names(module: nn.Module, *, prefix: str = "") -> dict[str, str]:
                 canonical = final + name.removeprefix(local)
         for fused, plain in FUSED_NAMES.items():
             canonical = canonical.replace(fused, plain)
+        canonical = _EXPERT.sub(lambda local: str(first_expert + int(local[0])), canonical)
         for part in tied:  # the last stage's copy of the embedding
             if canonical == f"{part}output_layer.weight":
                 canonical = f"{part}embedding.word_embeddings.weight"
         names[name] = prefix + canonical
     return names
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return hasattr(module, "num_local_experts") and hasattr(module, "ep_group")
 
 
 def named(modules: Modules, *, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
@@ -121,7 +153,7 @@ def named(modules: Modules, *, prefix: str = "") -> Iterator[tuple[str, nn.Param
 def full_shape(parameter: nn.Parameter, *, groups: Groups) -> tuple[int, ...]:
     """Shape of the full tensor of which ``parameter`` is a shard."""
     shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
+    if is_split(parameter):
         dim = parameter.partition_dim
         full_size = getattr(parameter, "asvr_full_size", None)
         shape[dim] = full_size if full_size is not None else shape[dim] * groups.plan.tp
@@ -130,7 +162,7 @@ def full_shape(parameter: nn.Parameter, *, groups: Groups) -> tuple[int, ...]:
 
 def _shard(full: Tensor, parameter: nn.Parameter, groups: Groups) -> Tensor:
     """This rank's shard of ``full``; padding is zero."""
-    if not getattr(parameter, "tensor_model_parallel", False):
+    if not is_split(parameter):
         return full
     dim, tp = parameter.partition_dim, groups.plan.tp
     missing = parameter.shape[dim] * tp - full.shape[dim]
@@ -145,7 +177,7 @@ def _shard(full: Tensor, parameter: nn.Parameter, groups: Groups) -> Tensor:
 def _gather(parameter: nn.Parameter, groups: Groups) -> Tensor:
     """The full tensor of ``parameter``, without padding; collective over the TP group."""
     shard = parameter.detach().contiguous()
-    if not getattr(parameter, "tensor_model_parallel", False):
+    if not is_split(parameter):
         return shard
     dim = parameter.partition_dim
     num_blocks = getattr(parameter, "asvr_blocks", 1)
@@ -203,12 +235,12 @@ def load_weights(
 def full_shapes(
     modules: Modules, *, groups: Groups, prefix: str = "", only: Choice | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Full shape of every parameter of the model by canonical name, the same on every stage.
+    """Full shape of every parameter of the model by canonical name, the same on every rank.
 
-    Collective: all ranks of the pipeline-parallel group take part. A tied weight comes once. The
-    arguments are those of ``full_state``.
+    Collective: all ranks of the pipeline- and expert-parallel groups take part. A tied weight comes
+    once. The arguments are those of ``full_state``.
     """
-    return {name: shape for name, (_, shape) in _table(modules, groups, prefix, only).items()}
+    return {name: shape for name, (*_, shape) in _table(modules, groups, prefix, only).items()}
 
 
 def full_state(
@@ -217,7 +249,8 @@ def full_state(
     """Yield (canonical name, full tensor on the CPU) of every parameter, on every rank.
 
     The exact inverse of ``load_weights``, in the order of the whole model. Collective: all ranks of
-    the tensor- and pipeline-parallel groups must iterate to the end. A tied weight comes once.
+    the tensor-, expert- and pipeline-parallel groups must iterate to the end. A tied weight comes
+    once.
 
     Args:
         modules: what this stage holds of the model, or of a part of it (perhaps nothing).
@@ -226,15 +259,19 @@ def full_state(
         only: which parameters; all without it.
     """
     mine = dict(named(modules, prefix=prefix))
-    for name, (stage, _) in _table(modules, groups, prefix, only).items():
-        full = _gather(mine[name], groups) if stage == groups.pp_rank else None
+    for name, (stage, ep_rank, _) in _table(modules, groups, prefix, only).items():
+        full = None
+        if stage == groups.pp_rank:
+            full = _gather(mine[name], groups) if name in mine else None
+            if ".local_experts." in name:
+                full = broadcast_tensor(full, ep_rank, group=groups.ep)
         yield name, broadcast_tensor(full, stage, group=groups.pp).cpu()
 
 
 def _table(
     modules: Modules, groups: Groups, prefix: str, only: Choice | None
-) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Stage and full shape of every parameter, in the order of the whole model; collective."""
+) -> dict[str, tuple[int, int, tuple[int, ...]]]:
+    """Stage, expert-parallel rank and full shape of every parameter, in the whole model's order."""
     chunks = [
         {
             name: full_shape(parameter, groups=groups)
@@ -243,13 +280,17 @@ def _table(
         }
         for chunk in ([modules] if isinstance(modules, nn.Module) else modules)
     ]
-    stages = gather_objects(chunks, group=groups.pp)
-    table: dict[str, tuple[int, tuple[int, ...]]] = {}
-    for number in range(max(map(len, stages))):  # the first chunks of all stages come first
-        for stage, held in enumerate(stages):
-            for name, shape in held[number].items() if number < len(held) else ():
-                table.setdefault(name, (stage, shape))
-    return table
+    stages = gather_objects(gather_objects(chunks, group=groups.ep), group=groups.pp)
+    table: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+    for number in range(max(len(ranks[0]) for ranks in stages)):  # first chunks come first
+        for stage, ranks in enumerate(stages):
+            for ep_rank, held in enumerate(ranks):
+                for name, shape in held[number].items() if number < len(held) else ():
+                    table.setdefault(name, (stage, ep_rank, shape))
+    places: dict[str, int] = {}  # all experts of a layer have the place of the first one
+    for name in table:
+        places.setdefault(name.partition(".local_experts.")[0], len(places))
+    return dict(sorted(table.items(), key=lambda x: places[x[0].partition(".local_experts.")[0]]))
 
 
 def seeded_init(

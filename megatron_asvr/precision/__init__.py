@@ -55,7 +55,7 @@ def block_spec(
 
     from megatron_asvr.precision.local import RMSNorm
 
-    spec = layers.layer_spec(qk_norm=config.qk_layernorm)
+    spec = layers.layer_spec(qk_norm=config.qk_layernorm, num_experts=config.num_moe_experts)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.parallel.collectives import gather_columns
+from megatron_asvr.precision.routing import use_router
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -137,13 +138,18 @@ def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
     return ~seen_BQS[:, None]
 
 
-def layer_spec(*, qk_norm: bool) -> ModuleSpec:
+def layer_spec(*, qk_norm: bool, num_experts: int | None) -> ModuleSpec:
     """One transformer layer of megatron-core with the parts of this module.
 
     Args:
         qk_norm: normalise queries and keys per head.
+        num_experts: of a mixture; None is one feed-forward part for every token.
     """
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm", qk_layernorm=qk_norm, num_experts=num_experts
+    )
+    if num_experts is not None:
+        use_router(spec)
     parts = spec.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     # megatron-core renames the norms to Transformer Engine's fused names; checkpoints keep ours.

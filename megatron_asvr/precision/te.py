@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.precision import FUSED_NAMES
+from megatron_asvr.precision.routing import use_router
 
 
 class PackedAttention(TEDotProductAttention):
@@ -65,13 +66,20 @@ def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
     return torch.stack([batch.cu_seqlens, batch.cu_seqlens_padded])
 
 
-def layer_spec(*, qk_norm: bool) -> ModuleSpec:
+def layer_spec(*, qk_norm: bool, num_experts: int | None) -> ModuleSpec:
     """One transformer layer of megatron-core with Transformer Engine's parts.
+
+    Experts run one after another: the grouped kernel keeps its weights under other names.
 
     Args:
         qk_norm: normalise queries and keys per head.
+        num_experts: of a mixture; None is one feed-forward part for every token.
     """
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        qk_layernorm=qk_norm, num_experts=num_experts, moe_grouped_gemm=False
+    )
+    if num_experts is not None:
+        use_router(spec)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     spec.submodules.sharded_state_dict_keys_map = dict(FUSED_NAMES)
     return spec
