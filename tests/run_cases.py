@@ -9,18 +9,19 @@ from megatron_asvr.platforms import mcore  # noqa: F401
 import torch
 from torch import Tensor
 
-from megatron_asvr.batch import IGNORE, MicroBatch
+from megatron_asvr.batch import IGNORE, MicroBatch, image_share
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.load import load_frozen, load_trained
 from megatron_asvr.checkpoint.meta import Meta
 from megatron_asvr.config.load import from_dict
 from megatron_asvr.config.schema import Config, VisionConfig
-from megatron_asvr.model.asvr import AsvrModel, build_model
+from megatron_asvr.model.asvr import AsvrModel, build_chunks
+from megatron_asvr.model.sharding import named
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
+from megatron_asvr.parallel.context import partition
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
 from megatron_asvr.train.step import StepResult, agree, loss_function, train_step
-from tests.asvr_cases import share_of
 
 CODEBOOK_SIZES = (7, 6, 5)
 TREE: dict[str, Any] = {
@@ -91,8 +92,11 @@ def tokenizer(
     return made
 
 
+LENGTH = 16  # of every row: what all layouts of the tests divide
+
+
 def micro_batch(run: Config, seed: int, *, images: tuple[int, ...] = (1, 0)) -> MicroBatch:
-    """Samples of a few words; sample b starts with ``images[b]`` images.
+    """Samples of a few words; sample b starts with ``images[b]`` images; -1: a row of padding.
 
     Args:
         run: the small run.
@@ -101,45 +105,82 @@ def micro_batch(run: Config, seed: int, *, images: tuple[int, ...] = (1, 0)) -> 
     """
     generator = torch.Generator().manual_seed(seed)
     patches, vision = run.model.vision.num_patches, run.model.vision
-    length = 6 + patches * max(images)
     rows = len(images)
-    tokens_BS = torch.randint(3, run.model.language.vocab_size, (rows, length), generator=generator)
+    tokens_BS = torch.randint(3, run.model.language.vocab_size, (rows, LENGTH), generator=generator)
     targets_BS = tokens_BS.roll(-1, 1)
-    targets_BS[:, -1] = IGNORE
+    document_BS = torch.full((rows, LENGTH), -1, dtype=torch.int32)
     positions: list[int] = []
     for b, number in enumerate(images):
-        targets_BS[b, : patches * number] = IGNORE
-        positions += [b * length + s for s in range(patches * number)]
+        end = 0 if number < 0 else patches * number + 6
+        targets_BS[b, : patches * max(0, number)] = IGNORE
+        targets_BS[b, max(0, end - 1) :] = IGNORE
+        document_BS[b, :end] = b
+        positions += [b * LENGTH + s for s in range(patches * number)]
     positions_P = torch.tensor(positions, dtype=torch.int64)
-    pixels = torch.randn(sum(images), 3, vision.image_size, vision.image_size, generator=generator)
+    count = len(positions) // patches
+    pixels = torch.randn(count, 3, vision.image_size, vision.image_size, generator=generator)
     codes = [torch.randint(k, (len(positions),), generator=generator) for k in CODEBOOK_SIZES]
     return MicroBatch(
         tokens_BS=tokens_BS,
-        position_ids_BS=torch.arange(length).expand(rows, length).contiguous(),
+        position_ids_BS=torch.arange(LENGTH).expand(rows, LENGTH).contiguous(),
         text_targets_BS=targets_BS,
-        document_BS=torch.zeros(rows, length, dtype=torch.int32),
-        branch_BS=torch.zeros(rows, length, dtype=torch.int32),
-        index_BS=torch.arange(length).repeat(rows, 1),
+        document_BS=document_BS,
+        branch_BS=torch.zeros(rows, LENGTH, dtype=torch.int32),
+        index_BS=torch.arange(LENGTH).repeat(rows, 1),
         image_positions_P=positions_P,
         image_patches_P=torch.arange(len(positions)),
-        pixel_values_ICHW=pixels if images else None,
-        image_share=(0, sum(images)),
-        num_images=sum(images),
+        pixel_values_ICHW=pixels if count else None,
+        image_share=(0, count),
+        num_images=count,
         visual_positions_M=positions_P.clone(),
         visual_patches_M=torch.arange(len(positions)),
         codes_PD=torch.stack(codes, 1),
-        sample_ids=[f"sample {seed}.{b}" for b in range(rows)],
+        sample_ids=[f"sample {seed}.{b}" for b in range(rows) if images[b] >= 0],
     )
+
+
+def view_of(batch: MicroBatch, groups: Groups) -> MicroBatch:
+    """What this rank gets of a whole micro-batch, each of whose rows is one document."""
+    first, last, cp = groups.is_first_stage, groups.is_last_stage, groups.plan.cp
+    total = batch.document_BS.numel()
+    starts = range(0, total + 1, LENGTH)
+    parts = [torch.from_numpy(partition(starts, total, cp, rank)).long() for rank in range(cp)]
+    columns_BS = torch.cat([part.view(-1, LENGTH // cp) for part in parts], 1)
+    own = parts[groups.cp_rank]
+    place = torch.full((total,), -1).scatter(0, own, torch.arange(len(own)))
+    patches, targets = (place[x] for x in (batch.image_positions_P, batch.visual_positions_M))
+    share = image_share(batch.num_images, groups.tp_cp.rank(), groups.tp_cp.size())
+    none = torch.empty(0, dtype=torch.int64)
+    whole = ("position_ids_BS", "document_BS", "branch_BS", "index_BS")
+    pixels = batch.pixel_values_ICHW
+    return dataclasses.replace(
+        batch,
+        **{name: getattr(batch, name).flatten()[columns_BS] for name in whole},
+        tokens_BS=batch.tokens_BS.flatten()[own].view(-1, LENGTH // cp) if first else None,
+        text_targets_BS=(
+            batch.text_targets_BS.flatten()[own].view(-1, LENGTH // cp) if last else None
+        ),
+        image_positions_P=patches[patches >= 0] if first else none,
+        image_patches_P=batch.image_patches_P[patches >= 0] if first else none,
+        pixel_values_ICHW=pixels[slice(*share)] if first and pixels is not None else None,
+        image_share=share,
+        visual_positions_M=targets[targets >= 0] if last else none,
+        visual_patches_M=batch.visual_patches_M[targets >= 0] if last else none,
+        codes_PD=batch.codes_PD if last else None,
+        context=(groups.cp_rank, cp),
+    )
+
+
+SHAPES = ((1, 0), (2, 1), (0, 0), (-1, -1))
 
 
 def step_batches(run: Config, step: int, groups: Groups) -> list[MicroBatch]:
     """This rank's micro-batches of a step: the same global batch in every layout."""
     number = run.train.global_batch // run.train.micro_batch
-    shapes = [(1, 0), (2, 1), (0, 0)]
-    every = [micro_batch(run, 100 * step + i, images=shapes[i % 3]) for i in range(number)]
+    every = [micro_batch(run, 100 * step + i, images=SHAPES[i % 4]) for i in range(number)]
     share = number // groups.plan.dp
     mine = every[groups.dp_rank * share : (groups.dp_rank + 1) * share]
-    return [share_of(batch, groups.tp_rank, groups.plan.tp) for batch in mine]
+    return [view_of(batch, groups) for batch in mine]
 
 
 @dataclasses.dataclass
@@ -153,14 +194,14 @@ class Bench:
 
     def __post_init__(self) -> None:
         made = tokenizer(self.run.model.vision) if self.run.loss.visual_weight else None
-        self.bare: AsvrModel = build_model(self.run, groups=self.groups, tokenizer=made)
+        self.chunks: list[AsvrModel] = build_chunks(self.run, groups=self.groups, tokenizer=made)
         if self.resume is not None:
-            load_frozen(*self.resume, self.bare, groups=self.groups)
+            load_frozen(*self.resume, self.chunks, groups=self.groups)
             self.done_steps = self.resume[1].resume.step
-        self.model = wrap(self.bare, self.run.train.optim)
-        self.optimizer = make_optimizer(self.model, self.run.train)
+        self.wrapped = wrap(self.chunks, self.run.train.optim)
+        self.optimizer = make_optimizer(self.wrapped, self.run.train)
         if self.resume is not None:
-            load_trained(*self.resume, self.bare, self.optimizer, groups=self.groups)
+            load_trained(*self.resume, self.chunks, self.optimizer, groups=self.groups)
         self.schedule = make_schedule(
             self.optimizer,
             self.run.train.optim,
@@ -173,7 +214,7 @@ class Bench:
         batches = step_batches(self.run, step, self.groups)
         agreement = agree(batches, stop=False, groups=self.groups)
         result = train_step(
-            self.model,
+            self.wrapped,
             self.optimizer,
             batches,
             loss_function(self.run.loss, agreement, num_micro_batches=len(batches)),
@@ -183,9 +224,15 @@ class Bench:
         self.schedule.step(1)
         return result
 
+    @property
+    def model(self) -> AsvrModel:
+        """The bare model where it is not cut into stages."""
+        (model,) = self.chunks
+        return model
+
     def weights(self) -> dict[str, Tensor]:
         """A copy of this rank's shards."""
-        return {name: p.detach().clone() for name, p in self.bare.named_parameters()}
+        return {name: p.detach().clone() for name, p in named(self.chunks)}
 
 
 def folder(path: str | Path) -> RunFolder:

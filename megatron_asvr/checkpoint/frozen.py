@@ -8,7 +8,7 @@ in at the end (the format allows trailing spaces in it).
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ def write_frozen(
     Args:
         folder: the run's ``frozen`` folder.
         part: e.g. ``vision_encoder``, the first part of the file's name.
-        names: at least the canonical names that ``tensors`` will bring (to reserve the header).
+        names: the canonical names that ``tensors`` will bring (to reserve the header).
         tensors: canonical name and full tensor on the CPU, one at a time.
 
     Raises:
@@ -78,13 +78,6 @@ def open_frozen(path: Path) -> dict[str, Callable[[], Tensor]]:
             f"{path} cannot be read: {err}. It holds weights that this run does not train; restore "
             "it, or start again in a new run.dir"
         ) from None
-
-
-def keep_names(
-    tensors: Iterable[tuple[str, Tensor]], names: set[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Only the tensors called ``names``."""
-    return ((name, tensor) for name, tensor in tensors if name in names)
 
 
 def _bytes(part: str, name: str, tensor: Tensor) -> memoryview:

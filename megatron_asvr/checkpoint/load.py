@@ -1,14 +1,12 @@
 """Continue a run from its newest complete checkpoint."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
-import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
@@ -19,9 +17,10 @@ from megatron_asvr.checkpoint.frozen import open_frozen
 from megatron_asvr.checkpoint.identity import check_identity
 from megatron_asvr.checkpoint.meta import Meta, read_meta
 from megatron_asvr.checkpoint.save import layout, trained_shapes
-from megatron_asvr.checkpoint.state import sharded_state
+from megatron_asvr.checkpoint.state import load_state, sharded_state
 from megatron_asvr.errors import AsvrError, CheckpointError
-from megatron_asvr.model.sharding import canonical_names, load_weights
+from megatron_asvr.model.sharding import load_weights, named
+from megatron_asvr.parallel.collectives import broadcast_object
 from megatron_asvr.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -56,25 +55,27 @@ def agree_resume(folder: RunFolder, identity: Mapping[str, Any], *, groups: Grou
     Raises:
         CheckpointError: on every rank, what rank 0 found wrong.
     """
-    found: list[Meta | AsvrError | None] = [None]
+    found: Meta | AsvrError | None = None
     if groups.rank == 0:
         try:
-            found = [find_resume(folder, identity)]
+            found = find_resume(folder, identity)
         except AsvrError as err:
-            found = [err]
-    dist.broadcast_object_list(found, src=0, group=groups.world)
-    if isinstance(found[0], AsvrError):
-        raise found[0]
-    return found[0]
+            found = err
+    found = broadcast_object(found, group=groups.world)
+    if isinstance(found, AsvrError):
+        raise found
+    return found
 
 
-def load_frozen(folder: RunFolder, meta: Meta, model: nn.Module, *, groups: Groups) -> None:
+def load_frozen(
+    folder: RunFolder, meta: Meta, chunks: Sequence[nn.Module], *, groups: Groups
+) -> None:
     """Fill the weights that are not trained from ``frozen/``.
 
     Args:
         folder: the run's folder.
         meta: of the checkpoint to continue from.
-        model: the bare model.
+        chunks: the bare model of this rank.
         groups: process groups of the layout.
 
     Raises:
@@ -84,13 +85,12 @@ def load_frozen(folder: RunFolder, meta: Meta, model: nn.Module, *, groups: Grou
     for name in meta.frozen.values():
         tensors |= open_frozen(folder.frozen / name)
     missing = load_weights(
-        model,
+        chunks,
         lambda name: tensors[name]() if name in tensors else None,
         groups=groups,
         strict=False,
     )
-    names = canonical_names(model)
-    frozen = {names[local] for local, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name for name, param in named(chunks) if not param.requires_grad}
     if lost := sorted(frozen.intersection(missing)):
         raise CheckpointError(
             f"{folder.frozen} lacks {len(lost)} weights that this run does not train, for example "
@@ -101,7 +101,7 @@ def load_frozen(folder: RunFolder, meta: Meta, model: nn.Module, *, groups: Grou
 def load_trained(
     folder: RunFolder,
     meta: Meta,
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     optimizer: MegatronOptimizer,
     *,
     groups: Groups,
@@ -111,7 +111,7 @@ def load_trained(
     Args:
         folder: the run's folder.
         meta: of the checkpoint to continue from.
-        model: the bare model; the optimizer was made from it.
+        chunks: the bare model of this rank; the optimizer was made from it.
         optimizer: megatron-core's optimizer.
         groups: process groups of the layout.
 
@@ -119,14 +119,14 @@ def load_trained(
         CheckpointError: the checkpoint holds other tensors than the model.
     """
     path = folder.step(meta.resume.step)
-    _check_shapes(path, meta.trained, trained_shapes(model, groups=groups))
+    _check_shapes(path, meta.trained, trained_shapes(chunks, groups=groups))
     try:
-        state = dist_checkpointing.load(sharded_state(model, optimizer, is_loading=True), str(path))
+        state = dist_checkpointing.load(
+            sharded_state(chunks, optimizer, is_loading=True), str(path)
+        )
     except CheckpointingException as err:
         raise CheckpointError(f"{path} does not fit this run: {err}") from err
-    model.load_state_dict(state["model"], strict=False)
-    with torch.no_grad():  # fp32 main weights are views of the parameters themselves
-        optimizer.load_state_dict(state["optimizer"])
+    load_state(state, chunks, optimizer, step=meta.resume.step)
     now = layout(groups)
     changed = [f"{k} {meta.layout.get(k)} -> {now[k]}" for k in now if meta.layout.get(k) != now[k]]
     if changed and groups.rank == 0:

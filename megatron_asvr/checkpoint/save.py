@@ -4,59 +4,60 @@ import logging
 import queue
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_asvr.platforms import mcore
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_asvr.checkpoint.folder import RunFolder, fsync
-from megatron_asvr.checkpoint.frozen import keep_names, write_frozen
+from megatron_asvr.checkpoint.frozen import write_frozen
 from megatron_asvr.checkpoint.meta import Meta, write_meta
 from megatron_asvr.checkpoint.state import sharded_state
 from megatron_asvr.config.schema import PARTS
 from megatron_asvr.errors import CheckpointError
-from megatron_asvr.model.sharding import canonical_names, full_shape, full_state
+from megatron_asvr.model.sharding import full_shapes, full_state
+from megatron_asvr.parallel.collectives import barrier, broadcast_object
 from megatron_asvr.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
 
 
-def save_frozen(folder: RunFolder, model: nn.Module, *, groups: Groups) -> dict[str, str]:
+def save_frozen(
+    folder: RunFolder, chunks: Sequence[nn.Module], *, groups: Groups
+) -> dict[str, str]:
     """File in ``frozen/`` of every part that has weights which are not trained.
 
     All ranks take part, since the full tensors are gathered; rank 0 writes.
 
     Args:
         folder: the run's folder.
-        model: the bare model (no wrappers), its parts as children.
+        chunks: the bare model of this rank (no wrappers), its parts as children.
         groups: process groups of the layout.
 
     Raises:
         CheckpointError: a tensor cannot be written.
     """
-    names = canonical_names(model)
-    frozen = {names[local] for local, p in model.named_parameters() if not p.requires_grad}
     files: dict[str, str] = {}
     for part in PARTS:
-        mine = {name for name in frozen if name.startswith(f"{part}.")}
-        if not mine:
-            continue
-        tensors = full_state(getattr(model, part), groups=groups, prefix=f"{part}.")
-        if groups.rank == 0:
-            files[part] = write_frozen(folder.frozen, part, mine, keep_names(tensors, mine))
+
+        def frozen(name: str, parameter: nn.Parameter, part: str = part) -> bool:
+            return name.startswith(f"{part}.") and not parameter.requires_grad
+
+        names = full_shapes(chunks, groups=groups, only=frozen)
+        tensors = full_state(chunks, groups=groups, only=frozen)
+        if names and groups.rank == 0:
+            files[part] = write_frozen(folder.frozen, part, names, tensors)
         else:
             for _ in tensors:  # the gathers behind the iterator need every rank
                 pass
-    shared = [files]
-    dist.broadcast_object_list(shared, src=0, group=groups.world)
-    return shared[0]
+    return broadcast_object(files, group=groups.world)
 
 
 def layout(groups: Groups) -> dict[str, object]:
@@ -66,19 +67,15 @@ def layout(groups: Groups) -> dict[str, object]:
     return {**degrees, "megatron-core": mcore.version}
 
 
-def trained_shapes(model: nn.Module, *, groups: Groups) -> dict[str, list[int]]:
-    """Full shape, without padding, of every trained parameter by its canonical name."""
-    names = canonical_names(model)
-    return {
-        names[local]: list(full_shape(param, groups=groups))
-        for local, param in model.named_parameters()
-        if param.requires_grad
-    }
+def trained_shapes(chunks: Sequence[nn.Module], *, groups: Groups) -> dict[str, list[int]]:
+    """Full shape, without padding, of every trained parameter of all stages; all take part."""
+    shapes = full_shapes(chunks, groups=groups, only=lambda _, param: param.requires_grad)
+    return {name: list(shape) for name, shape in shapes.items()}
 
 
 def save_checkpoint(
     folder: RunFolder,
-    model: nn.Module,
+    chunks: Sequence[nn.Module],
     optimizer: MegatronOptimizer,
     meta: Meta,
     *,
@@ -93,7 +90,7 @@ def save_checkpoint(
 
     Args:
         folder: the run's folder.
-        model: the bare model.
+        chunks: the bare model of this rank.
         optimizer: megatron-core's optimizer of it.
         meta: everything that is not a tensor; ``files`` is filled here.
         groups: process groups of the layout.
@@ -109,8 +106,8 @@ def save_checkpoint(
     if groups.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    dist.barrier(group=groups.world)
-    _write(sharded_state(model, optimizer, is_loading=False), unfinished)
+    barrier(group=groups.world)
+    _write(sharded_state(chunks, optimizer, is_loading=False), unfinished)
     if groups.rank == 0:
         _finish(folder, unfinished, meta, attempt)
         folder.prune(keep)

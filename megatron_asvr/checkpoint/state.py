@@ -6,10 +6,12 @@ names (``non_homogeneous_layers``), not stacked into one tensor, so the keys of 
 the canonical parameter names.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
@@ -21,29 +23,50 @@ METADATA = {
 }
 
 
-def trained_weights(model: nn.Module) -> dict[str, Any]:
-    """Sharded tensors of all trained parameters, by their local names.
+def trained_weights(chunks: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
+    """Sharded tensors of all trained parameters, by chunk and by their local names.
 
     Args:
-        model: the bare model (no wrappers); has megatron-core's ``sharded_state_dict``.
+        chunks: the bare model of this rank; each has megatron-core's ``sharded_state_dict``.
     """
-    trained = {name for name, param in model.named_parameters() if param.requires_grad}
-    sharded = model.sharded_state_dict(metadata=METADATA)
-    return {
-        name: value
-        for name, value in sharded.items()
-        if name in trained and isinstance(value, (ShardedTensor, ShardedTensorFactory))
-    }
+    weights = {}
+    for number, chunk in enumerate(chunks):
+        trained = {name for name, param in chunk.named_parameters() if param.requires_grad}
+        weights[f"chunk {number}"] = {
+            name: value
+            for name, value in chunk.sharded_state_dict(metadata=METADATA).items()
+            if name in trained and isinstance(value, (ShardedTensor, ShardedTensorFactory))
+        }
+    return weights
 
 
 def sharded_state(
-    model: nn.Module, optimizer: MegatronOptimizer, *, is_loading: bool
+    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
     """What megatron-core's ``dist_checkpointing`` saves, or fills when ``is_loading``."""
-    weights = trained_weights(model)
+    weights = trained_weights(chunks)
     return {
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(
             weights, is_loading=is_loading, metadata=METADATA
         ),
     }
+
+
+def load_state(
+    state: dict[str, Any], chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, *, step: int
+) -> None:
+    """Take over a filled ``sharded_state``.
+
+    Args:
+        state: filled by ``dist_checkpointing``.
+        chunks: the bare model of this rank.
+        optimizer: of it.
+        step: optimizer steps done.
+    """
+    for chunk, weights in zip(chunks, state["model"].values(), strict=True):
+        chunk.load_state_dict(weights, strict=False)
+    with torch.no_grad():  # fp32 main weights are views of the parameters themselves
+        optimizer.load_state_dict(state["optimizer"])
+    for group in optimizer.param_groups:
+        group["step"] = step  # rank 0 wrote it for all, and does not know it if it trains nothing

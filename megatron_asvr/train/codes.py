@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from megatron_asvr.platforms import select
 
 import torch
-import torch.distributed as dist
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.tokenizer import VisualTokenizer
+from megatron_asvr.parallel.collectives import barrier
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, make_groups, open_data
 
@@ -42,7 +42,7 @@ def fill_codes(data: Data, *, groups: Groups) -> int:
         return 0
     owner = {key: loader for loader in data.loaders for key in cache.missing(loader.image_keys())}
     missing = list(owner)
-    dist.barrier(group=groups.world)  # nobody may write before everybody has asked
+    barrier(group=groups.world)  # nobody may write before everybody has asked
     if not missing:
         return 0
     platform, _ = select()
@@ -51,7 +51,7 @@ def fill_codes(data: Data, *, groups: Groups) -> int:
     for start in range(0, len(mine), PART_IMAGES):
         _write_part(cache, mine[start : start + PART_IMAGES], owner, tokenizer, len(mine), start)
     tokenizer.cpu()  # training needs the device's memory, and no more codes
-    dist.barrier(group=groups.world)
+    barrier(group=groups.world)
     cache.refresh()
     if groups.rank == 0:
         logger.info("encoded %d images into codes at %s", len(missing), cache.folder)

@@ -21,6 +21,7 @@ from megatron_asvr.data.records import raise_problems
 from megatron_asvr.data.text import IMAGE_TOKEN
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.verify import VerifySample, exported_dtype, verify
+from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train.generate import Prompt
@@ -211,10 +212,7 @@ def _answer(answerer: Answerer, prompts: Sequence[Prompt], groups: Groups) -> li
 def _gather(mine: list[str], groups: Groups) -> list[str]:
     """The answers of all data-parallel ranks; rank r holds questions r, r + dp, ..."""
     dp = groups.plan.dp
-    if dp == 1:
-        return mine
-    everyone: list[list[str]] = [[] for _ in range(dp)]
-    dist.all_gather_object(everyone, mine, group=groups.dp)
+    everyone = gather_objects(mine, group=groups.dp)
     return [everyone[i % dp][i // dp] for i in range(sum(map(len, everyone)))]
 
 

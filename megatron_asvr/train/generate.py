@@ -12,6 +12,7 @@ from megatron_asvr.platforms import select
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_asvr.batch import IGNORE, MicroBatch, image_share
 from megatron_asvr.model.asvr import AsvrModel
@@ -100,7 +101,8 @@ class Generator:
     def _encode(self, prompts: Sequence[Prompt]) -> list[Tensor]:
         """Features [P, F] of every prompt's own patches; each image is encoded once."""
         keys = list(dict.fromkeys(key for p in prompts for key in p.images))
-        first, stop = image_share(len(keys), self._groups.tp_rank, self._groups.plan.tp)
+        group = self._groups.tp_cp
+        first, stop = image_share(len(keys), group.rank(), group.size())
         batch = _rows_to_batch(prompts[:1], [[]])
         batch.num_images, batch.image_share = len(keys), (first, stop)
         batch.pixel_values_ICHW = self._pixels(keys[first:stop])
@@ -116,17 +118,21 @@ def _rows_to_batch(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) 
     device = select()[0].device
     padded = [row + [0] * (length - len(row)) for row in rows]
     tokens_BS = torch.tensor(padded, dtype=torch.int64, device=device)
-    lengths_B = torch.tensor([len(row) for row in rows], device=device)
+    lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device)
     inside_BS = torch.arange(length, device=device) < lengths_B[:, None]
+    row_B = torch.arange(len(rows), dtype=torch.int32, device=device)
     positions = [b * length + s for b, p in enumerate(prompts) for s in p.image_positions]
     none = torch.empty(0, dtype=torch.int64, device=device)
+    starts = torch.arange(0, tokens_BS.numel() + 1, length, dtype=torch.int32, device=device)
     return MicroBatch(
         tokens_BS=tokens_BS,
         position_ids_BS=torch.arange(length, device=device).repeat(len(rows), 1),
         text_targets_BS=torch.full_like(tokens_BS, IGNORE),
-        document_BS=inside_BS.int() - 1,
+        document_BS=torch.where(inside_BS, row_B[:, None], -1),
         branch_BS=torch.zeros_like(inside_BS, dtype=torch.int32),
         index_BS=torch.arange(length, device=device).repeat(len(rows), 1),
+        cu_seqlens=F.pad(lengths_B.cumsum(0, dtype=torch.int32), (1, 0)),
+        cu_seqlens_padded=starts,
         image_positions_P=torch.tensor(positions, dtype=torch.int64, device=device),
         image_patches_P=torch.arange(len(positions), device=device),
         pixel_values_ICHW=None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import override
-from megatron_asvr.config.schema import Config
+from megatron_asvr.config.schema import Config, ParallelConfig
 from megatron_asvr.data.conversation import Turn, find_template, prompt_ids
 from megatron_asvr.data.pixels import BLANK_KEY, PixelStore
 from megatron_asvr.data.sample import SampleBuilder
@@ -41,8 +41,8 @@ def inference_config(run: str, overrides: Iterable[str] = ()) -> Config:
     config = check(override(read_run(run)[0], overrides))
     return dataclasses.replace(
         config,
-        # Answers of any length: sequence parallelism would need multiples of tp.
-        parallel=dataclasses.replace(config.parallel, sp=False),
+        # Answers are short and of any length: nothing but matrices is split.
+        parallel=ParallelConfig(tp=config.parallel.tp),
         loss=dataclasses.replace(config.loss, mode="exact", visual_weight=0.0),
         train=dataclasses.replace(config.train, trainable=()),
     )

@@ -12,13 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
-
-import torch.distributed as dist
+from megatron_asvr.platforms import select
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.checkpoint.meta import ResumeState
 from megatron_asvr.config.schema import Config
+from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import make_groups, open_data
 from megatron_asvr.train.metrics import (
@@ -89,7 +88,7 @@ def run_steps(run: Run, log: MetricsLog, stop: StopRequest) -> ResumeState:
         with naming(step, batches, groups):
             agreement = agree(batches, stop=stop.reason is not None, groups=groups)
             if due(step, settings.cosine_every_steps):
-                cosine = gradient_cosine(run.wrapped, batches[0], groups=groups)
+                cosine = gradient_cosine(run.wrapped, batches, agreement, groups=groups)
                 log.write(step + 1, "cosine", {"gradient_cosine": cosine})
             rate = learning_rate(run.optimizer)
             loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
@@ -109,8 +108,7 @@ def run_steps(run: Run, log: MetricsLog, stop: StopRequest) -> ResumeState:
             window = Window()
 
         if data.held_out and (last or due(done.step, settings.eval_every_steps)):
-            depth = len(data.codebook_sizes)
-            held_out = validate(run.model, data.held_out, config.loss, depth=depth, groups=groups)
+            held_out = validate(run.chunks, data.held_out, config.loss, groups=groups)
             log.write(done.step, "eval", held_out)
             tell(groups, f"eval at step {done.step}: {main_numbers(held_out)}")
 
@@ -168,12 +166,12 @@ def main_numbers(values: dict[str, float]) -> str:
 def summary(run: Run, done: ResumeState) -> dict[str, Any]:
     """What ``train`` returns; all ranks take part."""
     groups = run.groups
+    is_model_rank_0 = groups.tp_rank == groups.pp_rank == groups.cp_rank == 0
     mine = {
         "peak_mem_bytes": select()[0].peak_memory_bytes(),
-        "data": run.data.train.report() if groups.tp_rank == groups.pp_rank == 0 else None,
+        "data": run.data.train.report() if is_model_rank_0 else None,
     }
-    ranks: list[Any] = [None] * groups.plan.world
-    dist.all_gather_object(ranks, mine, group=groups.world)
+    ranks = gather_objects(mine, group=groups.world)
     finished = done.step == run.total_steps
     state = "finished" if finished else "stopped"
     tell(groups, f"{state} after {done.step} of {run.total_steps} steps, {clock(done.train_s)}")

@@ -1,6 +1,7 @@
 """Gradient buffers, AdamW and its schedule, all of megatron-core, from our settings."""
 
 import math
+from collections.abc import Sequence
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
@@ -27,31 +28,35 @@ _NO_DECAY = ParamKey(
 )
 
 
-def wrap(model: nn.Module, config: OptimConfig) -> DistributedDataParallel:
-    """The model with fp32 gradient buffers that are summed over the data-parallel ranks.
+def wrap(chunks: Sequence[nn.Module], config: OptimConfig) -> list[DistributedDataParallel]:
+    """The model with fp32 gradient buffers, summed over data- and context-parallel ranks.
 
     The sum is not divided by anything: every loss is already divided by its global count, which
     ``calculate_per_token_loss`` makes megatron-core respect (its gradient_scaling_factor is 1).
+    Nothing overlaps with the backward pass, so the order of collectives does not depend on what a
+    batch holds.
 
     Args:
-        model: the bare model; ``model.config`` is megatron-core's configuration.
+        chunks: the bare model of this rank; each has megatron-core's configuration.
         config: whether optimizer state is sharded.
     """
-    assert model.config.calculate_per_token_loss
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,
         # Non-finite numbers are found by train/step.py, which can name the samples.
         check_for_nan_in_grad=False,
     )
-    return DistributedDataParallel(model.config, settings, model)
+    assert all(chunk.config.calculate_per_token_loss for chunk in chunks)
+    return [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
 
 
-def make_optimizer(model: DistributedDataParallel, train: TrainConfig) -> MegatronOptimizer:
+def make_optimizer(
+    chunks: Sequence[DistributedDataParallel], train: TrainConfig
+) -> MegatronOptimizer:
     """AdamW over the trained parameters; a rank without any takes part in the gradient norm.
 
     Args:
-        model: from ``wrap``.
+        chunks: from ``wrap``.
         train: the stage's settings.
     """
     o = train.optim
@@ -69,7 +74,7 @@ def make_optimizer(model: DistributedDataParallel, train: TrainConfig) -> Megatr
         use_distributed_optimizer=o.distributed,
     )
     return get_megatron_optimizer(
-        settings, [model], config_overrides={_NO_DECAY: ParamGroupOverride(wd_mult=0.0)}
+        settings, list(chunks), config_overrides={_NO_DECAY: ParamGroupOverride(wd_mult=0.0)}
     )
 
 

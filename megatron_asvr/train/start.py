@@ -8,7 +8,6 @@ from typing import Any
 
 from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -22,7 +21,8 @@ from megatron_asvr.config.load import save as save_config
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.loader import Loader
-from megatron_asvr.model.asvr import AsvrModel, build_model
+from megatron_asvr.model.asvr import AsvrModel, build_chunks
+from megatron_asvr.parallel.collectives import broadcast_object
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, load_sources
 from megatron_asvr.train.codes import fill_codes
@@ -41,8 +41,8 @@ class Run:
         folder: the run's folder.
         attempt: number of this start.
         data: loaders and tokenizers.
-        model: the bare model.
-        wrapped: the model with its gradient buffers.
+        chunks: the bare model of this rank, one or several chunks.
+        wrapped: the chunks with their gradient buffers.
         optimizer: of the trained parameters.
         schedule: of the learning rate.
         identity: what a continuation must have in common with this run.
@@ -56,8 +56,8 @@ class Run:
     folder: RunFolder
     attempt: int
     data: Data
-    model: AsvrModel
-    wrapped: DistributedDataParallel
+    chunks: list[AsvrModel]
+    wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     identity: Mapping[str, Any]
@@ -72,12 +72,12 @@ class Run:
             config=to_dict(self.config),
             identity=dict(self.identity),
             layout=layout(self.groups),
-            trained=trained_shapes(self.model, groups=self.groups),
+            trained=trained_shapes(self.chunks, groups=self.groups),
             frozen=dict(self.frozen),
         )
         save_checkpoint(
             self.folder,
-            self.model,
+            self.chunks,
             self.optimizer,
             meta,
             groups=self.groups,
@@ -102,19 +102,19 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     facts = _identify(config, data)
     checkpoint = agree_resume(folder, facts, groups=groups)
 
-    model = build_model(config, groups=groups, tokenizer=data.tokenizer)
+    chunks = build_chunks(config, groups=groups, tokenizer=data.tokenizer)
     if checkpoint is None:
-        origins = load_sources(model, config, facts=facts, groups=groups)
-        frozen = save_frozen(folder, model, groups=groups)
+        origins = load_sources(chunks, config, facts=facts, groups=groups)
+        frozen = save_frozen(folder, chunks, groups=groups)
     else:
         origins = {"all parts": str(folder.step(checkpoint.resume.step))}
         frozen = checkpoint.frozen
-        load_frozen(folder, checkpoint, model, groups=groups)
+        load_frozen(folder, checkpoint, chunks, groups=groups)
     fill_codes(data, groups=groups)  # takes a while: after all that can be refused
-    wrapped = wrap(model, config.train.optim)
+    wrapped = wrap(chunks, config.train.optim)
     optimizer = make_optimizer(wrapped, config.train)
     if checkpoint is not None:
-        load_trained(folder, checkpoint, model, optimizer, groups=groups)
+        load_trained(folder, checkpoint, chunks, optimizer, groups=groups)
 
     done = checkpoint.resume if checkpoint is not None else ResumeState()
     total_steps = number_of_steps(config, data.train)
@@ -127,7 +127,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         folder=folder,
         attempt=attempt,
         data=data,
-        model=model,
+        chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
         schedule=schedule,
@@ -138,7 +138,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     )
     if groups.rank == 0:
         save_config(config, folder.config)
-        _announce(run, origins)
+    _announce(run, origins)
     return run
 
 
@@ -152,13 +152,12 @@ def number_of_steps(config: Config, loader: Loader) -> int:
 def _open_folder(config: Config, groups: Groups) -> tuple[RunFolder, int]:
     """The run's folder, cleared of interrupted saves, and the number of this start."""
     folder = RunFolder(config.run.dir)
-    attempt = [0]
+    attempt = 0
     if groups.rank == 0:
-        attempt = [folder.claim_attempt()]
+        attempt = folder.claim_attempt()
         folder.checkpoints.mkdir(exist_ok=True)
         folder.remove_partial()
-    dist.broadcast_object_list(attempt, src=0, group=groups.world)
-    return folder, attempt[0]
+    return folder, broadcast_object(attempt, group=groups.world)
 
 
 def _identify(config: Config, data: Data) -> dict[str, Any]:
@@ -167,16 +166,17 @@ def _identify(config: Config, data: Data) -> dict[str, Any]:
 
 
 def _announce(run: Run, origins: Mapping[str, str]) -> None:
-    """Log what was decided before the first step."""
+    """Log, on rank 0, what was decided before the first step; all ranks take part."""
+    shapes = trained_shapes(run.chunks, groups=run.groups)
+    if run.groups.rank:
+        return
     platform, reason = select()
     plan = run.groups.plan.describe()
     logger.info("platform %s (%s); layout %s", platform.name, reason, plan)
-    backend = run.model.language_model
+    backend = run.chunks[0].language_model
     logger.info("layers %s (%s)", backend.backend, backend.backend_reason)
     for part, origin in origins.items():
         logger.info("weights of %s from %s", part, origin)
-    trained = sum(
-        math.prod(shape) for shape in trained_shapes(run.model, groups=run.groups).values()
-    )
+    trained = sum(math.prod(shape) for shape in shapes.values())
     logger.info("%d parameters trained: %s", trained, ", ".join(run.config.train.trainable))
     logger.info("%d of %d steps done", run.done.step, run.total_steps)

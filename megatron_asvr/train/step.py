@@ -1,9 +1,13 @@
 """One optimizer step: exact counts first, then gradients, then AdamW.
 
 A loss is a sum divided by the number of its targets in the whole global batch. That number is
-known from the data, so it is summed over the data-parallel ranks before the first backward pass,
-and every micro-batch's loss is already its exact part of the global one. Nothing is rescaled
-afterwards: gradients are summed over ranks and micro-batches, never averaged.
+known from the data, so it is summed over the world before the first backward pass, and every
+micro-batch's loss is already its exact part of the global one. Nothing is rescaled afterwards:
+gradients are summed over ranks and micro-batches, never averaged.
+
+What a step counts is brought by the ranks of the last stage, one of each tensor-parallel group;
+all others bring zeros to the same sums over the world. So every rank knows every number, and
+decides the same.
 """
 
 import dataclasses
@@ -15,18 +19,19 @@ from typing import Any
 from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LossConfig
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.model.loss import LossSums, joint_loss, official_loss
+from megatron_asvr.parallel.collectives import all_reduce_sum, gather_objects, sum_in_place
 from megatron_asvr.parallel.groups import Groups
 
+Chunks = Sequence[DistributedDataParallel]  # this rank's stage, or its virtual stages
 LossFunction = Callable[[LossSums], Tensor]
 
 
@@ -64,19 +69,24 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one step did, the same on every rank of the last stage (``parts``: of this rank).
+    """What one step did, the same on every rank (``parts``: of this rank).
 
     Attributes:
         totals: fp64 sum of ``LossSums.totals`` over the global batch.
         loss: the joint loss of the global batch.
         grad_norm: before clipping.
-        parts: this rank's micro-batches.
+        parts: this rank's micro-batches; none before the last stage.
     """
 
     totals: Tensor
     loss: float
     grad_norm: float
     parts: list[Part]
+
+
+def contributes(groups: Groups) -> bool:
+    """Whether this rank's numbers count in sums over the world; see the module's docstring."""
+    return groups.is_last_stage and groups.tp_rank == 0
 
 
 def agree(batches: Sequence[MicroBatch], *, stop: bool, groups: Groups) -> Agreement:
@@ -88,15 +98,14 @@ def agree(batches: Sequence[MicroBatch], *, stop: bool, groups: Groups) -> Agree
         groups: process groups of the layout.
     """
     counts = [0, 0, 0]
-    if groups.tp_rank == groups.pp_rank == groups.cp_rank == 0:  # the others hold the same samples
+    if contributes(groups):
         counts = [
             sum(b.num_text_targets for b in batches),
             sum(b.num_visual_targets for b in batches),
-            sum(int((b.document_BS >= 0).sum()) for b in batches),
+            sum(int((b.own(b.document_BS) >= 0).sum()) for b in batches),
         ]
-    values = torch.tensor([*counts, int(stop)], device=select()[0].device)
-    if groups.plan.world > 1:
-        dist.all_reduce(values, group=groups.world)
+    mine = torch.tensor([*counts, int(stop)], device=select()[0].device)
+    values = all_reduce_sum(mine, group=groups.world)
     text_count, visual_count, num_tokens, stops = values.tolist()
     return Agreement(
         text_count=text_count, visual_count=visual_count, num_tokens=num_tokens, stop=stops > 0
@@ -125,18 +134,27 @@ def loss_function(
     )
 
 
-def backward(
-    model: DistributedDataParallel, batches: Sequence[MicroBatch], loss: LossFunction
-) -> list[Part]:
+def backward(chunks: Chunks, batches: Sequence[MicroBatch], loss: LossFunction) -> list[Part]:
     """What every micro-batch contributed, after adding gradients to the buffers.
 
     Empty on all but the last pipeline stage.
 
     Args:
-        model: the wrapped model.
+        chunks: the wrapped model.
         batches: this rank's micro-batches.
         loss: from sums to the scalar that is differentiated.
     """
+    return run_schedule(chunks, batches, loss, forward_only=False)
+
+
+def run_schedule(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[MicroBatch],
+    loss: LossFunction,
+    *,
+    forward_only: bool,
+) -> list[Part]:
+    """``backward``, or with ``forward_only`` the same passes without gradients."""
 
     def finish(sums: LossSums) -> tuple[Tensor, Tensor, Part]:
         # A triple (loss, number of tokens, report). With calculate_per_token_loss the schedule
@@ -145,19 +163,19 @@ def backward(
         part = Part(totals=sums.totals(), loss=value.detach(), codes_MD=sums.codes_MD)
         return value, torch.zeros((), dtype=torch.int), part
 
-    def forward(
-        iterator: Iterator[MicroBatch], model: DistributedDataParallel
-    ) -> tuple[Any, Callable[..., Any]]:
-        return model(to_device(next(iterator))), finish
+    def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[..., Any]]:
+        return chunk(to_device(next(iterator))), finish
 
+    rows, length = batches[0].document_BS.shape
     return get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in chunks],
+        model=list(chunks),
         num_microbatches=len(batches),
-        seq_length=batches[0].tokens_BS.shape[1],
-        micro_batch_size=batches[0].tokens_BS.shape[0],
-        forward_only=False,
+        # Stages send one another [S, B, H] of these sizes, less what cp and sp split.
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=forward_only,
     )
 
 
@@ -172,32 +190,25 @@ def to_device(batch: MicroBatch) -> MicroBatch:
     return dataclasses.replace(batch, **moved)
 
 
-def reduce_gradients(model: DistributedDataParallel, *, groups: Groups) -> None:
+def reduce_gradients(chunks: Chunks, *, groups: Groups, whole: bool = False) -> None:
     """Sum the gradient buffers over the ranks that hold other parts of them.
 
-    megatron-core sums over data-parallel ranks and, under sequence parallelism, the norms; the
-    encoder's are summed here, because each tensor-parallel rank encodes other images.
+    megatron-core sums over data- and context-parallel ranks, tied embeddings over the first and
+    last stage, and over the tensor-parallel ranks what each of them has of a norm. The encoder's
+    are summed here, because each tensor-parallel rank encodes other images.
 
     Args:
-        model: the wrapped model.
+        chunks: the wrapped model.
         groups: process groups of the layout.
+        whole: every rank gets all of the sum, also where its optimizer needs only a share.
     """
-    finalize_model_grads([model], None)
-    sum_over_tp([p.main_grad for p in model.module.partial_grad_parameters()], groups=groups)
-
-
-def sum_over_tp(grads: Sequence[Tensor], *, groups: Groups) -> None:
-    """Sum tensors over the tensor-parallel group in place, in one collective."""
-    if groups.plan.tp == 1 or not grads:
-        return
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat, group=groups.tp)
-    for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(summed.view_as(grad))
+    finalize_model_grads(list(chunks), None, force_all_reduce=whole)
+    partial = [p for chunk in chunks for p in chunk.module.partial_grad_parameters()]
+    sum_in_place([p.main_grad for p in partial], group=groups.tp)
 
 
 def train_step(
-    model: DistributedDataParallel,
+    chunks: Chunks,
     optimizer: MegatronOptimizer,
     batches: Sequence[MicroBatch],
     loss: LossFunction,
@@ -208,7 +219,7 @@ def train_step(
     """Losses and gradient norm of one step, after updating the weights.
 
     Args:
-        model: the wrapped model.
+        chunks: the wrapped model.
         optimizer: of its parameters.
         batches: this rank's micro-batches.
         loss: see ``loss_function``.
@@ -218,13 +229,14 @@ def train_step(
     Raises:
         AsvrError: a loss or a gradient is not finite; nothing was saved of this step.
     """
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    parts = backward(model, batches, loss)
-    totals, value = _reduce(parts, groups)
+    parts = backward(chunks, batches, loss)
+    totals, value = sum_parts(parts, depth=chunks[0].module.num_depths, groups=groups)
     if not (math.isfinite(value) and bool(totals.isfinite().all())):
         raise AsvrError(_blame(parts, batches, step, groups))
-    reduce_gradients(model, groups=groups)
+    reduce_gradients(chunks, groups=groups)
     updated, norm, _ = optimizer.step()
     grad_norm = float(norm or 0.0)
     if not updated or not math.isfinite(grad_norm):
@@ -237,13 +249,19 @@ def train_step(
     return StepResult(totals=totals, loss=value, grad_norm=grad_norm, parts=parts)
 
 
-def _reduce(parts: Sequence[Part], groups: Groups) -> tuple[Tensor, float]:
-    """Totals and loss of the global batch."""
-    reports = torch.stack([torch.cat([p.totals, p.loss.double()[None]]) for p in parts])
-    summed = reports.sum(0)
-    if groups.plan.dp > 1:
-        dist.all_reduce(summed, group=groups.dp)
-    return summed[:-1].cpu(), float(summed[-1])
+def sum_parts(parts: Sequence[Part], *, depth: int, groups: Groups) -> tuple[Tensor, float]:
+    """Totals (fp64, on the CPU) and loss of all ranks' parts, on every rank.
+
+    Args:
+        parts: of this rank.
+        depth: number of depths of the visual head, 0 without one.
+        groups: process groups of the layout.
+    """
+    mine = torch.zeros(4 + 2 * depth + 1, dtype=torch.float64, device=select()[0].device)
+    for part in parts if contributes(groups) else ():
+        mine += torch.cat([part.totals, part.loss.double()[None]])
+    summed = all_reduce_sum(mine, group=groups.world).cpu()
+    return summed[:-1], float(summed[-1])
 
 
 def _blame(
@@ -252,17 +270,13 @@ def _blame(
     step: int,
     groups: Groups,
 ) -> str:
-    """Which ranks and samples made a loss non-finite; every rank of a stage arrives here."""
+    """Which ranks and samples made a loss non-finite; every rank arrives here."""
     mine = [
         f"rank {groups.rank}: loss {float(part.loss)} from samples {', '.join(batch.sample_ids)}"
-        for part, batch in zip(parts, batches, strict=True)
+        for part, batch in (zip(parts, batches, strict=True) if contributes(groups) else ())
         if not (part.loss.isfinite() and part.totals.isfinite().all())
     ]
-    everyone: list[list[str]] = [mine]
-    if groups.plan.dp > 1:
-        everyone = [[] for _ in range(groups.plan.dp)]
-        dist.all_gather_object(everyone, mine, group=groups.dp)
-    found = "; ".join(line for lines in everyone for line in lines)
+    found = "; ".join(line for lines in gather_objects(mine, group=groups.world) for line in lines)
     return (
         f"step {step}: the loss is not finite ({found}). Look at these samples, or lower "
         "train.optim.lr; the run can start again from its last checkpoint"

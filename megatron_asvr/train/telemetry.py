@@ -5,14 +5,23 @@ from collections.abc import Sequence
 from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
 import torch
-import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.model.quantize import perplexity
+from megatron_asvr.model.sharding import named
+from megatron_asvr.parallel.collectives import all_reduce_sum
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.train.step import Part, backward, sum_over_tp
+from megatron_asvr.train.step import (
+    Agreement,
+    Chunks,
+    LossFunction,
+    Part,
+    backward,
+    contributes,
+    reduce_gradients,
+)
 
 
 class CodeUsage:
@@ -49,12 +58,11 @@ class CodeUsage:
         """
         if not self._sizes:
             return {}
-        device = select()[0].device
-        empty = [torch.zeros(size, dtype=torch.int64, device=device) for size in self._sizes]
-        counts = torch.cat(self._counts or empty)
+        counts = torch.zeros(sum(self._sizes), dtype=torch.int64, device=select()[0].device)
+        if self._counts is not None and contributes(groups):
+            counts = torch.cat(self._counts)
         self._counts = None
-        if groups.plan.dp > 1:
-            dist.all_reduce(counts, group=groups.dp)
+        counts = all_reduce_sum(counts, group=groups.world)
         values: dict[str, float] = {}
         for depth, count_K in enumerate(counts.cpu().split(self._sizes)):
             values[f"codes_used_{depth}"] = float((count_K > 0).double().mean())
@@ -63,72 +71,57 @@ class CodeUsage:
 
 
 def gradient_cosine(
-    model: DistributedDataParallel, batch: MicroBatch, *, groups: Groups
+    chunks: Chunks, batches: Sequence[MicroBatch], agreement: Agreement, *, groups: Groups
 ) -> float | None:
-    """Cosine of the gradients of the two losses, over the trained parameters that both reach.
+    """Cosine of the gradients of the two losses of a step, over what lies on the way to both.
 
-    The mean over the data-parallel ranks whose micro-batch has both kinds of targets; None when
-    there is none. It costs two forward and backward passes of one micro-batch, and one more copy of
-    the gradients. It leaves nothing behind: the next step clears the gradient buffers first.
+    None when the global batch lacks one kind of targets, or nothing trained is reached by both. It
+    costs two more forward and backward passes of the step and one more copy of the gradients. It
+    leaves nothing behind: the next step clears the gradient buffers first.
 
     Args:
-        model: the wrapped model.
-        batch: one micro-batch of this rank.
+        chunks: the wrapped model.
+        batches: this rank's micro-batches of the step.
+        agreement: counts of the step's global batch: all ranks decide alike.
         groups: process groups of the layout.
     """
-    params = _reached_by_both(model.module)
-    both = batch.num_text_targets > 0 and batch.num_visual_targets > 0 and bool(params)
-    both = both and model.module.visual_head is not None
-    cosine, number = 0.0, 0  # of this rank's micro-batch
-    if both:
-        model.zero_grad_buffer()
-        backward(model, [batch], lambda sums: sums.text_sum / sums.text_count)
-        text = [grad.clone() for grad in _gradients(model.module, params, groups)]
-        model.zero_grad_buffer()
-        backward(model, [batch], lambda sums: sums.visual_sum_D.sum() / sums.visual_count)
-        visual = _gradients(model.module, params, groups)
-        cosine, number = _cosine(params, text, visual, groups), 1
-    summary = torch.tensor([cosine, number], dtype=torch.float64, device=select()[0].device)
-    if groups.plan.dp > 1:
-        dist.all_reduce(summary, group=groups.dp)
-    total, number = summary.tolist()
-    return total / number if number else None
+    text_count, visual_count = agreement.text_count, agreement.visual_count
+    if not (text_count and visual_count and chunks[0].module.num_depths):
+        return None
+    params = _reached_by_both([chunk.module for chunk in chunks])
+
+    def gradients(loss: LossFunction) -> list[Tensor]:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        backward(chunks, batches, loss)
+        reduce_gradients(chunks, groups=groups, whole=True)
+        return [param.main_grad for param in params]
+
+    text = [x.clone() for x in gradients(lambda sums: sums.text_sum / text_count)]
+    visual = gradients(lambda sums: sums.visual_sum_D.sum() / visual_count)
+    products = torch.zeros(3, dtype=torch.float64, device=select()[0].device)
+    for param, x, y in zip(params, text, visual, strict=True):
+        pairs = torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
+        products += pairs.double() / _copies(param, groups)
+    dot, first, second = all_reduce_sum(products, group=groups.world).tolist()
+    return dot / (first * second) ** 0.5 if first and second else None
 
 
-def _reached_by_both(model: nn.Module) -> list[nn.Parameter]:
+def _reached_by_both(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     """Trained parameters on the way to both losses: all but the two heads."""
     return [
         param
-        for name, param in model.named_parameters()
+        for name, param in named(modules)
         if param.requires_grad
+        and param_is_not_shared(param)  # a tied embedding counts on the first stage
         and not name.startswith("visual_head.")
         and name != "language_model.output_layer.weight"
     ]
 
 
-def _gradients(model: nn.Module, params: Sequence[nn.Parameter], groups: Groups) -> list[Tensor]:
-    """This rank's gradients, complete for its samples."""
-    partial = {id(p) for p in model.partial_grad_parameters()}
-    if model.config.sequence_parallel:
-        partial |= {id(p) for p in params if getattr(p, "sequence_parallel", False)}
-    if model.config.qk_layernorm:  # each rank normalises its own heads with the same weight
-        names = ("q_layernorm", "k_layernorm")
-        partial |= {id(p) for n, p in model.named_parameters() if any(part in n for part in names)}
-    sum_over_tp([p.main_grad for p in params if id(p) in partial], groups=groups)
-    return [p.main_grad for p in params]
-
-
-def _cosine(
-    params: Sequence[nn.Parameter], a: Sequence[Tensor], b: Sequence[Tensor], groups: Groups
-) -> float:
-    products = torch.zeros(3, dtype=torch.float64, device=a[0].device)
-    for param, x, y in zip(params, a, b, strict=True):
-        # Every rank adds its share: of a replicated parameter an equal part of the whole.
-        sharded = getattr(param, "tensor_model_parallel", False)
-        weight = 1.0 if sharded else 1.0 / groups.plan.tp
-        pairs = torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum()])
-        products += weight * pairs.double()
-    if groups.plan.tp > 1:
-        dist.all_reduce(products, group=groups.tp)
-    dot, first, second = products.tolist()
-    return dot / max((first * second) ** 0.5, 1e-30)
+def _copies(param: nn.Parameter, groups: Groups) -> int:
+    """Ranks that hold the same part of a parameter."""
+    if not getattr(param, "allreduce", True):  # megatron-core's mark of an expert's weights
+        return groups.expert_dp.size()
+    sharded = getattr(param, "tensor_model_parallel", False)
+    return groups.dp_cp.size() * (1 if sharded else groups.plan.tp)

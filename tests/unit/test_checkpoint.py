@@ -45,12 +45,12 @@ def save(
         config=to_dict(bench.run),
         identity=IDENTITY,
         layout=layout(bench.groups),
-        trained=trained_shapes(bench.bare, groups=bench.groups),
-        frozen=save_frozen(run_folder, bench.bare, groups=bench.groups),
+        trained=trained_shapes(bench.chunks, groups=bench.groups),
+        frozen=save_frozen(run_folder, bench.chunks, groups=bench.groups),
     )
     save_checkpoint(
         run_folder,
-        bench.bare,
+        bench.chunks,
         bench.optimizer,
         meta,
         groups=bench.groups,
@@ -104,8 +104,8 @@ def test_read_run_gives_every_weight_without_a_model(tmp_path: Path) -> None:
         for path in (run_folder.root, run_folder.step(2)):
             read, get = read_run(path)
             assert read == run
-            names = canonical_names(bench.bare)
-            for local, param in bench.bare.named_parameters():
+            names = canonical_names(bench.model)
+            for local, param in bench.model.named_parameters():
                 full = get(names[local])
                 assert full is not None, local
                 want = param.detach()[tuple(slice(s) for s in full.shape)]  # without padding
@@ -192,12 +192,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         meta = save(bench, run_folder, 1)
         wider = Bench(config(model__language__ffn_hidden_size=64), groups)
         with pytest.raises(CheckpointError, match=r"mlp\.linear_fc1\.weight has shape \[96, 32\]"):
-            load_trained(run_folder, meta, wider.bare, wider.optimizer, groups=groups)
+            load_trained(run_folder, meta, wider.chunks, wider.optimizer, groups=groups)
         stage = Bench(config(train__trainable=STAGE_ONE), groups)
         with pytest.raises(CheckpointError, match="None: not trained"):
-            load_trained(run_folder, meta, stage.bare, stage.optimizer, groups=groups)
+            load_trained(run_folder, meta, stage.chunks, stage.optimizer, groups=groups)
         with pytest.raises(CheckpointError, match=r"lacks .* weights that this run does not"):
-            load_frozen(run_folder, meta, stage.bare, groups=groups)
+            load_frozen(run_folder, meta, stage.chunks, groups=groups)
 
 
 def test_an_index_that_names_foreign_classes_is_not_unpickled(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from megatron_asvr.train.metrics import (
     progress_line,
 )
 from megatron_asvr.train.signals import StopRequest
-from megatron_asvr.train.step import Agreement, Part, StepResult
+from megatron_asvr.train.step import Agreement, Part, StepResult, agree
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from tests.language_cases import one_rank
 from tests.run_cases import Bench, config, micro_batch, step_batches
@@ -152,23 +152,25 @@ def test_the_gradient_cosine_is_that_of_the_two_losses_and_leaves_no_trace() -> 
     run = config()
     with one_rank() as groups:
         bench, quiet = Bench(run, groups), Bench(run, groups)
-        batch = step_batches(run, 0, groups)[0]
-        got = gradient_cosine(bench.model, batch, groups=groups)
+        batches = step_batches(run, 0, groups)
+        agreement = agree(batches, stop=False, groups=groups)
+        got = gradient_cosine(bench.wrapped, batches, agreement, groups=groups)
 
         shared = [
             p
-            for n, p in bench.bare.named_parameters()
+            for n, p in bench.model.named_parameters()
             if n.startswith(("projector.", "language_model.")) and "output_layer" not in n
         ]
-        sums = bench.bare(batch)
+        sums = [bench.model(batch) for batch in batches]
         text, visual = (
             torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
-            for loss in (sums.text_sum, sums.visual_sum_D.sum())
+            for loss in (sum(s.text_sum for s in sums), sum(s.visual_sum_D.sum() for s in sums))
         )
         wanted = torch.nn.functional.cosine_similarity(text, visual, dim=0)
         assert got == pytest.approx(float(wanted), abs=1e-6)
-        text_only = micro_batch(run, 1, images=(0, 0))
-        assert gradient_cosine(bench.model, text_only, groups=groups) is None
+        text_only = [micro_batch(run, 1, images=(0, 0))]
+        agreement = agree(text_only, stop=False, groups=groups)
+        assert gradient_cosine(bench.wrapped, text_only, agreement, groups=groups) is None
 
         bench.step(0)
         quiet.step(0)
@@ -183,7 +185,9 @@ def test_a_baseline_without_a_visual_loss_has_no_cosine() -> None:
     run = config(loss__visual_weight=0.0, train__trainable=trained)
     with one_rank() as groups:
         bench = Bench(run, groups)
-        assert gradient_cosine(bench.model, micro_batch(run, 1), groups=groups) is None
+        batches = step_batches(run, 0, groups)
+        agreement = agree(batches, stop=False, groups=groups)
+        assert gradient_cosine(bench.wrapped, batches, agreement, groups=groups) is None
         first = bench.step(0)
         assert math.isfinite(first.loss)
 

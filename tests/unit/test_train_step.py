@@ -17,7 +17,7 @@ from tests.run_cases import Bench, config, micro_batch, step_batches
 
 
 def gradients(bench: Bench) -> dict[str, torch.Tensor]:
-    named = bench.bare.named_parameters()
+    named = bench.model.named_parameters()
     return {name: p.main_grad.clone() for name, p in named if p.requires_grad}
 
 
@@ -28,16 +28,16 @@ def test_gradients_are_those_of_the_global_loss_and_nothing_rescales_them() -> N
         batches = step_batches(run, 0, groups)
         agreement = agree(batches, stop=False, groups=groups)
         assert agreement.text_count == sum(b.num_text_targets for b in batches)
-        bench.model.zero_grad_buffer()
+        bench.wrapped[0].zero_grad_buffer()
         loss = loss_function(run.loss, agreement, num_micro_batches=len(batches))
-        parts = backward(bench.model, batches, loss)
+        parts = backward(bench.wrapped, batches, loss)
 
-        sums = [bench.bare(batch) for batch in batches]
+        sums = [bench.model(batch) for batch in batches]
         text = sum(s.text_sum for s in sums) / sum(s.text_count for s in sums)
         visual = sum(s.visual_sum_D.sum() for s in sums) / sum(s.visual_count for s in sums)
         wanted = text + 0.7 * visual / 3
         assert float(sum(p.loss for p in parts)) == pytest.approx(float(wanted), rel=1e-6)
-        trained = [(n, p) for n, p in bench.bare.named_parameters() if p.requires_grad]
+        trained = [(n, p) for n, p in bench.model.named_parameters() if p.requires_grad]
         grads = torch.autograd.grad(wanted, [p for _, p in trained])
         got = gradients(bench)
         for (name, _), grad in zip(trained, grads, strict=True):
@@ -49,7 +49,7 @@ def test_official_mode_takes_the_mean_of_each_micro_batch() -> None:
     with one_rank() as groups:
         bench = Bench(run, groups)
         agreement = Agreement(text_count=999, visual_count=999, num_tokens=1, stop=False)
-        sums = bench.bare(micro_batch(run, 1))
+        sums = bench.model(micro_batch(run, 1))
         part = loss_function(LossConfig(mode="official"), agreement, num_micro_batches=2)(sums)
         assert float(part) == float(official_loss(sums, visual_weight=1.0)) / 2
         exact = loss_function(LossConfig(), agreement, num_micro_batches=2)(sums)
@@ -71,7 +71,7 @@ def test_only_trained_parts_move_and_a_text_batch_trains_nothing_in_stage_one() 
         text = [micro_batch(run, 1, images=(0, 0))]
         agreement = agree(text, stop=False, groups=groups)
         loss = loss_function(run.loss, agreement, num_micro_batches=1)
-        result = train_step(bench.model, bench.optimizer, text, loss, step=2, groups=groups)
+        result = train_step(bench.wrapped, bench.optimizer, text, loss, step=2, groups=groups)
         assert result.grad_norm == 0.0
         assert result.loss > 0
 
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_names_rank_step_and_samples() -> None:
         agreement = agree(batches, stop=False, groups=groups)
         loss = loss_function(run.loss, agreement, num_micro_batches=2)
         with pytest.raises(AsvrError, match=r"step 7: .*rank 0.*sample 2\.0, sample 2\.1") as err:
-            train_step(bench.model, bench.optimizer, batches, loss, step=7, groups=groups)
+            train_step(bench.wrapped, bench.optimizer, batches, loss, step=7, groups=groups)
         assert "sample 1." not in str(err.value)
         after = bench.weights()
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -100,9 +100,9 @@ def test_a_gradient_that_is_not_finite_is_an_error(clip_grad: float) -> None:
         batches = step_batches(run, 0, groups)
         agreement = agree(batches, stop=False, groups=groups)
         loss = loss_function(run.loss, agreement, num_micro_batches=2)
-        bench.bare.projector.linear_1.weight.register_hook(lambda grad: grad * math.inf)
+        bench.model.projector.linear_1.weight.register_hook(lambda grad: grad * math.inf)
         with pytest.raises(AsvrError, match="step 3, rank 0: the losses are finite but"):
-            train_step(bench.model, bench.optimizer, batches, loss, step=3, groups=groups)
+            train_step(bench.wrapped, bench.optimizer, batches, loss, step=3, groups=groups)
 
 
 def test_the_rate_warms_up_from_zero_and_ends_at_its_minimum() -> None:
@@ -123,7 +123,7 @@ def test_the_rate_warms_up_from_zero_and_ends_at_its_minimum() -> None:
 def test_biases_and_norms_do_not_decay() -> None:
     with one_rank() as groups:
         bench = Bench(config(), groups)
-        names = {id(p): n for n, p in bench.bare.named_parameters()}
+        names = {id(p): n for n, p in bench.model.named_parameters()}
         decay: dict[str, float] = {}
         inner = bench.optimizer.chained_optimizers[0]
         for model_params, group in zip(
