@@ -103,9 +103,102 @@ def statistics_match() -> None:
     assert counts.item() == 2**54 + 1  # exact, not through floats
 
 
-@pytest.mark.parametrize("fn", [wrong_sizes, statistics_match])
-def test_two_ranks(fn):
-    run_ranks(fn, (), 2, timeout_s=60)
+def gathered_columns_match() -> None:
+    """Every rank uses the gathered rows in its own way: gradients of a rank's rows are summed."""
+    g = setup(2, cp=2)
+    whole = numbers(7, 6, HIDDEN).requires_grad_(True)
+    weights = [numbers(8 + rank, 6, HIDDEN) for rank in range(2)]
+    sum((torch.tanh(whole) * weight).sum() for weight in weights).backward()
+    rows = slice(3 * g.cp_rank, 3 * g.cp_rank + 3)
+    mine = whole.detach()[rows].clone().requires_grad_(True)
+    gathered = collectives.gather_columns(mine, group=g.cp)
+    torch.testing.assert_close(gathered.detach(), whole.detach(), rtol=0, atol=0)
+    (torch.tanh(gathered) * weights[g.cp_rank]).sum().backward()
+    torch.testing.assert_close(mine.grad, whole.grad[rows])
+
+
+def plain_ones_match() -> None:
+    g = setup(4, tp=2, dp=2)
+    x, strided = torch.full((), 1.0 + g.rank), torch.arange(6.0).view(2, 3).T.requires_grad_(True)
+    mine = strided.detach() * (1 + g.rank)
+    collectives.sum_in_place([x, mine, torch.empty(0)], group=g.world)
+    assert x == 10
+    assert torch.equal(mine, strided * 10)
+    shards = collectives.gather_equal(strided * g.rank, group=g.dp)
+    assert torch.equal(shards[0], strided * g.tp_rank)
+    assert torch.equal(shards[1], strided * (g.tp_rank + 2))
+    assert not shards[0].requires_grad
+    assert collectives.gather_objects({"rank": g.rank}, group=g.dp) == [
+        {"rank": g.tp_rank},
+        {"rank": g.tp_rank + 2},
+    ]
+    # The source is a rank of the group, not of the world.
+    assert collectives.broadcast_object(g.rank, 1, group=g.dp) == g.tp_rank + 2
+    sent = strided.to(torch.bfloat16) if g.dp_rank else None
+    got = collectives.broadcast_tensor(sent, 1, group=g.dp)
+    assert torch.equal(got, strided.to(torch.bfloat16))
+    collectives.barrier(group=g.world)
+
+
+def nothing_to_send() -> None:
+    """A rank alone, and tensors without elements, need no communication."""
+    x = torch.ones(2)
+    collectives.sum_in_place([x], group=None)
+    assert torch.equal(collectives.all_reduce_sum(x, group=None), torch.ones(2))
+    assert collectives.gather_objects(3, group=None) == [3]
+    assert collectives.broadcast_object(3, group=None) == 3
+    assert collectives.gather_equal(x, group=None)[0] is not None
+    assert collectives.broadcast_tensor(x, group=None) is x
+    collectives.barrier(group=None)
+    g = setup(2, tp=2)
+    assert collectives.all_reduce_sum(torch.empty(0, 3), group=g.tp).shape == (0, 3)
+    assert [s.shape for s in collectives.gather_equal(torch.empty(0, 3), group=g.tp)] == [
+        (0, 3)
+    ] * 2
+
+
+def refuses_what_nccl_cannot() -> None:
+    g = setup(2, tp=2)
+    with pytest.raises(AsvrError, match=r"\(2,\) torch.bool on cpu over 2 ranks: no dtype"):
+        collectives.all_reduce_sum(torch.tensor([True, False]), group=g.tp)
+    with pytest.raises(AsvrError, match="gloo wants tensors on cpu"):
+        collectives.gather_equal(torch.empty(2, device="meta"), group=g.tp)
+    with pytest.raises(AsvrError, match=r"float32.*float64"):
+        collectives.sum_in_place([torch.ones(1), torch.ones(1).double()], group=g.tp)
+    with pytest.raises(AsvrError, match="its memory is strided"):
+        collectives._check("all_reduce", torch.ones(2, 3).T, g.tp)
+
+
+def disagreements_reach_every_rank() -> None:
+    g = setup(4, tp=4)
+    odd = g.rank == 2
+    with collectives.checked_sizes():
+        want = r"disagree.*: rank 2: \('all_reduce', \(3,\), torch.float32\); rank 0 brings"
+        with pytest.raises(AsvrError, match=want):
+            collectives.all_reduce_sum(torch.ones(3 if odd else 2), group=g.tp)
+        with pytest.raises(AsvrError, match=r"rank 2: .*float64"):
+            collectives.gather_equal(torch.ones(2, dtype=torch.double if odd else None), group=g.tp)
+        x = torch.ones(3 if odd else 2, requires_grad=True)
+        y = collectives.copy_to_tp(x, group=g.tp).sum()
+        with pytest.raises(AsvrError, match=want):
+            y.backward()
+        assert collectives.all_reduce_sum(torch.ones(2), group=g.tp).tolist() == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("fn", "world"),
+    [
+        (wrong_sizes, 2),
+        (statistics_match, 2),
+        (gathered_columns_match, 2),
+        (plain_ones_match, 4),
+        (nothing_to_send, 2),
+        (refuses_what_nccl_cannot, 2),
+        (disagreements_reach_every_rank, 4),
+    ],
+)
+def test_every_rank_agrees(fn, world):
+    run_ranks(fn, (), world, timeout_s=60)
 
 
 def places(plan: ParallelPlan) -> None:
