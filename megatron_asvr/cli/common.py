@@ -100,7 +100,6 @@ def plan_lines(config: Config, world: int) -> list[str]:
     from megatron_asvr.data.loader import Loader
     from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.model.tokenizer import VisualTokenizer
-    from megatron_asvr.parallel.plan import make_plan
     from megatron_asvr.train.assemble import open_source
     from megatron_asvr.train.start import number_of_steps
 
@@ -114,7 +113,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
         tokenizer.width if tokenizer else None,
     )
     lines = [f"{key} = {value}" for key, value in flatten(config).items()]
-    lines.append(f"layout: {make_plan(config.parallel, world).describe()}")
+    lines += layout_lines(config, world, tokenizer.codebook_sizes if tokenizer else ())
     for part, number in counts.items():
         state = "trained" if part in config.train.trainable else "frozen"
         source = config.init.source(part)
@@ -131,4 +130,35 @@ def plan_lines(config: Config, world: int) -> list[str]:
     if config.data.eval:
         with Loader(config, text, split="eval") as held_out:
             lines.append(f"evaluation: {held_out.num_samples:,} records")
+    return lines
+
+
+def layout_lines(config: Config, world: int, codebook_sizes: Sequence[int]) -> list[str]:
+    """The layout: its degrees, what each pipeline stage holds and how even that is.
+
+    Args:
+        config: the run, checked.
+        world: number of ranks.
+        codebook_sizes: codes of every depth; empty without a visual head.
+    """
+    from megatron_asvr.parallel.plan import make_plan
+    from megatron_asvr.parallel.stages import layer_split
+
+    plan, split = make_plan(config, world, codebook_sizes), layer_split(config, codebook_sizes)
+    lines = [f"layout: {plan.describe()}"]
+    if plan.pp == 1:
+        return lines
+    for stage, cost in enumerate(split.costs):
+        chunks = " + ".join(str(number) for number in split.layers[stage :: plan.pp])
+        lines.append(f"stage {stage}: {chunks} layers, {cost / sum(split.costs):.1%} of the cost")
+    lines.append(
+        f"imbalance of the stages: {split.imbalance:.3f} (largest modelled cost over the mean; the "
+        "first has the encoder, the last the LM head and the visual head)"
+    )
+    number = config.train.global_batch // (plan.dp * config.train.micro_batch)
+    if plan.vpp and not config.data.packing and number % plan.pp:
+        lines.append(
+            f"micro-batches: {number} a step, and {-number % plan.pp} empty ones, because virtual "
+            f"stages take a multiple of parallel.pp={plan.pp}"
+        )
     return lines

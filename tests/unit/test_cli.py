@@ -1,12 +1,13 @@
 """The command line's own parts: arguments, the number of ranks, questions, what a run came to."""
 
 import io
+import re
 import typing
 
 import pytest
 
 from megatron_asvr.cli.chat import read_questions
-from megatron_asvr.cli.common import world_size, write_report
+from megatron_asvr.cli.common import layout_lines, world_size, write_report
 from megatron_asvr.cli.main import main, parse
 from megatron_asvr.cli.train import summary_lines
 from megatron_asvr.config.load import load
@@ -115,3 +116,20 @@ def test_a_report_makes_its_folder(tmp_path):
 
 def test_the_schema_names_every_conversation_template():
     assert set(typing.get_args(typing.get_type_hints(DataConfig)["template"])) == set(TEMPLATES)
+
+
+def test_the_layout_names_what_every_stage_holds():
+    settings = ["parallel={tp: 2, pp: 2, vpp: 2}", "train.global_batch=6"]
+    config = load("vicuna7b_stage2", [*settings, "train.micro_batch=2"])
+    layout, first, last, imbalance, empty = layout_lines(config, 4, (16384,) * 8)
+    assert layout == "layout: TP2 x PP2 x CP1 x DP1 x VPP2 = 4 ranks"
+    layers = [[int(x) for x in re.findall(r"(\d+)(?= \+| layers)", line)] for line in (first, last)]
+    assert sum(map(sum, layers)) == 32
+    assert layers[1][1] < layers[1][0]  # beside the heads
+    shares = [float(re.search(r"([\d.]+)% of the cost", line)[1]) for line in (first, last)]
+    assert sum(shares) == pytest.approx(100, abs=0.11)
+    assert f"{max(shares) / 50:.2f}" in imbalance
+    assert "3 a step, and 1 empty ones" in empty
+    assert layout_lines(load("vicuna7b_stage2"), 8, ()) == [
+        "layout: TP8 x PP1 x CP1 x DP1 = 8 ranks"
+    ]
