@@ -192,7 +192,10 @@ class AsvrModel(MegatronModule):
         """
         embeds_SBH = self.embeddings(batch, features_PF) if self.pre_process else None
         return self.language_model(
-            embeds_SBH, batch.own(batch.position_ids_BS), self.language_model.mask(batch)
+            embeds_SBH,
+            batch.own(batch.position_ids_BS),
+            self.language_model.mask(batch),
+            batch.own(batch.document_BS) < 0,
         )
 
     def codes(self, batch: MicroBatch) -> Tensor:
