@@ -1,0 +1,265 @@
+"""Does a layout compute what one rank computes? Asked of a user's own model and samples.
+
+One step is measured twice, on one rank and in the layout, each by ranks of its own: losses, counts,
+the gradient of every parameter, and the outputs of modules (probes.py). ``judge`` compares the two.
+Nothing is trained, and the run's folder is not touched.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
+
+from torch import nn
+
+from megatron_asvr.checkpoint.identity import identity
+from megatron_asvr.config.check import check
+from megatron_asvr.config.schema import Config, ParallelConfig
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.model import sharding
+from megatron_asvr.model.asvr import AsvrModel, build_chunks
+from megatron_asvr.model.loss import read_totals
+from megatron_asvr.parallel import record
+from megatron_asvr.parallel.collectives import gather_objects
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.train import probes
+from megatron_asvr.train.assemble import Data, load_sources, make_groups, open_data
+from megatron_asvr.train.codes import fill_codes
+from megatron_asvr.train.excerpt import make_excerpt
+from megatron_asvr.train.optim import make_optimizer, wrap
+from megatron_asvr.train.shrink import shrink
+from megatron_asvr.train.step import (
+    agree,
+    backward,
+    loss_function,
+    reduce_gradients,
+    train_step,
+)
+from megatron_asvr.train.verdict import Facts, Measurement, Verdict, judge, plain, save_gradient
+
+MICRO_BATCHES = 2  # of each data-parallel rank, at least
+
+Start = Callable[[Callable[..., Facts], Sequence[Any], int], Facts]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is to be certified.
+
+    Attributes:
+        config: the user's run; its ``parallel`` settings are the layout's.
+        dp: data-parallel ranks of the layout.
+        samples: of the global batch; None takes a few micro-batches.
+        precision: of the computation; decides the tolerances.
+        shrink: a small model of the same structure, with weights from the seed.
+        prepare: compute missing codes into the run's cache.
+        collectives: compare the schedules of collectives over ranks too.
+    """
+
+    config: Config
+    dp: int
+    samples: int | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    shrink: bool = False
+    prepare: bool = False
+    collectives: bool = False
+
+    @property
+    def world(self) -> int:
+        """Ranks of the layout."""
+        p = self.config.parallel
+        return p.tp * p.pp * p.cp * self.dp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Certificate:
+    """The verdict and what it is about.
+
+    Attributes:
+        verdict: of the comparison.
+        request: what was asked for.
+        samples: ids of the samples.
+        replaced: bad images whose records were left out, with the reasons.
+    """
+
+    verdict: Verdict
+    request: Request
+    samples: Sequence[str]
+    replaced: dict[str, str]
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        request = self.request
+        return plain(
+            {
+                "ok": self.verdict.ok,
+                "layout": {**asdict(request.config.parallel), "dp": request.dp},
+                "precision": request.precision,
+                "shrunk": request.shrink,
+                "samples": self.samples,
+                "replaced": self.replaced,
+                "rows": [asdict(row) for row in self.verdict.rows],
+                "worst_gradients": dict(self.verdict.worst),
+                "places": self.verdict.places,
+            }
+        )
+
+
+def certify(request: Request, start: Start) -> Certificate:
+    """Whether the layout computes what one rank computes.
+
+    Args:
+        request: what is to be certified.
+        start: runs a function with arguments in so many ranks, and returns rank 0's result.
+
+    Raises:
+        ConfigError: the layout cannot work, or inputs are missing: all of them are named.
+        LaunchError: a rank failed.
+    """
+    config = check(_one_step(request), request.world)
+    if request.shrink:
+        config = check(shrink(config), request.world)
+    with tempfile.TemporaryDirectory(prefix="asvr-certify-") as name:
+        folder = Path(name)
+        excerpt = make_excerpt(config, folder, prepare=request.prepare)
+        runs = []
+        for kind, parallel, world in (
+            ("reference", ParallelConfig(), 1),
+            ("layout", config.parallel, request.world),
+        ):
+            (folder / kind).mkdir()
+            run = replace(excerpt.config, parallel=parallel)
+            args = (run, str(folder / kind), excerpt.samples, request.collectives)
+            runs.append(Measurement(facts=start(measure, args, world), folder=folder / kind))
+        verdict = judge(*runs, precision=request.precision, samples=excerpt.samples)
+    return Certificate(
+        verdict=verdict, request=request, samples=excerpt.samples, replaced=excerpt.replaced
+    )
+
+
+def _one_step(request: Request) -> Config:
+    """The run with one step of the wanted size and precision."""
+    config = request.config
+    p, t = config.parallel, config.train
+    share = request.dp * t.micro_batch
+    samples = request.samples or share * max(MICRO_BATCHES, p.pp) * (
+        2 if config.data.packing else 1
+    )
+    if samples % share and not config.data.packing:
+        raise ConfigError(
+            f"--samples={samples} is not a multiple of dp={request.dp} x "
+            f"train.micro_batch={t.micro_batch}; use a multiple of {share}"
+        )
+    return replace(
+        config,
+        train=replace(
+            t,
+            steps=1,
+            epochs=None,
+            global_batch=samples,
+            precision=request.precision,
+            # The norm is computed for clipping only.
+            optim=replace(t.optim, clip_grad=t.optim.clip_grad or 1.0),
+        ),
+    )
+
+
+def measure(config: Config, folder: str, samples: Sequence[str], collectives: bool) -> Facts:
+    """What one step computes; gradients and probes go to ``folder``. Call it on every rank.
+
+    Args:
+        config: a run of one step.
+        folder: of this measurement, on storage that all ranks share.
+        samples: ids of the global batch.
+        collectives: record the schedule of collectives of the step.
+    """
+    groups = make_groups(config)
+    with contextlib.closing(open_data(config, groups=groups)) as data:
+        chunks = _model(config, data, groups)
+        wrapped = wrap(chunks, config.train.optim)
+        optimizer = make_optimizer(wrapped, config.train)
+        batches = data.train.step(0)
+        agreement = agree(batches, stop=False, groups=groups)
+        loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
+        with (
+            probes.Recorder(chunks=chunks, groups=groups, samples=samples) as recorder,
+            _completed(chunks) as parameters,
+        ):
+            backward(wrapped, batches, loss)
+        reduce_gradients(wrapped, groups=groups, whole=True)
+        recorder.save(Path(folder) / f"{groups.rank}.probes")
+        _save_gradients(chunks, Path(folder), groups)
+        with record.Recorder() if collectives else contextlib.nullcontext() as schedule:
+            result = train_step(wrapped, optimizer, batches, loss, step=0, groups=groups)
+    used = {"text": agreement.text_count, "visual": agreement.visual_count}
+    divisors = gather_objects((_who(groups), used), group=groups.world)
+    schedules = gather_objects(schedule.entries if schedule else [], group=groups.world)
+    losses = read_totals(result.totals)
+    kinds = [kind for kind in used if f"{kind}_loss" in losses]
+    return Facts(
+        losses={"loss": result.loss, **{f"{kind} loss": losses[f"{kind}_loss"] for kind in kinds}},
+        targets={kind: int(losses[f"{kind}_targets"]) for kind in kinds},
+        grad_norm=result.grad_norm,
+        divisors=divisors,
+        parameters=list(parameters),
+        collectives=record.compare_schedules(schedules) if collectives else None,
+        num_collectives=sum(map(len, schedules)),
+    )
+
+
+def _model(config: Config, data: Data, groups: Groups) -> list[AsvrModel]:
+    """The model with its first weights, and the codes of its images."""
+    chunks = build_chunks(config, groups=groups, tokenizer=data.tokenizer)
+    fingerprint = data.tokenizer.fingerprint if data.tokenizer is not None else None
+    facts = identity(config, tokenizer_fingerprint=fingerprint, image_keys=data.train.image_keys())
+    load_sources(chunks, config, facts=facts, groups=groups)
+    fill_codes(data, groups=groups)
+    return chunks
+
+
+@contextlib.contextmanager
+def _completed(chunks: Sequence[AsvrModel]) -> Iterator[dict[str, None]]:
+    """The trained parameters, in the order in which the backward passes inside complete them."""
+    order: dict[str, None] = {}
+
+    def note(name: str) -> Callable[[nn.Parameter], None]:
+        return lambda parameter: order.setdefault(name)
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(note(name))
+        for name, parameter in sharding.named(chunks)
+        if parameter.requires_grad
+    ]
+    yield order
+    for handle in handles:
+        handle.remove()
+
+
+def _save_gradients(chunks: Sequence[AsvrModel], folder: Path, groups: Groups) -> None:
+    """Write the full gradient of every trained parameter, one after the other."""
+    trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
+    weights = [parameter.data for parameter in trained]
+    for parameter in trained:
+        parameter.data = parameter.main_grad  # what full_state gathers
+    state = sharding.full_state(chunks, groups=groups, only=lambda _, p: p.requires_grad)
+    for name, gradient in state:
+        if groups.rank == 0:
+            save_gradient(folder, name, gradient)
+    for parameter, weight in zip(trained, weights, strict=True):
+        parameter.data = weight
+
+
+def _who(groups: Groups) -> str:
+    """This rank and its place in the layout."""
+    places = {
+        "tp": groups.tp_rank,
+        "pp": groups.pp_rank,
+        "cp": groups.cp_rank,
+        "dp": groups.dp_rank,
+    }
+    named = ", ".join(f"{name} {rank}" for name, rank in places.items())
+    return f"rank {groups.rank} ({named})"
