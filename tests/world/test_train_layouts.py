@@ -10,36 +10,57 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_asvr.config.schema import Config
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
+from megatron_asvr.parallel.collectives import gather_equal
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
-from megatron_asvr.train.step import agree, backward, loss_function, reduce_gradients
+from megatron_asvr.train.step import agree, backward, loss_function, reduce_gradients, train_step
 from megatron_asvr.train.telemetry import gradient_cosine
-from tests.run_cases import Bench, config, step_batches
+from tests.run_cases import CODEBOOK_SIZES, Bench, config, micro_batch, step_batches, view_of
 
 pytestmark = pytest.mark.world
 
 ALL = ["vision_encoder", "projector", "language_model", "visual_head"]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
-    "tp2": (2, {"parallel__tp": 2}),
-    "tp2_sp": (2, {"parallel__tp": 2, "parallel__sp": True}),
+    "tp2": (2, {"tp": 2}),
+    "tp2_sp": (2, {"tp": 2, "sp": True}),
+    "pp2": (2, {"pp": 2}),
+    "pp2_vpp2": (2, {"pp": 2, "vpp": 2}),
+    "cp2": (2, {"cp": 2}),
     "dp2": (2, {}),
-    "tp2_dp2": (4, {"parallel__tp": 2}),
+    "tp2_dp2": (4, {"tp": 2}),
+    "tp2_pp2": (4, {"tp": 2, "pp": 2}),
+    "tp2_sp_cp2": (4, {"tp": 2, "sp": True, "cp": 2}),
 }
 
 
-def layout_run(changes: dict[str, Any]) -> dict[str, Any]:
-    """Losses and norms of four steps, and the first step's gradients as full tensors."""
-    run = config(train__trainable=ALL, **changes)
-    groups = initialize(make_plan(run, dist.get_world_size()))
-    # The plain optimizer's buffers hold the whole sum on every rank, so they can be compared.
-    plain = Bench(config(train__trainable=ALL, train__optim__distributed=False, **changes), groups)
-    grads = first_gradients(plain, groups)
+def layout_config(degrees: dict[str, Any], **changes: Any) -> Config:
+    degrees = {"stages": (1,) * 4 if "vpp" in degrees else None, **degrees}
+    return config(
+        model__language__num_layers=4,
+        train__global_batch=8,
+        parallel=degrees,
+        **{"train__trainable": ALL, **changes},
+    )
+
+
+def start(run: Config) -> Groups:
+    return initialize(make_plan(run, dist.get_world_size(), CODEBOOK_SIZES))
+
+
+def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Losses and norms of five steps, and the first step's gradients as full tensors."""
+    run = layout_config(degrees, **changes)
+    groups = start(run)
+    grads = first_gradients(Bench(run, groups), groups)
     bench = Bench(run, groups)
-    cosine = gradient_cosine(bench.model, step_batches(run, 0, groups)[0], groups=groups)
-    steps = [bench.step(step) for step in range(4)]
+    batches = step_batches(run, 0, groups)
+    agreement = agree(batches, stop=False, groups=groups)
+    cosine = gradient_cosine(bench.wrapped, batches, agreement, groups=groups)
+    steps = [bench.step(step) for step in range(5)]
     check_replicas(bench, groups)
     return {
         "losses": [result.loss for result in steps],
@@ -54,48 +75,84 @@ def first_gradients(bench: Bench, groups: Groups) -> dict[str, Tensor]:
     batches = step_batches(bench.run, 0, groups)
     agreement = agree(batches, stop=False, groups=groups)
     loss = loss_function(bench.run.loss, agreement, num_micro_batches=len(batches))
-    bench.model.zero_grad_buffer()
-    backward(bench.model, batches, loss)
-    reduce_gradients(bench.model, groups=groups)
+    for chunk in bench.wrapped:
+        chunk.zero_grad_buffer()
+    backward(bench.wrapped, batches, loss)
+    reduce_gradients(bench.wrapped, groups=groups, whole=True)
     with torch.no_grad():
-        for param in bench.bare.parameters():
+        for _, param in sharding.named(bench.chunks):
             param.copy_(param.main_grad if param.requires_grad else torch.zeros_like(param))
-    return dict(sharding.full_state(bench.bare, groups=groups))
+    return dict(sharding.full_state(bench.chunks, groups=groups))
 
 
 def check_replicas(bench: Bench, groups: Groups) -> None:
     """Weights that several ranks hold have stayed the same bits on all of them."""
-    for name, param in bench.bare.named_parameters():
-        sharded = getattr(param, "tensor_model_parallel", False)
-        same = groups.dp if sharded else groups.world
-        copies = [torch.empty_like(param) for _ in range(same.size())]
-        dist.all_gather(copies, param.detach(), group=same)
-        assert all(torch.equal(copy, copies[0]) for copy in copies), name
+    for name, param in sharding.named(bench.chunks):
+        ways = [groups.dp_cp] if sharding.is_split(param) else [groups.dp_cp, groups.tp]
+        if not sharding.is_expert(param):
+            for group in ways:
+                copies = gather_equal(param, group=group)
+                assert all(torch.equal(copy, copies[0]) for copy in copies), name
 
 
 @functools.cache
-def results(layout: str) -> dict[str, Any]:
-    world, changes = LAYOUTS[layout]
-    return run_ranks(layout_run, (changes,), world, timeout_s=240)
+def results(layout: str, changes: tuple[tuple[str, Any], ...] = ()) -> dict[str, Any]:
+    world, degrees = LAYOUTS[layout]
+    return run_ranks(layout_run, (degrees, dict(changes)), world, timeout_s=240)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
-def test_every_layout_takes_the_same_steps(layout: str) -> None:
-    got, want = results(layout), results("single")
+def same_steps(layout: str, changes: tuple[tuple[str, Any], ...] = ()) -> None:
+    got, want = results(layout, changes), results("single", changes)
     # Measured: losses 4e-8, norms 1.3e-7 relative over all layouts.
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-6)
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-6)
     for mine, theirs in zip(got["totals"], want["totals"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
     everything = torch.stack([g.norm() for g in want["grads"].values()]).norm()
-    assert got["grads"].keys() == want["grads"].keys()
+    assert list(got["grads"]) == list(want["grads"])
     for name, grad in want["grads"].items():
         bound = 1e-5 * max(float(grad.norm()), 1e-3 * float(everything))
         assert float((got["grads"][name] - grad).norm()) <= bound, name
+    if want["cosine"] is None:
+        assert got["cosine"] is None
+    else:
+        assert -1 < want["cosine"] < 1
+        assert got["cosine"] == pytest.approx(want["cosine"], abs=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2_sp"])
-def test_the_gradient_cosine_does_not_depend_on_the_split_of_the_model(layout: str) -> None:
-    want = results("single")["cosine"]
-    assert -1 < want < 1
-    assert results(layout)["cosine"] == pytest.approx(want, abs=1e-5)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
+def test_every_layout_takes_the_same_steps(layout: str) -> None:
+    same_steps(layout)
+
+
+TIED = (("model__language__tied_embeddings", True), ("model__language__family", "qwen3"))
+
+
+@pytest.mark.parametrize("layout", ["pp2_vpp2", "tp2_pp2", "tp2_sp_cp2"])
+def test_tied_embeddings_and_norms_per_head_take_the_same_steps(layout: str) -> None:
+    same_steps(layout, TIED)
+
+
+@pytest.mark.parametrize("part", ["visual_head", "projector"])
+def test_a_stage_with_nothing_to_train_takes_the_same_steps(part: str) -> None:
+    same_steps("pp2_vpp2", (("train__trainable", (part,)),))
+
+
+def nothing_run(degrees: dict[str, Any]) -> tuple[float, float, bool]:
+    """A step whose global batch has no image and no target, after two others."""
+    run = layout_config(degrees, train__optim__weight_decay=0.0)
+    groups = start(run)
+    bench = Bench(run, groups)
+    bench.step(0)
+    batches = [view_of(micro_batch(run, 1, images=(-1, -1)), groups) for _ in range(4)]
+    agreement = agree(batches, stop=False, groups=groups)
+    loss = loss_function(run.loss, agreement, num_micro_batches=len(batches))
+    result = train_step(bench.wrapped, bench.optimizer, batches, loss, step=1, groups=groups)
+    finite = all(bool(x.isfinite().all()) for x in bench.weights().values())
+    return result.loss, result.grad_norm, finite
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2_sp_cp2", "pp2_vpp2", "dp2"])
+def test_a_global_batch_without_any_target_has_no_loss_and_no_gradient(layout: str) -> None:
+    world, degrees = LAYOUTS[layout]
+    assert run_ranks(nothing_run, (degrees,), world, timeout_s=240) == (0.0, 0.0, True)
