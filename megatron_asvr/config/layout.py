@@ -125,10 +125,9 @@ def _experts(config: Config) -> Iterator[str]:
 
 def _sequence(config: Config) -> Iterator[str]:
     p, d = config.parallel, config.data
-    if not d.packing:
+    if not d.packing or d.pack_length is None:
         return  # rows are padded to what the layout needs
-    name = "pack_length" if d.pack_length is not None else "max_length"
-    length = d.pack_length or d.max_length
+    length = d.pack_length
     if length < d.max_length:
         yield (
             f"data.pack_length={length} is shorter than a sample may be, "
@@ -139,7 +138,7 @@ def _sequence(config: Config) -> Iterator[str]:
         fits = -(-length // multiple) * multiple
         reason = " x ".join(["2 x cp"] * (p.cp > 1) + ["tp"] * p.sp)
         yield (
-            f"data.{name}={length} is not a multiple of {reason} = {multiple}; "
+            f"data.pack_length={length} is not a multiple of {reason} = {multiple}; "
             f"use {fits}" + (f" or {fits - multiple}" if fits > multiple else "")
         )
 

@@ -67,6 +67,7 @@ def transformer_config(
     """
     virtual = plan.vpp is not None
     full = recompute == "full"
+    window = config.sliding_window
     mixture = _mixture_settings(config, plan) if config.is_mixture else {}
     return TransformerConfig(
         num_layers=config.num_layers,
@@ -81,6 +82,7 @@ def transformer_config(
         layernorm_epsilon=config.norm_eps,
         add_bias_linear=False,
         add_qkv_bias=config.qkv_bias,
+        window_size=None if window is None else (window - 1, 0),  # Transformer Engine's attention
         qk_layernorm=config.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal
 from megatron_asvr.platforms import Platform
 
 from megatron_asvr.batch import MicroBatch
+from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import ConfigError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -35,6 +37,26 @@ def select_backend(platform: Platform) -> tuple[Backend, str]:
         reason = f"Transformer Engine cannot be imported ({error}); the extra 'gpu' installs it"
         return "local", reason
     return "te", "CUDA with Transformer Engine"
+
+
+def check_attention(config: Config, backend: Backend) -> None:
+    """Return when the attention of ``backend`` can do what the layout asks of it.
+
+    Args:
+        config: the run.
+        backend: from ``select_backend``.
+
+    Raises:
+        ConfigError: context parallelism with a sliding window in Transformer Engine, whose ring of
+            keys and values knows no window and whose other ways take no packed documents.
+    """
+    cp, window = config.parallel.cp, config.model.language.sliding_window
+    if backend == "te" and cp > 1 and window is not None:
+        raise ConfigError(
+            f"parallel.cp={cp} with model.language.sliding_window={window}: Transformer Engine's "
+            "attention cannot do both; use cp=1 and another degree, or sliding_window=null where no "
+            f"document is longer than {window}"
+        )
 
 
 def block_spec(

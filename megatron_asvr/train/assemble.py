@@ -32,7 +32,7 @@ from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
-from megatron_asvr.precision import select_backend
+from megatron_asvr.precision import check_attention, select_backend
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +79,7 @@ def make_groups(config: Config) -> Groups:
     """
     world = dist.get_world_size()
     check(config, world)
+    check_attention(config, select_backend(select()[0])[0])
     return initialize(make_plan(config, world, codebook_sizes(config)), seed=config.run.seed)
 
 

@@ -172,3 +172,10 @@ def test_backend_choice_gives_its_reason():
     if platforms.select()[0].name == "cpu":
         assert backend == "local"
         assert "CUDA" in reason
+
+
+def test_transformer_engine_learns_the_sliding_window():
+    """A token sees itself and ``sliding_window`` - 1 positions before it."""
+    assert transformer_config(SMALL, ParallelPlan(), torch.float32).window_size is None
+    config = transformer_config(CASES["mistral"], ParallelPlan(), torch.float32)
+    assert config.window_size == (CASES["mistral"].sliding_window - 1, 0)

@@ -5,6 +5,7 @@ import pytest
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load
 from megatron_asvr.errors import ConfigError
+from megatron_asvr.precision import check_attention
 
 BASE = [
     "model.text_tokenizer=t.model",
@@ -45,7 +46,6 @@ def refused(world, *overrides):
             [PACKED, "data.pack_length=2052", "parallel={cp: 2, tp: 2, sp: true}"],
             ["pack_length=2052", "2 x cp x tp = 8", "2056 or 2048"],
         ),
-        (None, [PACKED, "parallel.cp=3"], ["max_length=2048", "2 x cp = 6", "2052 or 2046"]),
         (None, ["loss.mode=official", "parallel.pp=2"], ["parallel.pp must be 1, got 2"]),
         (None, ["loss.mode=official", "parallel.cp=2"], ["parallel.cp must be 1, got 2"]),
         (None, ["loss.mode=official", PACKED], ["data.packing must be false, got true"]),
@@ -91,6 +91,7 @@ def test_all_problems_are_listed_at_once():
         (4, ["parallel={tp: 2, ep: 4, sp: true}", MIXTURE]),
         (3, [PACKED]),  # packed sequences are handed out one by one
         (1, [PACKED, "data.pack_length=4096"]),
+        (3, [PACKED, "parallel.cp=3"]),  # 2048 is padded
         (2, ["parallel={cp: 2}", "data.max_length=2047"]),  # rows are padded
         (2, ["parallel={tp: 2}", "loss.visual_weight=0", "model.visual_head={width: 3}"]),
     ],
@@ -99,3 +100,11 @@ def test_possible_layouts_pass(world, overrides):
     trainable = "train.trainable=[projector, language_model]"
     config = load(None, [*BASE, trainable, *overrides])
     assert check(config, world) == config
+
+
+def test_a_sliding_window_under_context_parallelism_needs_the_dense_attention():
+    config = load(None, ["parallel.cp=2", "model.language.sliding_window=64"])
+    check_attention(config, "local")
+    with pytest.raises(ConfigError, match=r"parallel.cp=2 with .*sliding_window=64.*use cp=1"):
+        check_attention(config, "te")
+    check_attention(load(None, ["parallel.cp=2"]), "te")
