@@ -54,7 +54,7 @@ def check_attention(config: Config, backend: Backend) -> None:
     if backend == "te" and cp > 1 and window is not None:
         raise ConfigError(
             f"parallel.cp={cp} with model.language.sliding_window={window}: Transformer Engine's "
-            "attention cannot do both; use cp=1 and another degree, or sliding_window=null where no "
+            "attention cannot do both; use cp=1 and other degrees, or sliding_window=null where no "
             f"document is longer than {window}"
         )
 
