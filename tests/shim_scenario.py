@@ -147,6 +147,14 @@ def check_tracker() -> None:
     assert not torch.equal(*drawn)
 
 
+def check_split_sizes() -> None:
+    """Sizes of the pieces that experts exchange are numbers: torch refuses tensors there."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([2, 3]), as_numpy=True)
+    assert not isinstance(sizes, torch.Tensor)
+
+
 def check_no_interpreter_spawned() -> None:
     me = str(os.getpid())
     for path in pathlib.Path("/proc").glob("[0-9]*"):
@@ -176,6 +184,7 @@ def run(skip: str) -> None:
     scale_fp16()
     check_compiler()
     check_tracker()
+    check_split_sizes()
     with tempfile.TemporaryDirectory() as folder:
         save_and_load(model, optimizer, folder)
     check_no_interpreter_spawned()

@@ -108,6 +108,11 @@ def _check_experts(lm: LanguageConfig) -> None:
         f"model.language.experts_per_token={lm.experts_per_token} exceeds "
         f"num_experts={lm.num_experts}; use 1 to {lm.num_experts}",
     )
+    _require(
+        lm.experts_per_token > 1 or (lm.family == "qwen3_moe" and not lm.norm_topk_prob),
+        "model.language.experts_per_token=1 has the weight 1 whatever the router says, so the "
+        "router cannot learn; use at least 2, or family qwen3_moe with norm_topk_prob=false",
+    )
 
 
 def _check_train(config: Config) -> None:

@@ -11,6 +11,7 @@ import signal
 from megatron_asvr.platforms.adam import FusedAdam
 from megatron_asvr.platforms.redirects import used
 
+import numpy as np
 import torch
 
 
@@ -63,6 +64,26 @@ def recompute() -> None:
     random.FP8GlobalStateManager = _NoFp8
     random.activation_recompute_forward = nothing
     random.fp8_autocast = nothing
+
+
+def split_sizes() -> None:
+    """Experts' all-to-all gets its split sizes as numbers, which torch wants.
+
+    megatron-core turns them into numbers only when it moves them from the GPU.
+    """
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    original = dispatcher.maybe_move_tensor_to_cpu
+
+    def to_cpu(
+        tensor: torch.Tensor, as_numpy: bool = False, record_stream: bool = False
+    ) -> torch.Tensor | np.ndarray:
+        moved = original(tensor, as_numpy, record_stream)
+        if as_numpy and isinstance(moved, torch.Tensor):
+            used["split_sizes"] += 1
+            return moved.numpy()
+        return moved
+
+    dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
 def fused_adam() -> None:

@@ -109,6 +109,15 @@ SHIMS = (
         ),
     ),
     Shim(
+        "split_sizes",
+        "after",
+        replacements.split_sizes,
+        (
+            Line("transformer/moe/moe_utils.py", 1093, 1184, "tensor.is_cuda"),
+            Line("transformer/moe/token_dispatcher.py", 880, 931, "as_numpy=True"),
+        ),
+    ),
+    Shim(
         "fused_adam",
         "after",
         replacements.fused_adam,

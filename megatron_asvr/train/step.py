@@ -30,6 +30,7 @@ from megatron_asvr.errors import AsvrError
 from megatron_asvr.model.loss import LossSums, joint_loss, official_loss
 from megatron_asvr.parallel.collectives import all_reduce_sum, gather_objects, sum_in_place
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.precision.routing import balanced
 
 Chunks = Sequence[DistributedDataParallel]  # this rank's stage, or its virtual stages
 LossFunction = Callable[[LossSums], Tensor]
@@ -232,7 +233,12 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    parts = backward(chunks, batches, loss)
+    with balanced(
+        chunks,
+        lambda: run_schedule(chunks, batches, loss, forward_only=True),
+        group=groups.tp_cp_dp,
+    ):
+        parts = backward(chunks, batches, loss)
     totals, value = sum_parts(parts, depth=chunks[0].module.num_depths, groups=groups)
     if not (math.isfinite(value) and bool(totals.isfinite().all())):
         raise AsvrError(_blame(parts, batches, step, groups))
