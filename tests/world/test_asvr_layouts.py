@@ -29,7 +29,9 @@ PLANS = {
     "tp2": ParallelPlan(tp=2, world=2),
     "tp2_sp": ParallelPlan(tp=2, sp=True, world=2),
     "pp2": ParallelPlan(pp=2, world=2),
+    "pp2_no_layer_first": ParallelPlan(pp=2, stages=(0, 2), world=2),
     "tp2_pp2_sp": ParallelPlan(tp=2, pp=2, sp=True, world=4),
+    "tp2_pp2_sp_no_layer_last": ParallelPlan(tp=2, pp=2, stages=(2, 0), sp=True, world=4),
 }
 
 
