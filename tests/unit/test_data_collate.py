@@ -8,7 +8,7 @@ from megatron_asvr.batch import IGNORE, NO_POSITION
 from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.pixels import ZERO_KEY
 from megatron_asvr.data.records import parse_record
-from megatron_asvr.data.sample import SampleBuilder
+from megatron_asvr.data.sample import Row, SampleBuilder
 from megatron_asvr.data.text import TextTokenizer
 from tests.unit.data_corpus import TEXTS, ask, config
 
@@ -110,6 +110,51 @@ def test_shift_loses_the_first_patch_of_an_image_without_predecessor(tokenizer, 
     assert batch.visual_positions_M.tolist() == [0, 1, 2]
     assert batch.visual_patches_M.tolist() == [1, 2, 3]
     assert collator.lost_first_patches(sample) == 1
+
+
+def test_a_packed_document_has_no_predecessor_in_the_one_before(tokenizer, tmp_path):
+    settings = config(loss__target_shift=1)
+    text = np.array([1, 5, 6, 2])
+    plain = {"positions_S": np.arange(4), "branch_S": np.zeros(4, np.int32)}
+    words = Row(tokens_S=text, targets_S=text, image_starts=(), **plain)
+    image = Row(tokens_S=text, targets_S=text, image_starts=(0,), **plain)
+    documents = [
+        Document(row=words, sample_id="words", keys=[]),
+        Document(row=image, sample_id="image", keys=["a"]),
+    ]
+    batch = Collator.from_config(settings, tokenizer.pad_id).collate(
+        [documents], pixels=lambda keys: None, codes=None
+    )
+    assert batch.image_positions_P.tolist() == [4, 5, 6, 7]
+    assert batch.visual_positions_M.tolist() == [4, 5, 6]
+    assert batch.visual_patches_M.tolist() == [1, 2, 3]
+    assert batch.cu_seqlens.tolist() == batch.cu_seqlens_padded.tolist() == [0, 4, 8]
+
+
+def test_context_parallel_ranks_by_hand(tokenizer):
+    words = {"positions_S": np.arange(5), "branch_S": np.zeros(5, np.int32)}
+    tokens = np.arange(11, 16)
+    row = Row(tokens_S=tokens, targets_S=tokens + 100, image_starts=(1,), **words)
+    # Padded to 8: rank 0 holds places 0, 1, 6, 7 and rank 1 holds 2, 3, 4, 5; patches at 1 to 4.
+    expected = {
+        0: ([11, 12, 0, 0], [1], [0], [0, 1], [0, 1]),
+        1: ([13, 14, 15, 0], [0, 1, 2], [1, 2, 3], [0, 1], [2, 3]),
+    }
+    settings = config(parallel__cp=2, loss__target_shift=1)
+    for rank, (own, positions, patches, sources, targets) in expected.items():
+        collator = Collator.from_config(settings, 0, view=View(cp_rank=rank))
+        document = Document(row=row, sample_id="x", keys=["a"])
+        batch = collator.collate([[document], []], pixels=lambda keys: None, codes=None)
+        assert batch.context == (rank, 2)
+        assert batch.tokens_BS.tolist() == [own, [0] * 4]
+        assert batch.index_BS.tolist() == [[0, 1, 6, 7, 2, 3, 4, 5]] * 2
+        assert batch.document_BS[0].tolist() == [0, 0, -1, -1, 0, 0, 0, -1]
+        assert batch.image_positions_P.tolist() == positions
+        assert batch.image_patches_P.tolist() == patches
+        assert batch.visual_positions_M.tolist() == sources
+        assert batch.visual_patches_M.tolist() == targets
+        assert batch.cu_seqlens.tolist() == [0, 5, 5]
+        assert batch.cu_seqlens_padded.tolist() == [0, 8, 16]
 
 
 def test_repeated_images_have_one_visual_loss(tokenizer, tmp_path):
