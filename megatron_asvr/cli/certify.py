@@ -101,7 +101,11 @@ def with_layout(config: Config, text: str) -> tuple[Config, int]:
 
 def table(report: dict[str, Any], world: int) -> list[str]:
     """The report for a person."""
-    layout = ", ".join(f"{k}={v}" for k, v in report["layout"].items() if v not in (None, 1, False))
+    layout = ", ".join(
+        f"{name}={str(value).lower()}"
+        for name, value in report["layout"].items()
+        if value is True or value not in (None, False, 1)
+    )
     model = "shrunk model" if report["shrunk"] else "model"
     lines = [
         f"{layout or 'one rank'} ({world} ranks) against one rank: {model}, "

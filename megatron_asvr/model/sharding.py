@@ -174,9 +174,8 @@ def _shard(full: Tensor, parameter: nn.Parameter, groups: Groups) -> Tensor:
     return torch.cat([block.chunk(tp, dim)[groups.tp_rank] for block in blocks], dim)
 
 
-def _gather(parameter: nn.Parameter, groups: Groups) -> Tensor:
-    """The full tensor of ``parameter``, without padding; collective over the TP group."""
-    shard = parameter.detach().contiguous()
+def _gather(parameter: nn.Parameter, shard: Tensor, groups: Groups) -> Tensor:
+    """The full tensor of which a ``shard`` like ``parameter`` is part; collective over TP."""
     if not is_split(parameter):
         return shard
     dim = parameter.partition_dim
@@ -244,7 +243,12 @@ def full_shapes(
 
 
 def full_state(
-    modules: Modules, *, groups: Groups, prefix: str = "", only: Choice | None = None
+    modules: Modules,
+    *,
+    groups: Groups,
+    prefix: str = "",
+    only: Choice | None = None,
+    of: Callable[[nn.Parameter], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (canonical name, full tensor on the CPU) of every parameter, on every rank.
 
@@ -257,12 +261,14 @@ def full_state(
         groups: where to gather.
         prefix: where ``modules`` sit in the model, e.g. ``"language_model."``.
         only: which parameters; all without it.
+        of: what is gathered for a parameter, sharded as it is: its values, or its gradient.
     """
     mine = dict(named(modules, prefix=prefix))
     for name, (stage, ep_rank, _) in _table(modules, groups, prefix, only).items():
         full = None
         if stage == groups.pp_rank:
-            full = _gather(mine[name], groups) if name in mine else None
+            if name in mine:
+                full = _gather(mine[name], of(mine[name]).contiguous(), groups)
             if ".local_experts." in name:
                 full = broadcast_tensor(full, ep_rank, group=groups.ep)
         yield name, broadcast_tensor(full, stage, group=groups.pp).cpu()

@@ -241,16 +241,12 @@ def _completed(chunks: Sequence[AsvrModel]) -> Iterator[dict[str, None]]:
 
 def _save_gradients(chunks: Sequence[AsvrModel], folder: Path, groups: Groups) -> None:
     """Write the full gradient of every trained parameter, one after the other."""
-    trained = [p for chunk in chunks for p in chunk.parameters() if p.requires_grad]
-    weights = [parameter.data for parameter in trained]
-    for parameter in trained:
-        parameter.data = parameter.main_grad  # what full_state gathers
-    state = sharding.full_state(chunks, groups=groups, only=lambda _, p: p.requires_grad)
+    state = sharding.full_state(
+        chunks, groups=groups, only=lambda _, p: p.requires_grad, of=lambda p: p.main_grad
+    )
     for name, gradient in state:
         if groups.rank == 0:
             save_gradient(folder, name, gradient)
-    for parameter, weight in zip(trained, weights, strict=True):
-        parameter.data = weight
 
 
 def _who(groups: Groups) -> str:

@@ -114,13 +114,13 @@ class Recorder:
 
     def _hook(self, chunk: AsvrModel, numbers: Mapping[str, int]) -> None:
         def begin(_: nn.Module, args: tuple[MicroBatch]) -> None:
-            self._batch = _Places.of(args[0], numbers, self.groups)
-            for name, x_BS in (
-                (TOKENS, args[0].tokens_BS),
-                (TEXT_TARGETS, args[0].text_targets_BS),
-            ):
-                if x_BS is not None:
-                    self._exact(name, self._batch.columns, x_BS.t().flatten()[:, None])
+            (batch,) = args
+            self._batch = _Places.of(batch, numbers, self.groups)
+            if chunk.pre_process:
+                self._exact(TOKENS, self._batch.columns, _by_column(batch.tokens_BS))
+            if chunk.post_process:
+                targets_BS = batch.text_targets_BS
+                self._exact(TEXT_TARGETS, self._batch.columns, _by_column(targets_BS))
 
         def end(*_: Any) -> None:
             self._batch = None
@@ -196,10 +196,15 @@ class _Places:
         flat = own_BS.flatten().numpy()
         positions_M = batch.visual_positions_M.cpu().numpy()
         return cls(
-            columns=own_BS.t().flatten().numpy(),
+            columns=_by_column(own_BS)[:, 0].numpy(),
             patches=flat[batch.image_positions_P.cpu().numpy()],
             targets=np.where(positions_M == NO_POSITION, _PADDING, flat[positions_M]),
         )
+
+
+def _by_column(x_BS: Tensor) -> Tensor:
+    """One value at each of ``_Places.columns``, [S * B, 1]."""
+    return x_BS.t().flatten()[:, None]
 
 
 def probed(chunk: AsvrModel) -> Iterator[tuple[str, nn.Module]]:
