@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -17,6 +18,8 @@ from megatron_asvr.launch import job
 from megatron_asvr.launch.local import run_ranks
 
 pytestmark = pytest.mark.world
+
+FOLDER = tempfile.TemporaryDirectory()  # removed when the process ends that imported this
 
 
 def describe(word: str) -> dict[str, object]:
@@ -56,6 +59,16 @@ def test_the_next_job_uses_the_same_nursery():
     first = run_ranks(describe, ("",), 1, timeout_s=60)
     second = run_ranks(describe, ("",), 1, timeout_s=60)
     assert first["parent"] == second["parent"] != os.getpid()
+
+
+def nursery_folder() -> str:
+    assert pathlib.Path(FOLDER.name).exists()
+    return FOLDER.name
+
+
+def test_a_rank_leaves_alone_what_the_nursery_cleans_up():
+    folder = run_ranks(nursery_folder, (), 2, timeout_s=60)
+    assert run_ranks(nursery_folder, (), 1, timeout_s=60) == folder != FOLDER.name
 
 
 def fail_on_rank_1() -> None:
