@@ -2,10 +2,11 @@ import math
 
 import pytest
 
+from megatron_asvr.model.asvr import build_model
 from megatron_asvr.model.sharding import full_shape
 from megatron_asvr.planner.parameters import count_parameters
 from tests.language_cases import one_rank
-from tests.run_cases import CODEBOOK_SIZES, build_model, config, tokenizer
+from tests.run_cases import CODEBOOK_SIZES, config, tokenizer
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
