@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed
+from torch.distributed import ProcessGroup
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.files import fingerprint, write_atomically
 from megatron_asvr.data.gate import refusal
 from megatron_asvr.data.pixels import image_decoder
+from megatron_asvr.parallel.collectives import gather_objects
 
 if TYPE_CHECKING:
     from megatron_asvr.data.dali.pipeline import ImageDecoder
@@ -62,23 +63,17 @@ class ImageIndex:
         self._decoder: ImageDecoder | None = None
         self.entries: dict[str, Entry] = {}
 
-    def prepare(
-        self, paths: Iterable[str], *, group: torch.distributed.ProcessGroup | None = None
-    ) -> None:
+    def prepare(self, paths: Iterable[str], *, group: ProcessGroup | None = None) -> None:
         """Check every path that the index on disk does not know in its present state.
 
         Args:
             paths: image files, the same on every rank.
             group: ranks that share the work; all of them must call. None: this process alone.
         """
-        rank = torch.distributed.get_rank(group) if group is not None else 0
-        world = torch.distributed.get_world_size(group) if group is not None else 1
+        rank, world = (group.rank(), group.size()) if group is not None else (0, 1)
         wanted = sorted(set(paths))
         known = self._load()
-        shares: list[dict[str, Entry]] = [{} for _ in range(world)]
-        shares[rank] = self._check(wanted[rank::world], known)
-        if group is not None:
-            torch.distributed.all_gather_object(shares, shares[rank], group=group)
+        shares = gather_objects(self._check(wanted[rank::world], known), group=group)
         found = {path: entry for share in shares for path, entry in share.items()}
         self.entries.update(found)
         lasting = {os.path.abspath(path): entry for path, entry in found.items() if entry.key}
