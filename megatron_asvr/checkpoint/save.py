@@ -63,7 +63,7 @@ def save_frozen(
 def layout(groups: Groups) -> dict[str, object]:
     """Parallel degrees and versions, as recorded in a checkpoint."""
     plan = groups.plan
-    degrees = {name: getattr(plan, name) for name in ("tp", "pp", "vpp", "cp", "dp", "sp")}
+    degrees = {name: getattr(plan, name) for name in ("tp", "pp", "vpp", "cp", "dp", "sp", "ep")}
     return {**degrees, "megatron-core": mcore.version}
 
 
