@@ -157,6 +157,18 @@ def test_context_parallel_ranks_by_hand(tokenizer):
         assert batch.cu_seqlens_padded.tolist() == [0, 8, 16]
 
 
+def test_targets_without_a_position_count_on_one_context_parallel_rank(tokenizer, tmp_path):
+    changes = {"loss__mode": "official", "data__max_length": 6, "branches": False}
+    whole, _ = micro_batch(tokenizer, tmp_path, **changes)
+    parts = [
+        micro_batch(tokenizer, tmp_path, view=View(cp_rank=rank), parallel__cp=2, **changes)[0]
+        for rank in range(2)
+    ]
+    predicted = sorted(patch for part in parts for patch in part.visual_patches_M.tolist())
+    assert predicted == whole.visual_patches_M.tolist()
+    assert (parts[1].visual_positions_M != NO_POSITION).all()
+
+
 def test_repeated_images_have_one_visual_loss(tokenizer, tmp_path):
     batch, asked = micro_batch(tokenizer, tmp_path, branches=False)
     assert asked == ["a", "b", "c", "d", "d"]

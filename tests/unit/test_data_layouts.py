@@ -260,6 +260,15 @@ def test_a_layout_holds_what_one_rank_holds(
         train__micro_batch=micro_batch,
     )
     assert ranks.facts() == references[shift, branches, online]
+    if packing:
+        lengths = [views[0, 0, 0].document_BS.shape[1] for views in ranks.micro_batches()]
+        assert max(lengths) <= 96
+
+
+def test_a_document_of_the_greatest_length_fits_with_its_padding(corpus):
+    ranks = Ranks(corpus, Layout(cp=4), data__packing=True, data__max_length=61)
+    assert ranks.facts() == Ranks(corpus, data__max_length=61).facts()
+    assert max(v[0, 0, 0].document_BS.shape[1] for v in ranks.micro_batches()) == 64
 
 
 def test_packing_fills_few_sequences_and_cuts_no_document(corpus):
