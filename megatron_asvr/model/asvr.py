@@ -315,7 +315,7 @@ class AsvrModel(MegatronModule):
         if batch.pixel_values_ICHW is not None:
             return batch.pixel_values_ICHW
         side = self.run_config.model.vision.image_size
-        device = batch.tokens_BS.device
+        device = batch.document_BS.device  # tokens come to the first stage only
         return torch.empty(0, NUM_CHANNELS, side, side, device=device)
 
     def _gather(self, x_IN: Tensor, batch: MicroBatch) -> Tensor:

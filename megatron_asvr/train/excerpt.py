@@ -115,8 +115,10 @@ def _choose(
     tries = 1 if config.data.on_bad_sample == "error" else 1 + MAX_REPLACEMENTS
     chosen = []
     for number in order:
-        candidates = [records[(number + k) % len(records)] for k in range(tries)]
-        good = next((r for r in candidates if not _bad_images(r, index, replaced)), None)
+        candidates = (records[(number + k) % len(records)] for k in range(tries))
+        # A record without images would always do, and a wrong folder would not be noticed.
+        alike = (r for r in candidates if bool(r.images) == bool(records[number].images))
+        good = next((r for r in alike if not _bad_images(r, index, replaced)), None)
         if good is not None:
             chosen.append(good)
     if len(chosen) < len(order):

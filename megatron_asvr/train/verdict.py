@@ -26,7 +26,8 @@ class Tolerance:
 
     Attributes:
         loss: relative, of losses.
-        norm: relative, of the global gradient norm.
+        norm: relative, of the global gradient norm, summed here in fp64.
+        clip: relative, of the same norm as the optimizer computes it for clipping.
         gradient: of ||g - g'|| / max(||g||, floor of the whole gradient's norm), per parameter.
         turn: 1 - cosine of the whole gradients.
         output: of a module's output, relative to its length at a position.
@@ -34,15 +35,18 @@ class Tolerance:
 
     loss: float
     norm: float
+    clip: float
     gradient: float
     turn: float
     output: float
 
 
 TOLERANCES = {
-    "fp32": Tolerance(loss=1e-6, norm=1e-6, gradient=1e-5, turn=1e-6, output=1e-4),
+    # The optimizer sums its norm in fp32, in an order that depends on the layout: measured 1.2e-6
+    # with 8 M parameters.
+    "fp32": Tolerance(loss=1e-6, norm=1e-6, clip=1e-4, gradient=1e-5, turn=1e-6, output=1e-4),
     # Rounding of bf16 alone: parameters are judged together, by the cosine.
-    "bf16": Tolerance(loss=5e-3, norm=2e-2, gradient=math.inf, turn=1e-3, output=0.2),
+    "bf16": Tolerance(loss=5e-3, norm=2e-2, clip=2e-2, gradient=math.inf, turn=1e-3, output=0.2),
 }
 
 
@@ -53,7 +57,7 @@ class Facts:
     Attributes:
         losses: joint, text and visual loss of the global batch.
         targets: text and visual targets in it.
-        grad_norm: global gradient norm.
+        grad_norm: global gradient norm, as the optimizer computes it.
         divisors: on every rank, the text and visual counts it divided by, and who it is.
         parameters: trained parameters in the order in which the backward pass completes them.
         collectives: findings about the schedule of collectives; None when not recorded.
@@ -206,7 +210,7 @@ def _judge_outputs(
 
 
 def _judge_losses(reference: Facts, layout: Facts, bounds: Tolerance, found: _Findings) -> None:
-    """Losses and gradient norm."""
+    """Each loss, and their sum."""
     agree = {
         name: found.row(name, value, got, _relative(value, got), bounds.loss)
         for name, value in reference.losses.items()
@@ -216,8 +220,6 @@ def _judge_losses(reference: Facts, layout: Facts, bounds: Tolerance, found: _Fi
         found.places.append(
             "each loss agrees but their sum does not: it is weighted or divided differently"
         )
-    got, norm = layout.grad_norm, reference.grad_norm
-    found.row("gradient norm", norm, got, _relative(norm, got), bounds.norm)
 
 
 def _judge_gradients(
@@ -237,9 +239,12 @@ def _judge_gradients(
     # A dict keeps the order of the backward pass; NaN counts as worst.
     worst = sorted(errors.items(), key=lambda item: -math.inf if item[1] != item[1] else -item[1])
     largest = worst[0][1] if worst else 0.0
+    clip = [run.facts.grad_norm for run in (reference, layout)]
+    found.row("gradient norm", *norms, _relative(*norms), bounds.norm)
+    found.row("the optimizer's norm", *clip, _relative(*clip), bounds.clip)
     found.row("worst gradient", None, None, largest, bounds.gradient)
     cosine = dot / (norms[0] * norms[1]) if norms[0] and norms[1] else float(norms[0] == norms[1])
-    same_way = found.row("1 - gradient cosine", None, None, max(0.0, 1 - cosine), bounds.turn)
+    same_way = found.row("1 - gradient cosine", None, None, abs(1 - cosine), bounds.turn)
     wrong = [name for name, error in errors.items() if not error <= bounds.gradient]
     if name_place and (wrong or not same_way):
         name, kind = (wrong[0], "first wrong") if wrong else (worst[0][0], "worst")
