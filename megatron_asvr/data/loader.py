@@ -225,13 +225,9 @@ class Loader:
             groups = self._groups(samples, len(self._order.indices(step)))
             return [[[d] for documents in group for d in documents] for group in groups]
         documents = [d for sample in samples for d in sample]
-        packs = pack(
-            [self._collator.padded_length(d.row.length) for d in documents],
-            self._collator.padded_length(
-                self._config.data.pack_length or self._config.data.max_length
-            ),
-            self._config.run.seed,
-        )
+        lengths = [self._collator.padded_length(d.row.length) for d in documents]
+        limit = self._config.data.pack_length or self._config.data.max_length
+        packs = pack(lengths, self._collator.padded_length(limit), self._config.run.seed)
         mine = rank_part(packs, self._view.dp_rank, self._view.dp)
         return self._groups([[documents[i] for i in indices] for indices in mine], len(packs))
 
