@@ -1,10 +1,10 @@
 """Every collective of ours, with a gradient or without: nothing else calls torch.distributed's.
 
 On the CPU gloo forgives what NCCL hangs on or corrupts: CPU tensors in a GPU group, strided memory,
-ranks that bring different sizes. So one function, ``_check``, stands before every collective and
-refuses on the CPU what would fail on the GPU. That ranks agree on sizes can only be seen by asking
-them: ``checked_sizes()`` or ``ASVR_CHECK_COLLECTIVES=1`` does so before each collective, for tests
-and ``asvr certify``. Object collectives pickle: torch moves the bytes through a tensor on the
+ranks that bring different sizes. So one function, ``_check``, stands before every collective of
+tensors and refuses on the CPU what would fail on the GPU. That ranks agree on what they do, and on
+sizes, can only be seen by asking them: ``checked_sizes()`` or ``ASVR_CHECK_COLLECTIVES=1`` does so
+before each collective. Object collectives pickle: torch moves the bytes through a tensor on the
 device of the group's backend.
 
 The differentiable functions are named by what the forward pass does. The two for tensor parallelism
@@ -28,7 +28,7 @@ from megatron_asvr.errors import AsvrError
 _DEVICE = {"gloo": "cpu", "nccl": "cuda"}  # gloo would take CUDA tensors too, through the host
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _DTYPES = (*_FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8)  # gloo's and NCCL's
-_checks_sizes = os.environ.get("ASVR_CHECK_COLLECTIVES") == "1"
+_compares = False
 
 
 def copy_to_tp(x: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -123,7 +123,7 @@ def sum_in_place(tensors: Sequence[Tensor], *, group: ProcessGroup | None) -> No
     if len(dtypes := {x.dtype for x in tensors}) > 1:
         raise AsvrError(f"sum_in_place: tensors of {sorted(map(str, dtypes))}; give one dtype")
     flat = torch.cat([x.detach().flatten() for x in tensors])
-    _check("all_reduce", flat, group)
+    _check("all_reduce SUM", flat, group)
     dist.all_reduce(flat, group=group)
     with torch.no_grad():
         for x, summed in zip(tensors, flat.split([x.numel() for x in tensors]), strict=True):
@@ -161,15 +161,15 @@ def gather_objects(value: Any, *, group: ProcessGroup | None) -> list[Any]:
     """``value`` of every rank of the group, in rank order; anything that can be pickled."""
     if _alone(group):
         return [value]
-    values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    _compare("gather_objects", group=group)
+    return _gather_objects(value, group)
 
 
 def broadcast_object(value: Any, src: int = 0, *, group: ProcessGroup | None) -> Any:
     """``value`` of rank ``src`` of the group; the other ranks' values are not read."""
     if _alone(group):
         return value
+    _compare("broadcast_object", src, group=group)
     values = [value]
     dist.broadcast_object_list(values, group_src=src, group=group)
     return values[0]
@@ -178,24 +178,25 @@ def broadcast_object(value: Any, src: int = 0, *, group: ProcessGroup | None) ->
 def barrier(*, group: ProcessGroup | None) -> None:
     """Return when every rank of the group has come here."""
     if not _alone(group):
+        _compare("barrier", group=group)
         dist.barrier(group=group)
 
 
 @contextlib.contextmanager
 def checked_sizes() -> Iterator[None]:
-    """Inside, ranks compare what they are about to send before each collective of tensors.
+    """Inside, ranks compare what they are about to do before each collective.
 
     It costs a second collective each time. All ranks must be inside at the same time.
 
     Raises:
         AsvrError: on every rank of the group, naming those that differ from its first.
     """
-    global _checks_sizes
-    before, _checks_sizes = _checks_sizes, True
+    global _compares
+    before, _compares = _compares, True
     try:
         yield
     finally:
-        _checks_sizes = before
+        _compares = before
 
 
 def _alone(group: ProcessGroup | None) -> bool:
@@ -213,13 +214,14 @@ def _check(what: str, x: Tensor, group: ProcessGroup) -> None:
         raise AsvrError(f"{form}: no dtype that both gloo and NCCL send; convert it before")
     if not x.is_contiguous():
         raise AsvrError(f"{form}: its memory is strided {x.stride()}; call contiguous() before")
-    if _checks_sizes:
-        _compare((what, tuple(x.shape), x.dtype), group)
+    _compare(what, tuple(x.shape), x.dtype, group=group)
 
 
-def _compare(mine: tuple[Any, ...], group: ProcessGroup) -> None:
-    """Raise on all ranks of the group unless all bring the same."""
-    forms = gather_objects(mine, group=group)
+def _compare(*mine: object, group: ProcessGroup) -> None:
+    """Raise on all ranks of the group unless all bring the same, where that is to be checked."""
+    if not (_compares or os.environ.get("ASVR_CHECK_COLLECTIVES") == "1"):
+        return
+    forms = _gather_objects(mine, group)
     ranks = dist.get_process_group_ranks(group)
     wrong = [f"rank {r}: {form}" for r, form in zip(ranks, forms, strict=True) if form != forms[0]]
     if wrong:
@@ -229,11 +231,17 @@ def _compare(mine: tuple[Any, ...], group: ProcessGroup) -> None:
         )
 
 
+def _gather_objects(value: Any, group: ProcessGroup) -> list[Any]:
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def _all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> Tensor:
     """Reduced copy of ``x``."""
     y = x.clone(memory_format=torch.contiguous_format)
     if not _alone(group):
-        _check("all_reduce", y, group)
+        _check(f"all_reduce {op.name}", y, group)
         dist.all_reduce(y, op=op, group=group)
     return y
 

@@ -1,5 +1,7 @@
 """Collectives and their gradients, against the same computation in one process."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -173,7 +175,7 @@ def disagreements_reach_every_rank() -> None:
     g = setup(4, tp=4)
     odd = g.rank == 2
     with collectives.checked_sizes():
-        want = r"disagree.*: rank 2: \('all_reduce', \(3,\), torch.float32\); rank 0 brings"
+        want = r"disagree.*: rank 2: \('all_reduce SUM', \(3,\), torch.float32\); rank 0 brings"
         with pytest.raises(AsvrError, match=want):
             collectives.all_reduce_sum(torch.ones(3 if odd else 2), group=g.tp)
         with pytest.raises(AsvrError, match=r"rank 2: .*float64"):
@@ -182,13 +184,23 @@ def disagreements_reach_every_rank() -> None:
         y = collectives.copy_to_tp(x, group=g.tp).sum()
         with pytest.raises(AsvrError, match=want):
             y.backward()
+        with pytest.raises(AsvrError, match=r"rank 2: \('barrier',\); rank 0 brings \('gather_obj"):
+            collectives.barrier(group=g.tp) if odd else collectives.gather_objects(1, group=g.tp)
         assert collectives.all_reduce_sum(torch.ones(2), group=g.tp).tolist() == [4.0, 4.0]
+
+
+def the_environment_asks_for_checks() -> None:
+    g = setup(2, tp=2)
+    os.environ["ASVR_CHECK_COLLECTIVES"] = "1"
+    with pytest.raises(AsvrError, match="disagree"):
+        collectives.all_reduce_sum(torch.ones(1 + g.rank), group=g.tp)
 
 
 @pytest.mark.parametrize(
     ("fn", "world"),
     [
         (wrong_sizes, 2),
+        (the_environment_asks_for_checks, 2),
         (statistics_match, 2),
         (gathered_columns_match, 2),
         (plain_ones_match, 4),
