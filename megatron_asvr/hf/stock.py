@@ -182,6 +182,11 @@ def text_config(language: LanguageConfig, ids: dict[str, int]) -> Any:
         ConversionError: the family cannot express one of the settings.
     """
     family = language.family
+    if family not in TEXT_CONFIGS:
+        raise ConversionError(
+            f"model.language.family={family} cannot be exported yet; known are "
+            f"{', '.join(TEXT_CONFIGS)}"
+        )
     fields: dict[str, Any] = dict(
         hidden_size=language.hidden_size,
         num_hidden_layers=language.num_layers,

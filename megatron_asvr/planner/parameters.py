@@ -44,7 +44,11 @@ def _language(lm: LanguageConfig) -> int:
     h, d = lm.hidden_size, lm.width_per_head
     queries, keys = lm.num_heads * d, lm.kv_heads * d
     layer = 2 * h + _linear(h, queries + 2 * keys, bias=lm.qkv_bias)
-    layer += _linear(queries, h, bias=False) + 3 * _linear(h, lm.ffn_hidden_size, bias=False)
+    layer += _linear(queries, h, bias=False)
+    experts = (lm.num_experts or 1) if lm.is_mixture else 1
+    width = lm.expert_ffn if lm.is_mixture else lm.ffn_hidden_size
+    layer += experts * 3 * _linear(h, width, bias=False)
+    layer += _linear(h, experts, bias=False) if lm.is_mixture else 0  # the router
     layer += 2 * d if lm.qk_norm else 0
     vocabularies = 1 if lm.tied_embeddings else 2
     return vocabularies * lm.vocab_size * h + lm.num_layers * layer + h

@@ -8,11 +8,17 @@ from megatron_asvr.planner.parameters import count_parameters
 from tests.language_cases import one_rank
 from tests.run_cases import CODEBOOK_SIZES, config, tokenizer
 
+MIXTURE = {"model__language__num_experts": 5, "model__language__expert_ffn_hidden_size": 20}
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_equal_the_real_model(family, tied):
-    made = config(model__language__family=family, model__language__tied_embeddings=tied)
+    made = config(
+        model__language__family=family,
+        model__language__tied_embeddings=tied,
+        **(MIXTURE if family in ("mixtral", "qwen3_moe") else {}),
+    )
     visual = tokenizer(made.model.vision)
     with one_rank() as groups:
         model = build_model(made, groups=groups, tokenizer=visual)
