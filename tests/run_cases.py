@@ -12,8 +12,9 @@ from torch import Tensor
 from megatron_asvr.batch import IGNORE, MicroBatch, image_share
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.load import load_frozen, load_trained
-from megatron_asvr.checkpoint.meta import Meta
-from megatron_asvr.config.load import from_dict
+from megatron_asvr.checkpoint.meta import Meta, ResumeState
+from megatron_asvr.checkpoint.save import layout, save_checkpoint, save_frozen, trained_shapes
+from megatron_asvr.config.load import from_dict, to_dict
 from megatron_asvr.config.schema import Config, VisionConfig
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
 from megatron_asvr.model.sharding import named
@@ -24,6 +25,7 @@ from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
 from megatron_asvr.train.step import StepResult, agree, loss_function, train_step
 
 CODEBOOK_SIZES = (7, 6, 5)
+IDENTITY = {"run.seed": 3}  # of the runs in ``save``
 TREE: dict[str, Any] = {
     "run": {"seed": 3, "wandb": "disabled"},
     "model": {
@@ -141,7 +143,8 @@ def micro_batch(run: Config, seed: int, *, images: tuple[int, ...] = (1, 0)) -> 
 
 def view_of(batch: MicroBatch, groups: Groups) -> MicroBatch:
     """What this rank gets of a whole micro-batch, each of whose rows is one document."""
-    first, last, cp = groups.is_first_stage, groups.is_last_stage, groups.plan.cp
+    first, text, last = groups.is_first_stage, groups.has_text_loss, groups.is_last_stage
+    cp = groups.plan.cp
     total = batch.document_BS.numel()
     starts = range(0, total + 1, LENGTH)
     parts = [torch.from_numpy(partition(starts, total, cp, rank)).long() for rank in range(cp)]
@@ -158,7 +161,7 @@ def view_of(batch: MicroBatch, groups: Groups) -> MicroBatch:
         **{name: getattr(batch, name).flatten()[columns_BS] for name in whole},
         tokens_BS=batch.tokens_BS.flatten()[own].view(-1, LENGTH // cp) if first else None,
         text_targets_BS=(
-            batch.text_targets_BS.flatten()[own].view(-1, LENGTH // cp) if last else None
+            batch.text_targets_BS.flatten()[own].view(-1, LENGTH // cp) if text else None
         ),
         image_positions_P=patches[patches >= 0] if first else none,
         image_patches_P=batch.image_patches_P[patches >= 0] if first else none,
@@ -233,6 +236,30 @@ class Bench:
     def weights(self) -> dict[str, Tensor]:
         """A copy of this rank's shards."""
         return {name: p.detach().clone() for name, p in named(self.chunks)}
+
+
+def save(
+    bench: Bench, run_folder: RunFolder, step: int, *, attempt: int = 0, keep: int = 9
+) -> Meta:
+    """Write a checkpoint of ``step``; what its meta.json says."""
+    meta = Meta(
+        resume=ResumeState(step=step),
+        config=to_dict(bench.run),
+        identity=IDENTITY,
+        layout=layout(bench.groups),
+        trained=trained_shapes(bench.chunks, groups=bench.groups),
+        frozen=save_frozen(run_folder, bench.chunks, groups=bench.groups),
+    )
+    save_checkpoint(
+        run_folder,
+        bench.chunks,
+        bench.optimizer,
+        meta,
+        groups=bench.groups,
+        attempt=attempt,
+        keep=keep,
+    )
+    return meta
 
 
 def folder(path: str | Path) -> RunFolder:

@@ -23,8 +23,8 @@ METADATA = {
 }
 
 
-def trained_weights(chunks: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
-    """Sharded tensors of all trained parameters, by chunk and by their local names.
+def trained_weights(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """Sharded tensors of all trained parameters, by the number of their chunk and local name.
 
     Args:
         chunks: the bare model of this rank; each has megatron-core's ``sharded_state_dict``.
@@ -32,11 +32,9 @@ def trained_weights(chunks: Sequence[nn.Module]) -> dict[str, dict[str, Any]]:
     weights = {}
     for number, chunk in enumerate(chunks):
         trained = {name for name, param in chunk.named_parameters() if param.requires_grad}
-        weights[f"chunk {number}"] = {
-            name: value
-            for name, value in chunk.sharded_state_dict(metadata=METADATA).items()
-            if name in trained and isinstance(value, (ShardedTensor, ShardedTensorFactory))
-        }
+        for name, value in chunk.sharded_state_dict(metadata=METADATA).items():
+            if name in trained and isinstance(value, (ShardedTensor, ShardedTensorFactory)):
+                weights[f"{number}.{name}"] = value
     return weights
 
 
@@ -44,6 +42,7 @@ def sharded_state(
     chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
     """What megatron-core's ``dist_checkpointing`` saves, or fills when ``is_loading``."""
+    _count_padding(optimizer)
     weights = trained_weights(chunks)
     return {
         "model": weights,
@@ -51,6 +50,20 @@ def sharded_state(
             weights, is_loading=is_loading, metadata=METADATA
         ),
     }
+
+
+def _count_padding(optimizer: MegatronOptimizer) -> None:
+    """Let the distributed optimizer's gathered buffers keep the padding between buckets.
+
+    Left out, it shifts all that follows: the places of the parameters count it
+    (distrib_optimizer.py, get_parameter_state_dp_zero and sharded_param_state_fully_reshardable,
+    in 0.16.1 and 0.19.2). A buffer has several buckets when stages share a tied embedding.
+    """
+    for part in optimizer.chained_optimizers:
+        for buffer in getattr(part, "buffers", ()):
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
 
 
 def load_state(
@@ -64,8 +77,7 @@ def load_state(
         optimizer: of it.
         step: optimizer steps done.
     """
-    for chunk, weights in zip(chunks, state["model"].values(), strict=True):
-        chunk.load_state_dict(weights, strict=False)
+    nn.ModuleList(chunks).load_state_dict(state["model"], strict=False)
     with torch.no_grad():  # fp32 main weights are views of the parameters themselves
         optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:

@@ -16,18 +16,15 @@ from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.frozen import open_frozen, write_frozen
 from megatron_asvr.checkpoint.identity import check_identity, identity
 from megatron_asvr.checkpoint.load import find_resume, load_frozen, load_trained
-from megatron_asvr.checkpoint.meta import Meta, ResumeState, read_meta
+from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import SafeReader, read_run
-from megatron_asvr.checkpoint.save import layout, save_checkpoint, save_frozen, trained_shapes
-from megatron_asvr.config.load import to_dict
 from megatron_asvr.errors import CheckpointError, ConfigError
 from megatron_asvr.model.sharding import canonical_names
 from megatron_asvr.parallel.groups import Groups
 from tests.language_cases import one_rank
-from tests.run_cases import Bench, config, folder
+from tests.run_cases import IDENTITY, Bench, config, folder, save
 
 STAGE_ONE = ["projector", "visual_head"]
-IDENTITY = {"run.seed": 3}
 
 
 def trained_once(groups: Groups, **changes: Any) -> Bench:
@@ -35,29 +32,6 @@ def trained_once(groups: Groups, **changes: Any) -> Bench:
     bench = Bench(config(**changes), groups)
     bench.step(0)
     return bench
-
-
-def save(
-    bench: Bench, run_folder: RunFolder, step: int, *, attempt: int = 0, keep: int = 9
-) -> Meta:
-    meta = Meta(
-        resume=ResumeState(step=step),
-        config=to_dict(bench.run),
-        identity=IDENTITY,
-        layout=layout(bench.groups),
-        trained=trained_shapes(bench.chunks, groups=bench.groups),
-        frozen=save_frozen(run_folder, bench.chunks, groups=bench.groups),
-    )
-    save_checkpoint(
-        run_folder,
-        bench.chunks,
-        bench.optimizer,
-        meta,
-        groups=bench.groups,
-        attempt=attempt,
-        keep=keep,
-    )
-    return meta
 
 
 @pytest.mark.parametrize(
