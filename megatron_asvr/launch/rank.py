@@ -1,5 +1,6 @@
 """A rank's place in its job, its device and its process group."""
 
+import contextlib
 import datetime
 import os
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from megatron_asvr.platforms import select
 import torch.distributed as dist
 
 from megatron_asvr.errors import LaunchError
+from megatron_asvr.parallel.collectives import barrier
 
 DEFAULT_TIMEOUT_S = 600.0
 
@@ -71,9 +73,17 @@ def init_group(rank: int, world_size: int, *, init_method: str, timeout_s: float
 
 
 def leave_group() -> None:
-    """Destroy the default process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Destroy the default process group, if there is one, when all its ranks are done with it.
+
+    gloo's ranks connect one by one: one that leaves early breaks the connection that a slower one
+    is just making.
+    """
+    if not dist.is_initialized():
+        return
+    if dist.get_backend() == "gloo":
+        with contextlib.suppress(RuntimeError):  # a rank that failed says so itself
+            barrier(group=dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 def init_rank(threads_per_rank: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S) -> Place:
