@@ -38,14 +38,18 @@ def inference_config(run: str, overrides: Iterable[str] = ()) -> Config:
         CheckpointError: there is no complete checkpoint.
         ConfigError: an override is wrong, or cannot work.
     """
-    config = check(override(read_run(run)[0], overrides))
+    config = _only_matrices_split(read_run(run)[0])
+    config = _only_matrices_split(check(override(config, overrides)))
     return dataclasses.replace(
         config,
-        # Answers are short and of any length: nothing but matrices is split.
-        parallel=ParallelConfig(tp=config.parallel.tp),
         loss=dataclasses.replace(config.loss, mode="exact", visual_weight=0.0),
         train=dataclasses.replace(config.train, trainable=()),
     )
+
+
+def _only_matrices_split(config: Config) -> Config:
+    """The same without stages, parts of sequences or shared experts: answers are short."""
+    return dataclasses.replace(config, parallel=ParallelConfig(tp=config.parallel.tp))
 
 
 class Answerer:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.model.quantize import perplexity
-from megatron_asvr.model.sharding import named
+from megatron_asvr.model.sharding import is_expert, is_split, named
 from megatron_asvr.parallel.collectives import all_reduce_sum
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.step import (
@@ -121,7 +121,6 @@ def _reached_by_both(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 def _copies(param: nn.Parameter, groups: Groups) -> int:
     """Ranks that hold the same part of a parameter."""
-    if not getattr(param, "allreduce", True):  # megatron-core's mark of an expert's weights
+    if is_expert(param):
         return groups.expert_dp.size()
-    sharded = getattr(param, "tensor_model_parallel", False)
-    return groups.dp_cp.size() * (1 if sharded else groups.plan.tp)
+    return groups.dp_cp.size() * (1 if is_split(param) else groups.plan.tp)

@@ -113,6 +113,7 @@ def test_every_layout_gives_the_same_answers(trained, tmp_path):
         ("tp1", ["parallel.tp=1"]),
         ("tp2_sp", ["parallel.tp=2", "parallel.sp=true"]),
         ("dp2", ["parallel.tp=1", "--ranks", "2"]),
+        ("pp2", ["parallel.tp=1", "parallel.pp=2"]),
     ):
         out = tmp_path / f"{name}.json"
         assert main(["eval", str(run), *questions(files), "--out", str(out), *extra]) == 0

@@ -15,6 +15,7 @@ import torch
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.load import load
+from megatron_asvr.config.schema import PARTS
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
@@ -68,14 +69,24 @@ def test_codes_are_encoded_once_and_equal_the_online_ones() -> None:
     )
     with pytest.raises(LaunchError, match="needs no cache"):
         run_ranks(encode_all, (online,), 2, timeout_s=240)
+    stages = run_config(files(), folder / "stages", data__codes="online", parallel__pp=2)
+    run_ranks(train, (stages,), 2, timeout_s=240)
+    for kind in ("train", "eval"):
+        want = losses(folder / "cached", kind)
+        assert losses(folder / "stages", kind) == pytest.approx(want, rel=1e-5)  # measured 3e-7
 
 
-def test_a_second_stage_starts_from_the_first_with_another_layout() -> None:
-    one, two = stage_one(), files().parent / "stage_two"
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_second_stage_starts_from_the_first_with_another_layout(stages: int) -> None:
+    one, two = stage_one(), files().parent / f"stage_two_{stages}"
     tiny = {"train__optim__lr": 1e-30, "train__steps": 1}  # too small to move a weight
     tiny["model__language__head_dim"] = 8  # the default, written out
+    tiny["parallel__pp"] = stages
     config = run_config(files(), two, init__all=str(one), data__eval=[], **tiny)
-    assert run_ranks(train, (config,), 1, timeout_s=240)["step"] == 1
+    log_dir = files().parent / f"logs_{stages}"
+    assert run_ranks(train, (config,), stages, log_dir=log_dir, timeout_s=240)["step"] == 1
+    log = (log_dir / "rank_0.log").read_text()
+    assert all(f"weights of {part} from {one}" in log for part in PARTS)
     before, after = read_run(one)[1], read_run(two)[1]
     for name in ("projector.linear_2.weight", "visual_head.heads.1.weight"):
         assert torch.equal(before(name), after(name))
