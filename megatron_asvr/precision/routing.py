@@ -96,15 +96,18 @@ def balanced(
             gradients, when there is something to count.
         group: all ranks of this pipeline stage.
     """
+    # A pipeline stage without layers has no router; its neighbours' passes need it all the same.
+    config = chunks[0].config
+    is_active = config.num_moe_experts is not None and config.moe_aux_loss_coeff > 0
     modules = (module for chunk in chunks for module in chunk.modules())
-    routers = [x for x in modules if isinstance(x, Router) and x.coefficient]
+    routers = [x for x in modules if isinstance(x, Router)] if is_active else []
     try:
         for router in routers:
             router.counts_E = torch.zeros(
                 router.num_experts, dtype=torch.int64, device=router.weight.device
             )
             router.is_counting = True
-        if routers:
+        if is_active:
             with torch.no_grad():
                 forward()
             sum_in_place([router.counts_E for router in routers], group=group)
