@@ -28,7 +28,8 @@ class MicroBatch:
     own columns: b * (S / context[1]) + column.
 
     A pipeline stage gets what it uses: ``tokens_BS`` and pixels come to the first, targets and
-    codes to the last (pixels too when codes are computed online), None elsewhere.
+    codes to the one that computes that loss (pixels too when codes are computed online), None
+    elsewhere.
 
     Attributes:
         tokens_BS: int64 token ids, this rank's columns; image positions hold the image token's id.

@@ -151,9 +151,12 @@ def layout_lines(config: Config, world: int, codebook_sizes: Sequence[int]) -> l
     for stage, cost in enumerate(split.costs):
         chunks = " + ".join(str(number) for number in split.layers[stage :: plan.pp])
         lines.append(f"stage {stage}: {chunks} layers, {cost / sum(split.costs):.1%} of the cost")
+    heads = "the last the LM head and the visual head"
+    if split.head_alone:
+        heads = "the last chunk the visual head alone, the one before it the LM head"
     lines.append(
         f"imbalance of the stages: {split.imbalance:.3f} (largest modelled cost over the mean; the "
-        "first has the encoder, the last the LM head and the visual head)"
+        f"first has the encoder, {heads})"
     )
     number = config.train.global_batch // (plan.dp * config.train.micro_batch)
     if plan.vpp and not config.data.packing and number % plan.pp:

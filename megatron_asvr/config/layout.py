@@ -19,7 +19,7 @@ def check_layout(config: Config, world: int | None = None) -> None:
     """
     problems = list(_degrees(config.parallel))
     if not problems:  # the other checks divide by the degrees
-        for found in (_pipeline, _tensor, _experts, _sequence, _official):
+        for found in (_pipeline, _head_alone, _tensor, _experts, _sequence, _official):
             problems += found(config)
         if world is not None:
             problems += _world(config, world)
@@ -43,6 +43,11 @@ def data_parallel(p: ParallelConfig, world: int) -> int:
             f"{world}; use {model}, {2 * model}, {3 * model}, ... ranks or smaller degrees"
         )
     return world // model
+
+
+def can_stand_alone(config: Config) -> bool:
+    """Whether the visual head can have the last pipeline stage, or chunk, to itself."""
+    return not list(_against_alone(config))
 
 
 def divisors(*numbers: int) -> str:
@@ -80,6 +85,26 @@ def _pipeline(config: Config) -> Iterator[str]:
             f"{name} and model.language.num_layers={num_layers} need {chunks} numbers, none "
             f"negative, with the sum {num_layers}"
         )
+
+
+def _head_alone(config: Config) -> Iterator[str]:
+    p = config.parallel
+    if p.head_alone:
+        reasons = list(_against_alone(config))
+        if p.stages and p.stages[-1]:
+            reasons.append(f"parallel.stages={list(p.stages)} must end with 0")
+        for reason in reasons:
+            yield f"parallel.head_alone=true: {reason}; or leave head_alone unset"
+
+
+def _against_alone(config: Config) -> Iterator[str]:
+    if config.parallel.pp < 2:
+        yield f"needs parallel.pp >= 2, got {config.parallel.pp}"
+    if not config.loss.visual_weight:
+        yield "needs a visual head, and loss.visual_weight=0 has none"
+    if config.model.language.tied_embeddings:
+        # megatron-core sums a tied weight's gradients over the first and the last stage.
+        yield "needs an LM head of its own, and model.language.tied_embeddings=true has none"
 
 
 def _tensor(config: Config) -> Iterator[str]:

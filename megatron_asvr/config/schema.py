@@ -233,6 +233,7 @@ class ParallelConfig:
     pp: int = 1
     vpp: int | None = None  # model chunks of each pipeline stage; default: one
     stages: tuple[int, ...] | None = None  # layers of each stage or chunk; default: even cost
+    head_alone: bool | None = None  # visual head alone in the last stage; default: where cheaper
     cp: int = 1
     sp: bool = False
     ep: int = 1  # ranks that share the experts of a mixture; they are data-parallel ranks too

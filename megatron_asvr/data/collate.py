@@ -39,7 +39,8 @@ class View:
         encoder_rank: this rank among those that share the images of a micro-batch.
         encoder_world: number of those ranks.
         first_stage: it embeds tokens and images.
-        last_stage: it computes the losses.
+        text_loss: it computes the text loss.
+        visual_loss: it computes the visual loss.
     """
 
     dp_rank: int = 0
@@ -48,7 +49,8 @@ class View:
     encoder_rank: int = 0
     encoder_world: int = 1
     first_stage: bool = True
-    last_stage: bool = True
+    text_loss: bool = True
+    visual_loss: bool = True
 
 
 WHOLE = View()
@@ -78,7 +80,7 @@ class Collator:
         pad_id: token of padding positions.
         target_shift: 0: a position predicts its own patch; 1: the position before it does.
         official: a sample without image gets an image of zeros that is not in its sequence.
-        online: the last stage computes codes from pixels.
+        online: codes are computed from pixels, where the visual loss is.
         cp: ranks that share the sequences.
         document_multiple: documents are padded to a multiple of it.
         row_multiple: rows are padded to a multiple of it.
@@ -144,7 +146,7 @@ class Collator:
         Args:
             rows: of one or several documents each; none at all makes an empty micro-batch.
             pixels: decodes images; asked for this rank's share, where pixels are needed.
-            codes: looks up an image's codes, on the last stage; None when they are computed
+            codes: looks up an image's codes, where the visual loss is; None when they are computed
                 online, or not at all.
             size: number and length of rows, with padding; default: :meth:`size` of ``rows``.
         """
@@ -155,13 +157,13 @@ class Collator:
             images.add(document, start)
         found = [document.row for document in documents]
         numbers = [np.full(row.length, number) for number, row in enumerate(found)]
-        first, last = self.view.first_stage, self.view.last_stage
+        first, text = self.view.first_stage, self.view.text_loss
         patches, visual = self._patches(stream, images), self._visual_targets(stream, images)
-        decode = images.keys and (first or (last and self.online))
+        decode = images.keys and (first or (self.view.visual_loss and self.online))
         share = image_share(len(images.keys), self.view.encoder_rank, self.view.encoder_world)
         return MicroBatch(
             tokens_BS=stream.own([r.tokens_S for r in found], self.pad_id) if first else None,
-            text_targets_BS=stream.own([r.targets_S for r in found], IGNORE) if last else None,
+            text_targets_BS=stream.own([r.targets_S for r in found], IGNORE) if text else None,
             position_ids_BS=stream.whole([row.positions_S for row in found], 0),
             document_BS=stream.whole(numbers, -1, np.int32),
             branch_BS=stream.whole([row.branch_S for row in found], 0, np.int32),
@@ -196,7 +198,7 @@ class Collator:
 
     def _visual_targets(self, stream: "_Stream", images: "_Images") -> tuple[Tensor, Tensor]:
         """Flat positions of this rank that predict a patch, and which patch each predicts."""
-        if not self.view.last_stage:
+        if not self.view.visual_loss:
             return _join([]), _join([])
         sources_M = _join(images.sources)
         own_M = stream.own_places(sources_M)
@@ -206,7 +208,7 @@ class Collator:
         return own_M[here_M], _join(images.targets)[here_M]
 
     def _codes(self, keys: Sequence[str], codes: Codes | None) -> Tensor | None:
-        if codes is None or not self.view.last_stage:
+        if codes is None or not self.view.visual_loss:
             return None
         found = [torch.from_numpy(codes(key).astype(np.int64)) for key in keys]
         return torch.cat(found) if found else torch.empty(0, self.code_depth, dtype=torch.int64)

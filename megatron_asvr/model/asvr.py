@@ -1,11 +1,12 @@
 """The model: encoder, projector, language model and visual head, from micro-batch to loss sums.
 
 The first pipeline stage encodes images and splices them into the token embeddings, the last one
-computes both losses. Every rank of a tensor- and context-parallel group encodes its own share of
-the images; the features are gathered, so no image is encoded twice, and the gradients of a trained
-encoder are partial (``partial_grad_parameters``). Under context parallelism a rank projects the
-patches and computes the losses of its own columns; megatron-core sums gradients over those ranks
-together with the data-parallel ones.
+computes both losses; or it holds the visual head alone (``ParallelPlan.head_alone``), and the stage
+before computes the text loss. Every rank of a tensor- and context-parallel group encodes its own
+share of the images; the features are gathered, so no image is encoded twice, and the gradients of a
+trained encoder are partial (``partial_grad_parameters``). Under context parallelism a rank projects
+the patches and computes the losses of its own columns; megatron-core sums gradients over those
+ranks together with the data-parallel ones.
 
 A micro-batch without images or without text targets runs the same operations on empty tensors:
 no rank waits for a collective that another one skipped, and every trained parameter always
@@ -32,7 +33,7 @@ from megatron_asvr.config.schema import PARTS, Config
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.fusion import splice_images, take_positions
-from megatron_asvr.model.language import LanguageModel, transformer_config
+from megatron_asvr.model.language import LanguageModel, gather_positions, transformer_config
 from megatron_asvr.model.loss import LossSums, cross_entropy
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
@@ -52,9 +53,12 @@ class AsvrModel(MegatronModule):
         groups: process groups and this rank's place in them.
         tokenizer: the frozen visual tokenizer; its codebooks feed the visual head, and with
             ``data.codes=online`` it encodes the images too. None when the visual loss is off.
-        pre_process: this stage embeds tokens and images.
-        post_process: this stage computes the losses.
         vp_stage: model chunk under virtual pipeline stages.
+
+    Attributes:
+        pre_process: this stage embeds tokens and images.
+        post_process: this stage ends the language model and computes the text loss.
+        visual_process: this stage is the last and computes the visual loss, if there is one.
 
     Raises:
         ConfigError: a visual loss without a tokenizer, or sizes that do not fit.
@@ -66,35 +70,40 @@ class AsvrModel(MegatronModule):
         *,
         groups: Groups,
         tokenizer: VisualTokenizer | None,
-        pre_process: bool = True,
-        post_process: bool = True,
         vp_stage: int | None = None,
     ) -> None:
         dtype = DTYPES[config.train.precision]
         super().__init__(config=transformer_config(config.model.language, groups.plan, dtype))
         self.run_config = config
         self.groups = groups
-        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        is_last = vp_stage in (None, (groups.plan.vpp or 1) - 1)
+        self.pre_process = groups.is_first_stage and not vp_stage
+        self.post_process = groups.has_text_loss and is_last
+        self.visual_process = groups.is_last_stage and is_last
+        self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.official = config.loss.mode == "official"
         tp = groups.tp if groups.plan.tp > 1 else None
         self.tp = tp
         model, device = config.model, platforms.select()[0].device
-        if pre_process:
+        if self.pre_process:
             self.vision_encoder = SiglipEncoder(model.vision).to(device, dtype)
             self.projector = Projector(model, tp=tp, dtype=dtype).to(device)
-        self.language_model = LanguageModel(
-            model.language,
-            groups=groups,
-            dtype=dtype,
-            pre_process=pre_process,
-            post_process=post_process,
-            vp_stage=vp_stage,
-            recompute=config.train.recompute,
-        )
+        self.language_model: LanguageModel | None = None
+        if not (groups.plan.head_alone and self.visual_process):
+            self.language_model = LanguageModel(
+                model.language,
+                groups=groups,
+                dtype=dtype,
+                pre_process=self.pre_process,
+                post_process=self.post_process,
+                vp_stage=vp_stage,
+                recompute=config.train.recompute,
+            )
+        self._received: Tensor | None = None  # by a stage without a language model
         self.visual_head: VisualHead | None = None
         online = None
-        if config.loss.visual_weight and post_process:
+        if config.loss.visual_weight and self.visual_process:
             tables = _checked(tokenizer, config).codebooks.tables()
             head = VisualHead(
                 model.visual_head,
@@ -106,7 +115,7 @@ class AsvrModel(MegatronModule):
             )
             self.visual_head = head.to(device)
             online = tokenizer.to(device) if config.data.codes == "online" else None
-        # Known on every stage: the last one's sums are added up over all ranks.
+        # Known on every stage: sums are added up over all ranks.
         visual = config.loss.visual_weight and tokenizer is not None
         self.num_depths = len(tokenizer.codebook_sizes) if visual else 0
         # A tuple hides it from torch: the tokenizer is no part of the model's weights.
@@ -121,7 +130,7 @@ class AsvrModel(MegatronModule):
     @property
     def share_embeddings_and_output_weights(self) -> bool:
         """Whether embedding and output layer are one tensor (megatron-core asks)."""
-        return self.language_model.share_embeddings_and_output_weights
+        return self.run_config.model.language.tied_embeddings
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight (megatron-core asks, to sum its gradients over stages)."""
@@ -131,7 +140,10 @@ class AsvrModel(MegatronModule):
         """Take what the stage before sent."""
         if isinstance(input_tensor, list):
             (input_tensor,) = input_tensor
-        self.language_model.set_input_tensor(input_tensor)
+        if self.language_model is None:
+            self._received = input_tensor
+        else:
+            self.language_model.set_input_tensor(input_tensor)
 
     def parts(self) -> dict[str, nn.Module]:
         """The parts that this stage holds, by the names that ``train.trainable`` uses."""
@@ -184,12 +196,17 @@ class AsvrModel(MegatronModule):
         )
 
     def hidden(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
-        """What this stage's layers give: on the last stage the final hidden states [S, B, H].
+        """What this stage's layers give: where a loss is computed the final hidden states.
 
         Args:
             batch: one micro-batch.
             features_PF: encoder features of all its patches where they are known already.
+
+        Returns:
+            [S, B, H]; under sequence parallelism this rank's part of the positions.
         """
+        if self.language_model is None:
+            return self._received
         embeds_SBH = self.embeddings(batch, features_PF) if self.pre_process else None
         return self.language_model(
             embeds_SBH,
@@ -209,22 +226,28 @@ class AsvrModel(MegatronModule):
             )
         return self._gather(self.tokenizer.encode(self._pixels(batch)), batch).flatten(0, 1)
 
-    def forward(self, batch: MicroBatch) -> LossSums | Tensor:
+    def forward(self, batch: MicroBatch) -> LossSums | Tensor | tuple[Tensor, LossSums]:
         """Loss sums on the last stage, hidden states for the next stage on the others.
+
+        Both of them on a stage before the last that computes the text loss. Either kind of sums is
+        zero where the other stage computes it.
 
         Args:
             batch: one micro-batch, on this rank's device.
         """
         hidden_SBH = self.hidden(batch)
-        return self.loss_sums(hidden_SBH, batch) if self.post_process else hidden_SBH
+        if not (self.post_process or self.visual_process):
+            return hidden_SBH
+        whole_SBH = gather_positions(hidden_SBH, groups=self.groups)
+        sums = LossSums(**self._text(whole_SBH, batch), **self._visual(whole_SBH, batch))
+        return sums if self.visual_process else (hidden_SBH, sums)
 
-    def loss_sums(self, hidden_SBH: Tensor, batch: MicroBatch) -> LossSums:
-        """Both losses as sums and counts, from the final hidden states.
-
-        Args:
-            hidden_SBH: of the whole sequence, the same on every rank of the group.
-            batch: the micro-batch they belong to.
-        """
+    def _text(self, hidden_SBH: Tensor, batch: MicroBatch) -> dict[str, Any]:
+        """The text part of ``LossSums``, from the final hidden states of all positions."""
+        if not self.post_process:
+            # A gradient of zero all the same: the stage before waits for it.
+            none = hidden_SBH.flatten()[:0].float().sum()
+            return {"text_sum": none, "text_count": 0, "text_correct": none.detach().long()}
         targets_X = batch.text_targets_BS.flatten()
         positions_X = (targets_X != IGNORE).nonzero().squeeze(1)
         logits_XV = self.language_model.logits(
@@ -233,32 +256,33 @@ class AsvrModel(MegatronModule):
         text_1X, correct_1X = cross_entropy(
             [logits_XV], targets_X[positions_X][:, None], tp=self.tp
         )
-        text = {
+        return {
             "text_sum": text_1X.sum(),
             "text_count": positions_X.numel(),
             "text_correct": correct_1X.sum(),
         }
+
+    def _visual(self, hidden_SBH: Tensor, batch: MicroBatch) -> dict[str, Any]:
+        """The visual part of ``LossSums``, from the final hidden states of all positions."""
         if self.visual_head is None:
-            none = text_1X.new_zeros(0)
-            return LossSums(
-                **text,
-                visual_sum_D=none,
-                visual_count=0,
-                visual_correct_D=none.long(),
-                codes_MD=None,
-            )
+            none_D = hidden_SBH.new_zeros(self.num_depths, dtype=torch.float32)
+            return {
+                "visual_sum_D": none_D,
+                "visual_count": 0,
+                "visual_correct_D": none_D.long(),
+                "codes_MD": None,
+            }
         hidden_MH = take_positions(hidden_SBH, batch.visual_positions_M, may_be_cut=self.official)
         codes_MD = self.codes(batch)[batch.visual_patches_M]
         visual_DM, correct_DM = cross_entropy(
             self.visual_head(hidden_MH, codes_MD), codes_MD, tp=self.tp
         )
-        return LossSums(
-            **text,
-            visual_sum_D=visual_DM.sum(1),
-            visual_count=batch.num_visual_targets,
-            visual_correct_D=correct_DM.sum(1),
-            codes_MD=codes_MD,
-        )
+        return {
+            "visual_sum_D": visual_DM.sum(1),
+            "visual_count": batch.num_visual_targets,
+            "visual_correct_D": correct_DM.sum(1),
+            "codes_MD": codes_MD,
+        }
 
     def sharded_state_dict(
         self,
@@ -273,9 +297,11 @@ class AsvrModel(MegatronModule):
             sharded_offsets: as in megatron-core.
             metadata: as in megatron-core; passed on to the language model.
         """
-        state = self.language_model.sharded_state_dict(
-            f"{prefix}language_model.", sharded_offsets, metadata
-        )
+        state = {}
+        if self.language_model is not None:
+            state = self.language_model.sharded_state_dict(
+                f"{prefix}language_model.", sharded_offsets, metadata
+            )
         groups = {"tp_group": self.groups.tp, "dp_cp_group": self.groups.dp_cp}
         for name, parameter in self._own_parameters():
             key = prefix + name
@@ -345,8 +371,6 @@ def build_chunks(
             config,
             groups=groups,
             tokenizer=tokenizer,
-            pre_process=groups.is_first_stage and number == 0,
-            post_process=groups.is_last_stage and number == (vpp or 1) - 1,
             vp_stage=None if vpp is None else number,
         )
         for number in range(vpp or 1)

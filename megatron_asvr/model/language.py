@@ -147,6 +147,21 @@ def _chunks(plan: ParallelPlan) -> list[list[str]] | None:
     return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
+def gather_positions(hidden_SBH: Tensor, *, groups: Groups) -> Tensor:
+    """Hidden states of all positions from what ``LanguageModel.forward`` gave on this rank.
+
+    Args:
+        hidden_SBH: this rank's part of them under sequence parallelism, else all already.
+        groups: process groups of the layout.
+    """
+    if not groups.plan.sp:
+        return hidden_SBH
+    # What follows computes the full gradient on every rank, so the backward only splits.
+    return gather_from_sequence_parallel_region(
+        hidden_SBH, tensor_parallel_output_grad=False, group=groups.tp
+    )
+
+
 class LanguageModel(GPTModel):
     """A pipeline stage of the language model; its parameters are uninitialised.
 
@@ -248,7 +263,7 @@ class LanguageModel(GPTModel):
         mask: Tensor,
         padding_BS: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states: after the final norm on the last stage, before it on the others.
+        """Hidden states: after the final norm on the stage that has it, before it on the others.
 
         S counts the columns of this context-parallel rank.
 
@@ -261,8 +276,8 @@ class LanguageModel(GPTModel):
                 does not count; without it there is no such loss.
 
         Returns:
-            [S, B, H] on the last stage; under sequence parallelism this rank's part of the
-            positions on the other stages.
+            [S, B, H]; under sequence parallelism this rank's part of the positions
+            (see ``gather_positions``).
 
         Raises:
             AsvrError: sequence parallelism, and the tensor-parallel degree does not divide S.
@@ -278,18 +293,12 @@ class LanguageModel(GPTModel):
             padding_BS = padding_BS.chunk(plan.tp, 1)[self.groups.tp_rank]
         if self.pre_process and plan.sp:
             embeds_SBH = scatter_to_sequence_parallel_region(embeds_SBH, group=self.groups.tp)
-        hidden_SBH = self.decoder(
+        return self.decoder(
             hidden_states=embeds_SBH,
             attention_mask=mask,
             rotary_pos_emb=self.rotary(position_ids_BS),
             padding_mask=padding_BS,
         )
-        if self.post_process and plan.sp:
-            # What follows computes the full gradient on every rank, so the backward only splits.
-            hidden_SBH = gather_from_sequence_parallel_region(
-                hidden_SBH, tensor_parallel_output_grad=False, group=self.groups.tp
-            )
-        return hidden_SBH
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -58,8 +58,13 @@ class Groups:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank computes the losses."""
+        """Whether this rank computes the visual loss."""
         return self.pp_rank == self.plan.pp - 1
+
+    @property
+    def has_text_loss(self) -> bool:
+        """Whether this rank computes the text loss: the last stage, or the one before it."""
+        return self.pp_rank == self.plan.pp - 1 - self.plan.head_alone
 
 
 def initialize(plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0) -> Groups:

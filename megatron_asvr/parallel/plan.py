@@ -18,6 +18,8 @@ class ParallelPlan:
         vpp: model chunks per stage, None for one.
         stages: layers of the language model in chunk v * pp + r, the v-th of stage r; empty: the
             same number in each.
+        head_alone: the last chunk holds the visual head and nothing else; the LM head stands at the
+            end of the chunk before.
         cp: ranks that share each sequence (context parallel).
         dp: copies of the model (data parallel).
         sp: norms and dropout are split along the sequence over the tp ranks.
@@ -30,6 +32,7 @@ class ParallelPlan:
     pp: int = 1
     vpp: int | None = None
     stages: tuple[int, ...] = ()
+    head_alone: bool = False
     cp: int = 1
     dp: int = 1
     sp: bool = False
@@ -65,12 +68,13 @@ def make_plan(config: Config, world_size: int, codebook_sizes: Sequence[int] = (
     Raises:
         ConfigError: the world is not a multiple of the ranks that hold the model.
     """
-    p = config.parallel
+    p, split = config.parallel, layer_split(config, codebook_sizes)
     return ParallelPlan(
         tp=p.tp,
         pp=p.pp,
         vpp=p.vpp,
-        stages=layer_split(config, codebook_sizes).layers,
+        stages=split.layers,
+        head_alone=split.head_alone,
         cp=p.cp,
         dp=data_parallel(p, world_size),
         sp=p.sp,

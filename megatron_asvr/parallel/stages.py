@@ -15,9 +15,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_asvr.config.layout import can_stand_alone
 from megatron_asvr.config.schema import Config, LanguageConfig, VisionConfig
 
 TEXT_POSITIONS = 256  # of the typical sample, beside its one image; every second has a target
+WORTH_IT = 1.02  # the first form unless it costs more than this times the second
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +53,7 @@ class Split:
 
 
 def layer_split(config: Config, codebook_sizes: Sequence[int]) -> Split:
-    """The split of a run: ``parallel.stages`` where given, else the best one.
+    """The split of a run: ``parallel.stages`` where given, else the best of both forms.
 
     Args:
         config: the run, checked.
@@ -59,8 +61,28 @@ def layer_split(config: Config, codebook_sizes: Sequence[int]) -> Split:
     """
     p, items = config.parallel, item_costs(config, codebook_sizes)
     if p.stages is not None:
-        return given_split(items, p.stages, pp=p.pp)
-    return best_split(items, config.model.language.num_layers, pp=p.pp, vpp=p.vpp or 1)
+        return given_split(items, p.stages, pp=p.pp, head_alone=bool(p.head_alone))
+    num_layers, sizes = config.model.language.num_layers, {"pp": p.pp, "vpp": p.vpp or 1}
+    if p.head_alone is None and can_stand_alone(config):
+        return better_form(items, num_layers, **sizes)
+    return best_split(items, num_layers, **sizes, head_alone=bool(p.head_alone))
+
+
+def better_form(items: ItemCosts, num_layers: int, *, pp: int, vpp: int = 1) -> Split:
+    """The best split of the first form, unless the second one's is clearly cheaper.
+
+    So the largest stage costs at most ``WORTH_IT`` times that of the best contiguous split.
+
+    Args:
+        items: cost of each item.
+        num_layers: of the language model.
+        pp: pipeline stages, at least two.
+        vpp: chunks of each stage.
+    """
+    together, alone = (
+        best_split(items, num_layers, pp=pp, vpp=vpp, head_alone=form) for form in (False, True)
+    )
+    return alone if max(together.costs) > WORTH_IT * max(alone.costs) else together
 
 
 def best_split(

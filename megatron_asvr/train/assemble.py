@@ -146,7 +146,8 @@ def _view(groups: Groups) -> View:
         encoder_rank=groups.tp_cp.rank(),
         encoder_world=groups.tp_cp.size(),
         first_stage=groups.is_first_stage,
-        last_stage=groups.is_last_stage,
+        text_loss=groups.has_text_loss,
+        visual_loss=groups.is_last_stage,
     )
 
 

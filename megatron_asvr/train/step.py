@@ -5,9 +5,9 @@ known from the data, so it is summed over the world before the first backward pa
 micro-batch's loss is already its exact part of the global one. Nothing is rescaled afterwards:
 gradients are summed over ranks and micro-batches, never averaged.
 
-What a step counts is brought by the ranks of the last stage, one of each tensor-parallel group;
-all others bring zeros to the same sums over the world. So every rank knows every number, and
-decides the same.
+What a step counts is brought by the stage that computes a loss, one rank of each tensor-parallel
+group; all others bring zeros to the same sums over the world. So every rank knows every number,
+and decides the same.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
 
 from megatron_asvr.batch import MicroBatch
@@ -76,7 +77,7 @@ class StepResult:
         totals: fp64 sum of ``LossSums.totals`` over the global batch.
         loss: the joint loss of the global batch.
         grad_norm: before clipping.
-        parts: this rank's micro-batches; none before the last stage.
+        parts: this rank's micro-batches; none on a stage that computes no loss.
     """
 
     totals: Tensor
@@ -87,7 +88,7 @@ class StepResult:
 
 def contributes(groups: Groups) -> bool:
     """Whether this rank's numbers count in sums over the world; see the module's docstring."""
-    return groups.is_last_stage and groups.tp_rank == 0
+    return (groups.has_text_loss or groups.is_last_stage) and groups.tp_rank == 0
 
 
 def agree(batches: Sequence[MicroBatch], *, stop: bool, groups: Groups) -> Agreement:
@@ -103,7 +104,7 @@ def agree(batches: Sequence[MicroBatch], *, stop: bool, groups: Groups) -> Agree
         counts = [
             sum(b.num_text_targets for b in batches),
             sum(b.num_visual_targets for b in batches),
-            sum(int((b.own(b.document_BS) >= 0).sum()) for b in batches),
+            groups.is_last_stage * sum(int((b.own(b.document_BS) >= 0).sum()) for b in batches),
         ]
     mine = torch.tensor([*counts, int(stop)], device=select()[0].device)
     values = all_reduce_sum(mine, group=groups.world)
@@ -138,7 +139,7 @@ def loss_function(
 def backward(chunks: Chunks, batches: Sequence[MicroBatch], loss: LossFunction) -> list[Part]:
     """What every micro-batch contributed, after adding gradients to the buffers.
 
-    Empty on all but the last pipeline stage.
+    Empty on a pipeline stage that computes no loss.
 
     Args:
         chunks: the wrapped model.
@@ -156,6 +157,7 @@ def run_schedule(
     forward_only: bool,
 ) -> list[Part]:
     """``backward``, or with ``forward_only`` the same passes without gradients."""
+    before_last: list[Part] = []
 
     def finish(sums: LossSums) -> tuple[Tensor, Tensor, Part]:
         # A triple (loss, number of tokens, report). With calculate_per_token_loss the schedule
@@ -165,10 +167,18 @@ def run_schedule(
         return value, torch.zeros((), dtype=torch.int), part
 
     def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[..., Any]]:
-        return chunk(to_device(next(iterator))), finish
+        output = chunk(to_device(next(iterator)))
+        if isinstance(output, tuple):
+            # A loss before the last stage rides on what is sent on: its gradient is 1 there, as a
+            # mixture's load-balancing loss has it (precision/routing.py).
+            hidden_SBH, sums = output
+            value, _, part = finish(sums)
+            before_last.append(part)
+            output = MoEAuxLossAutoScaler.apply(hidden_SBH, value)
+        return output, finish
 
     rows, length = batches[0].document_BS.shape
-    return get_forward_backward_func()(
+    return before_last + get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=[iter(batches) for _ in chunks],
         model=list(chunks),

@@ -131,6 +131,11 @@ def test_the_layout_names_what_every_stage_holds():
     measured = float(re.search(r"stages: ([\d.]+)", imbalance)[1])
     assert measured == pytest.approx(max(shares) / 50, abs=0.002)
     assert "3 a step, and 1 empty ones" in empty
+    assert "the last the LM head and the visual head" in imbalance
+    alone = load("vicuna7b_stage2", ["parallel={pp: 4, tp: 1, head_alone: true}"])
+    *_, last, imbalance = layout_lines(alone, 4, (16384,) * 8)
+    assert last.startswith("stage 3: 0 layers")
+    assert "the last chunk the visual head alone" in imbalance
     assert layout_lines(load("vicuna7b_stage2"), 8, ()) == [
         "layout: TP8 x PP1 x CP1 x DP1 = 8 ranks"
     ]

@@ -132,7 +132,8 @@ class Ranks:
                 encoder_rank=cp * layout.tp + tp,
                 encoder_world=layout.cp * layout.tp,
                 first_stage=stage == 0,
-                last_stage=stage == layout.pp - 1,
+                text_loss=stage == layout.pp - 1,
+                visual_loss=stage == layout.pp - 1,
             )
             with loader(folder, view, codes=codes, **changes) as made:
                 self.batches[place] = made.step(step)

@@ -14,6 +14,7 @@ BASE = [
     "train.steps=10",
 ]
 MIXTURE = "model.language={family: mixtral, num_experts: 8}"
+ALONE = "parallel={pp: 2, head_alone: true}"
 PACKED = "data={packing: true, train: [{path: a.json}]}"
 
 
@@ -34,6 +35,14 @@ def refused(world, *overrides):
         (None, ["parallel={pp: 2, stages: [32]}"], ["[32]", "need 2 numbers"]),
         (None, ["parallel={pp: 2, stages: [16, 15]}"], ["sum 31", "with the sum 32"]),
         (None, ["parallel={pp: 2, stages: [33, -1]}"], ["[33, -1]", "none negative"]),
+        (None, ["parallel.head_alone=true"], ["head_alone=true", "parallel.pp >= 2, got 1"]),
+        (
+            None,
+            [ALONE, "loss.visual_weight=0", "train.trainable=[projector]"],
+            ["head_alone=true", "visual_weight=0 has none"],
+        ),
+        (None, [ALONE, "model.language.tied_embeddings=true"], ["tied_embeddings=true"]),
+        (None, [ALONE, "parallel.stages=[31, 1]"], ["[31, 1]", "must end with 0"]),
         (None, ["parallel.stages=[]"], ["0 numbers", "need 1 numbers"]),
         (None, ["parallel.tp=3"], ["tp=3", "num_heads=32", "width=2048", "1, 2, 4, 8, 16, 32"]),
         (None, ["parallel.sp=true"], ["parallel.sp", "tp > 1"]),

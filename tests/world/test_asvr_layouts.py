@@ -36,9 +36,7 @@ PLANS = {
 
 
 def stage(groups: Groups) -> AsvrModel:
-    return build(
-        CONFIG, groups, pre_process=groups.is_first_stage, post_process=groups.is_last_stage
-    )
+    return build(CONFIG, groups)
 
 
 def losses_and_gradients(groups: Groups) -> tuple[list[float], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
-from megatron_asvr.model.language import LanguageModel
+from megatron_asvr.model.language import LanguageModel, gather_positions
 from megatron_asvr.parallel import groups as process_groups
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
@@ -67,6 +67,7 @@ def forward_step(batches: Any, model: LanguageModel) -> tuple[Tensor, Any]:
     hidden_SBH = model(embeds, batch["position"], mask)
     if not model.post_process:
         return hidden_SBH, None
+    hidden_SBH = gather_positions(hidden_SBH, groups=model.groups)
     logits_XV = model.logits(hidden_SBH.flatten(0, 1)[batch["rows"]])
     losses_X = vocab_parallel_cross_entropy(logits_XV, batch["targets"])
 
