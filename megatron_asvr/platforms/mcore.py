@@ -14,6 +14,8 @@ warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", Fu
 warnings.filterwarnings("ignore", "full scope is deprecated", module=r"megatron\.core")
 # 0.19.2 announces a module of its own, which we do not use, whenever it is imported.
 warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
+# Experts are whole on their ranks, so it splits nothing there and says so for every one of them.
+warnings.filterwarnings("ignore", "`sequence_parallel` is set to `True`, but tensor model parallel")
 # Its optimizer asks shards, which are views, for a gradient that it sets itself.
 warnings.filterwarnings(
     "ignore", r"The \.grad attribute of a Tensor", module=r"megatron\.core\.optimizer"

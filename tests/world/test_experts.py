@@ -21,6 +21,7 @@ from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
+from megatron_asvr.model.asvr import build_model
 from megatron_asvr.parallel import groups as process_groups
 from megatron_asvr.parallel.collectives import gather_equal
 from megatron_asvr.parallel.groups import Groups
@@ -33,7 +34,7 @@ from megatron_asvr.train.step import (
     reduce_gradients,
     run_schedule,
 )
-from tests.run_cases import CODEBOOK_SIZES, Bench, config, folder, step_batches
+from tests.run_cases import CODEBOOK_SIZES, Bench, config, folder, step_batches, tokenizer
 
 pytestmark = pytest.mark.world
 
@@ -47,6 +48,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp": (2, {"tp": 2, "sp": True}),
     "ep2_pp2_dp2": (4, {"ep": 2, "pp": 2}),
     "ep2_cp2": (2, {"ep": 2, "cp": 2}),
+    "pp2_bare": (2, {"pp": 2, "stages": [2, 0]}),  # no expert on the last stage
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"family": "mixtral", "num_experts": 4},
@@ -127,12 +129,14 @@ def results(family: str, layout: str) -> dict[str, Any]:
         ("qwen3_moe", "ep4_tp2_sp_dp2"),
         ("qwen3_moe", "ep2_pp2_dp2"),
         ("qwen3_moe", "ep2_cp2"),
+        ("qwen3_moe", "pp2_bare"),
     ],
 )
 def test_every_layout_takes_the_same_steps(family: str, layout: str) -> None:
     got, want = results(family, layout), results(family, "single")
     degrees = LAYOUTS[layout][1]
-    assert got["held"] * degrees.get("ep", 1) * degrees.get("pp", 1) == want["held"]
+    stages = 1 if layout == "pp2_bare" else degrees.get("pp", 1)
+    assert got["held"] * degrees.get("ep", 1) * stages == want["held"]
     same_gradients(got["grads"], want["grads"])
     # Measured at most: losses 7e-8, norms 2e-7 relative.
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-6)
@@ -227,3 +231,36 @@ def test_a_checkpoint_does_not_know_where_the_experts_were(
         for mine, theirs in zip(got, wanted, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-6)
         assert all(torch.equal(loaded[name], stored[name]) for name in weights)
+
+
+def answered_run(degrees: dict[str, Any]) -> Tensor:
+    """Logits in evaluation mode, where tensor parallelism goes without sequence parallelism."""
+    run = mixture("qwen3_moe", degrees)
+    groups = start(run)
+    model = build_model(run, groups=groups, tokenizer=tokenizer(run.model.vision)).eval()
+    (batch, *_) = step_batches(run, 0, groups)
+    with torch.no_grad():
+        logits = model.language_model.logits_full(model.hidden(batch))
+    process_groups.destroy()
+    return logits
+
+
+def test_answers_need_no_sequence_parallelism() -> None:
+    want = run_ranks(answered_run, ({},), 1, timeout_s=240)
+    got = run_ranks(answered_run, ({"tp": 2},), 2, timeout_s=240)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def rounded_run(degrees: dict[str, Any]) -> list[float]:
+    run = mixture("mixtral", degrees, train__precision="bf16")
+    groups = start(run)
+    bench = Bench(run, groups)
+    losses = [bench.step(step).loss for step in range(5)]
+    process_groups.destroy()
+    return losses
+
+
+def test_bf16_losses_agree() -> None:
+    want = run_ranks(rounded_run, ({},), 1, timeout_s=240)
+    got = run_ranks(rounded_run, ({"ep": 2, "tp": 2, "sp": True},), 4, timeout_s=240)
+    assert got == pytest.approx(want, rel=5e-3)
