@@ -10,24 +10,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_asvr.config.schema import Config
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.parallel import collectives
 from megatron_asvr.parallel.record import Entry, Recorder, compare_schedules
 from tests.run_cases import Bench
+from tests.world.test_experts import mixture
 from tests.world.test_train_layouts import layout_config, start
 
 pytestmark = pytest.mark.world
 
-LAYOUTS = {
-    "tp2_pp2": (4, {"tp": 2, "pp": 2, "sp": True}),
-    "pp2_vpp2": (2, {"pp": 2, "vpp": 2}),
-    "tp2_cp2": (4, {"tp": 2, "cp": 2}),
+LAYOUTS: dict[str, tuple[int, Config]] = {
+    "tp2_sp_pp2": (4, layout_config({"tp": 2, "pp": 2, "sp": True})),
+    "pp2_vpp2": (2, layout_config({"pp": 2, "vpp": 2})),
+    "tp2_cp2": (4, layout_config({"tp": 2, "cp": 2})),
+    "ep2_dp2": (2, mixture("mixtral", {"ep": 2})),
 }
 
 
-def training_step(degrees: dict, odd_rank: int | None) -> list[list[Entry]]:
+def training_step(run: Config, odd_rank: int | None) -> list[list[Entry]]:
     """What every rank recorded; gloo lets an odd rank sum what it holds in another type."""
-    run = layout_config(degrees)
     groups = start(run)
     bench = Bench(run, groups)
     with Recorder() as recorder:
@@ -39,20 +41,22 @@ def training_step(degrees: dict, odd_rank: int | None) -> list[list[Entry]]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_ranks_of_a_training_step_issue_the_same_collectives(layout: str) -> None:
-    world, degrees = LAYOUTS[layout]
-    by_rank = run_ranks(training_step, (degrees, None), world, timeout_s=120)
+    world, run = LAYOUTS[layout]
+    by_rank = run_ranks(training_step, (run, None), world, timeout_s=120)
     assert compare_schedules(by_rank) == []
     for entries in by_rank:
         places = {entry.where for entry in entries}
         assert any(place.startswith("megatron.core.") for place in places)
         assert any(place.startswith("megatron_asvr.train.step.") for place in places)
-        assert any(place.endswith(".backward") for place in places) == ("tp" in degrees)
-        assert ({"send", "recv"} <= {entry.op for entry in entries}) == ("pp" in degrees)
+        assert any(place.endswith(".backward") for place in places) == ("tp" in layout)
+        ops = {entry.op for entry in entries}
+        assert ({"send", "recv"} <= ops) == ("pp" in layout)
+        assert ("alltoall_base" in ops) == ("ep" in layout)
 
 
 def test_one_rank_that_differs_is_named() -> None:
-    world, degrees = LAYOUTS["tp2_pp2"]
-    by_rank = run_ranks(training_step, (degrees, 2), world, timeout_s=120)
+    world, run = LAYOUTS["tp2_sp_pp2"]
+    by_rank = run_ranks(training_step, (run, 2), world, timeout_s=120)
     (finding,) = compare_schedules(by_rank)
     assert finding.startswith("group [0, 1, 2, 3], collective ")
     assert "ranks 0, 1, 3: allreduce of float32 [(3,)] in tests.world.test_record" in finding
