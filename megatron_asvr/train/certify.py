@@ -6,6 +6,7 @@ Nothing is trained, and the run's folder is not touched.
 """
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from torch import nn
 from megatron_asvr.checkpoint.identity import identity
 from megatron_asvr.config.check import check
 from megatron_asvr.config.schema import Config, ParallelConfig
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
 from megatron_asvr.model.loss import read_totals
@@ -134,7 +135,7 @@ def certify(request: Request, start: Start) -> Certificate:
             (folder / kind).mkdir()
             run = replace(excerpt.config, parallel=parallel)
             args = (run, str(folder / kind), excerpt.samples, request.collectives)
-            runs.append(Measurement(facts=start(measure, args, world), folder=folder / kind))
+            runs.append(_measured(start, args, world))
         verdict = judge(*runs, precision=request.precision, samples=excerpt.samples)
     return Certificate(
         verdict=verdict, request=request, samples=excerpt.samples, replaced=excerpt.replaced
@@ -168,6 +169,25 @@ def _one_step(request: Request) -> Config:
     )
 
 
+def _measured(
+    start: Start, args: tuple[Config, str, Sequence[str], bool], world: int
+) -> Measurement:
+    """``measure`` in so many ranks, and the comparison of their schedules."""
+    folder, collectives = Path(args[1]), args[3]
+    try:
+        facts = start(measure, args, world)
+    except LaunchError as error:
+        found = record.compare_schedules(_schedules(folder, world))
+        if error.__cause__ is not None or not found:
+            raise
+        raise LaunchError(f"{error}\nup to here the collectives differ: {found[0]}") from None
+    if collectives:
+        schedules = _schedules(folder, world)
+        found = record.compare_schedules(schedules)
+        facts = replace(facts, collectives=found, num_collectives=sum(map(len, schedules)))
+    return Measurement(facts=facts, folder=folder)
+
+
 def measure(config: Config, folder: str, samples: Sequence[str], collectives: bool) -> Facts:
     """What one step computes; gradients and probes go to ``folder``. Call it on every rank.
 
@@ -193,11 +213,11 @@ def measure(config: Config, folder: str, samples: Sequence[str], collectives: bo
         reduce_gradients(wrapped, groups=groups, whole=True)
         recorder.save(Path(folder) / f"{groups.rank}.probes")
         _save_gradients(chunks, Path(folder), groups)
-        with record.Recorder() if collectives else contextlib.nullcontext() as schedule:
+        path = Path(folder) / f"{groups.rank}.schedule"
+        with _recorded(path) if collectives else contextlib.nullcontext():
             result = train_step(wrapped, optimizer, batches, loss, step=0, groups=groups)
     used = {"text": agreement.text_count, "visual": agreement.visual_count}
     divisors = gather_objects((_who(groups), used), group=groups.world)
-    schedules = gather_objects(schedule.entries if schedule else [], group=groups.world)
     losses = read_totals(result.totals)
     kinds = [kind for kind in used if f"{kind}_loss" in losses]
     return Facts(
@@ -206,8 +226,6 @@ def measure(config: Config, folder: str, samples: Sequence[str], collectives: bo
         grad_norm=result.grad_norm,
         divisors=divisors,
         parameters=list(parameters),
-        collectives=record.compare_schedules(schedules) if collectives else None,
-        num_collectives=sum(map(len, schedules)),
     )
 
 
@@ -237,6 +255,33 @@ def _completed(chunks: Sequence[AsvrModel]) -> Iterator[dict[str, None]]:
     yield order
     for handle in handles:
         handle.remove()
+
+
+@contextlib.contextmanager
+def _recorded(path: Path) -> Iterator[None]:
+    """Write what this rank asks of the others inside, also when it waits in vain."""
+    recorder = record.Recorder()
+    try:
+        with recorder:
+            yield
+    finally:
+        path.write_text(json.dumps([asdict(entry) for entry in recorder.entries]), encoding="utf-8")
+
+
+def _schedules(folder: Path, world: int) -> list[list[record.Entry]]:
+    """What ``_recorded`` wrote on all ranks; nothing where a rank could not."""
+    paths = [folder / f"{rank}.schedule" for rank in range(world)]
+    if not all(path.exists() for path in paths):
+        return []
+    return [
+        [
+            record.Entry(
+                **{**raw, "ranks": tuple(raw["ranks"]), "sizes": tuple(map(tuple, raw["sizes"]))}
+            )
+            for raw in json.loads(path.read_text(encoding="utf-8"))
+        ]
+        for path in paths
+    ]
 
 
 def _save_gradients(chunks: Sequence[AsvrModel], folder: Path, groups: Groups) -> None:

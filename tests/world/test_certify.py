@@ -16,6 +16,7 @@ from megatron_asvr.launch import local
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import layers, visual_head
 from megatron_asvr.train import certify as certification
+from megatron_asvr.train import step
 from megatron_asvr.train.certify import Certificate, Facts, Request, certify
 from megatron_asvr.train.step import agree
 from tests.run_data import make_files, run_config
@@ -92,7 +93,17 @@ def dropped_reduction() -> None:
     visual_head.DepthAttention.forward = unsummed
 
 
-FAULTS = {f.__name__: f for f in (local_count, shuffled_code, dropped_reduction)}
+def another_shape() -> None:
+    """The second rank sends its sums in another shape, which gloo does not mind."""
+    reduce = step.all_reduce_sum
+
+    def reshaped(x, *, group):
+        return reduce(x[None], group=group)[0] if dist.get_rank() == 1 else reduce(x, group=group)
+
+    step.all_reduce_sum = reshaped
+
+
+FAULTS = {f.__name__: f for f in (local_count, shuffled_code, dropped_reduction, another_shape)}
 
 
 # --- certificates
@@ -159,6 +170,15 @@ def test_a_dropped_reduction_is_named(files):
     assert rows["outputs of modules"].ok
     (place,) = verdict.places
     assert "of the backward pass is visual_head.layers.0.norm1.weight" in place
+
+
+def test_a_difference_in_collectives_is_named(files):
+    assert ask(files, "dp=2", fault="another_shape").verdict.ok
+    verdict = ask(files, "dp=2", fault="another_shape", collectives=True).verdict
+    assert not verdict.ok
+    (place,) = verdict.places
+    assert "group [0, 1], collective" in place
+    assert "rank 1: allreduce of float64 [(1, 11)]" in place
 
 
 # --- the command
