@@ -236,7 +236,7 @@ class ParallelConfig:
     head_alone: bool | None = None  # visual head alone in the last stage; default: where cheaper
     cp: int = 1
     sp: bool = False
-    ep: int = 1  # ranks that share the experts of a mixture; they are data-parallel ranks too
+    ep: int = 1  # ranks that share the experts of a mixture, among the tp x cp x dp of a stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
