@@ -1,6 +1,7 @@
 """The same steps in every layout: losses, gradients and gradient norms of one rank."""
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import AsvrError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
-from megatron_asvr.parallel.collectives import gather_equal
+from megatron_asvr.parallel.collectives import gather_equal, gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train.step import (
@@ -27,7 +29,7 @@ from megatron_asvr.train.step import (
     reduce_gradients,
     train_step,
 )
-from megatron_asvr.train.telemetry import gradient_cosine
+from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from tests.run_cases import (
     CODEBOOK_SIZES,
     Bench,
@@ -80,9 +82,12 @@ def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     batches = step_batches(run, 0, groups)
     agreement = agree(batches, stop=False, groups=groups)
     cosine = gradient_cosine(bench.wrapped, batches, agreement, groups=groups)
-    steps = [bench.step(step) for step in range(5)]
+    steps, usage = [bench.step(step) for step in range(5)], CodeUsage(CODEBOOK_SIZES)
+    for result in steps:
+        usage.add(result.parts)
     check_replicas(bench, groups)
     return {
+        "codes": usage.values(groups=groups),
         "losses": [result.loss for result in steps],
         "totals": [result.totals for result in steps],
         "norms": [result.grad_norm for result in steps],
@@ -133,6 +138,7 @@ def same_steps(layout: str, changes: tuple[tuple[str, Any], ...] = ()) -> None:
     for name, grad in want["grads"].items():
         bound = 1e-5 * max(float(grad.norm()), 1e-3 * float(everything))
         assert float((got["grads"][name] - grad).norm()) <= bound, name
+    assert got["codes"] == want["codes"]
     if want["cosine"] is None:
         assert got["cosine"] is None
     else:
@@ -156,6 +162,31 @@ def test_tied_embeddings_and_norms_per_head_take_the_same_steps(layout: str) -> 
 @pytest.mark.parametrize("part", ["visual_head", "projector"])
 def test_a_stage_with_nothing_to_train_takes_the_same_steps(part: str) -> None:
     same_steps("pp2_vpp2", (("train__trainable", (part,)),))
+
+
+def bad_run(degrees: dict[str, Any]) -> list[str]:
+    """What every rank says about images of one micro-batch that are no numbers."""
+    run = layout_config(degrees)
+    groups = start(run)
+    bench = Bench(run, groups)
+    batches = step_batches(run, 7, groups)
+    if groups.dp_rank == 0 and batches[0].pixel_values_ICHW is not None:
+        batches[0].pixel_values_ICHW[:] = math.nan
+    agreement = agree(batches, stop=False, groups=groups)
+    loss = loss_function(run.loss, agreement, num_micro_batches=len(batches))
+    with pytest.raises(AsvrError) as err:
+        train_step(bench.wrapped, bench.optimizer, batches, loss, step=7, groups=groups)
+    return gather_objects(str(err.value), group=groups.world)
+
+
+@pytest.mark.parametrize("layout", ["pp2_dp2", "tp2_sp_cp2"])
+def test_every_rank_names_the_samples_of_a_loss_that_is_not_finite(layout: str) -> None:
+    world, degrees = LAYOUTS[layout]
+    said = run_ranks(bad_run, (degrees,), world, timeout_s=240)
+    assert len(set(said)) == 1
+    assert "from samples sample 700.0, sample 700.1" in said[0]
+    assert "sample 701" not in said[0]
+    assert "sample 702" not in said[0]
 
 
 def nothing_run(degrees: dict[str, Any]) -> tuple[float, float, bool]:
