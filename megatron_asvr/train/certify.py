@@ -19,7 +19,7 @@ from torch import nn
 
 from megatron_asvr.checkpoint.identity import identity
 from megatron_asvr.config.check import check
-from megatron_asvr.config.schema import Config, ParallelConfig
+from megatron_asvr.config.schema import Config, InitConfig, ParallelConfig
 from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
@@ -27,8 +27,15 @@ from megatron_asvr.model.loss import read_totals
 from megatron_asvr.parallel import record
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train import probes
-from megatron_asvr.train.assemble import Data, load_sources, make_groups, open_data
+from megatron_asvr.train.assemble import (
+    Data,
+    codebook_sizes,
+    load_sources,
+    make_groups,
+    open_data,
+)
 from megatron_asvr.train.codes import fill_codes
 from megatron_asvr.train.excerpt import make_excerpt
 from megatron_asvr.train.optim import make_optimizer, wrap
@@ -122,18 +129,19 @@ def certify(request: Request, start: Start) -> Certificate:
         LaunchError: a rank failed.
     """
     config = check(_one_step(request), request.world)
-    if request.shrink:
-        config = check(shrink(config), request.world)
     with tempfile.TemporaryDirectory(prefix="asvr-certify-") as name:
         folder = Path(name)
         excerpt = make_excerpt(config, folder, prepare=request.prepare)
+        config = excerpt.config
+        if request.shrink:
+            config = _small(config, request.world)
         runs = []
         for kind, parallel, world in (
             ("reference", ParallelConfig(), 1),
             ("layout", config.parallel, request.world),
         ):
             (folder / kind).mkdir()
-            run = replace(excerpt.config, parallel=parallel)
+            run = replace(config, parallel=parallel)
             args = (run, str(folder / kind), excerpt.samples, request.collectives)
             runs.append(_measured(start, args, world))
         verdict = judge(*runs, precision=request.precision, samples=excerpt.samples)
@@ -157,6 +165,7 @@ def _one_step(request: Request) -> Config:
         )
     return replace(
         config,
+        init=InitConfig() if request.shrink else config.init,
         train=replace(
             t,
             steps=1,
@@ -167,6 +176,15 @@ def _one_step(request: Request) -> Config:
             optim=replace(t.optim, clip_grad=t.optim.clip_grad or 1.0),
         ),
     )
+
+
+def _small(config: Config, world: int) -> Config:
+    """The shrunk run, whose pipeline stages are as uneven as the large one's."""
+    if config.parallel.pp > 1:
+        plan = make_plan(config, world, codebook_sizes(config))
+        stages = replace(config.parallel, stages=plan.stages, head_alone=plan.head_alone)
+        config = replace(config, parallel=stages)
+    return check(shrink(config), world)
 
 
 def _measured(

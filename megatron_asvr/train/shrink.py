@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from megatron_asvr.config.schema import (
     Config,
-    InitConfig,
     LanguageConfig,
     ParallelConfig,
     VisionConfig,
@@ -20,14 +19,15 @@ Stages = tuple[int, ...] | None
 
 
 def shrink(config: Config) -> Config:
-    """The configuration with fewer layers and heads and smaller widths, weights from the seed.
+    """The configuration with fewer layers and heads and smaller widths.
 
     What a layout divides keeps its proportions: query heads per key/value head, widths against
     each other, empty and uneven pipeline stages. What data and tokenizers fix stays: vocabulary,
     patches, codebooks; so do experts.
 
     Args:
-        config: a run that fits its own ``parallel`` settings; so will the result.
+        config: a run that fits its own ``parallel`` settings, as the result does; without
+            sources of weights, because none would fit.
     """
     p = config.parallel
     language, stages = _language(config.model.language, p)
@@ -39,7 +39,6 @@ def shrink(config: Config) -> Config:
             vision=_vision(config.model.vision),
             visual_head=_visual_head(config.model.visual_head, p.tp),
         ),
-        init=InitConfig(),
         parallel=replace(p, stages=stages),
     )
 
@@ -49,7 +48,7 @@ def _language(lm: LanguageConfig, p: ParallelConfig) -> tuple[LanguageConfig, St
     stages, layers = p.stages, min(lm.num_layers, max(MIN_LAYERS, p.pp * (p.vpp or 1)))
     if stages is not None:
         most = max(stages)
-        uneven = min(stages) < most
+        uneven = min(n for n in stages if n) < most
         stages = tuple(min(1, n) + (uneven and n == most) for n in stages)
         layers = sum(stages)
     groups = _fewest(lm.kv_heads, p.tp)

@@ -52,7 +52,6 @@ def test_a_vicuna_7b_becomes_small_and_still_fits_its_layout():
     assert (lm.num_layers, lm.num_heads, lm.kv_heads, lm.vocab_size) == (4, 4, 4, 32000)
     assert lm.ffn_hidden_size / lm.hidden_size == pytest.approx(11008 / 4096, rel=0.1)
     assert small.model.vision.num_patches == 729
-    assert small.init.source("language_model") is None
 
 
 @pytest.mark.parametrize(
@@ -81,10 +80,10 @@ def test_shrinking_keeps_the_structure(settings, heads, groups):
 def test_shrinking_keeps_uneven_stages_and_replicated_heads():
     config = vicuna()
     head = replace(config.model.visual_head, width=96, num_heads=6)
-    stages = ParallelConfig(tp=4, pp=4, stages=(6, 9, 9, 8))
+    stages = ParallelConfig(tp=4, pp=5, stages=(8, 9, 9, 0, 6))
     config = replace(config, model=replace(config.model, visual_head=head), parallel=stages)
-    small = check(shrink(config), 16)
-    assert small.parallel.stages == (1, 2, 2, 1)
+    small = check(shrink(config), 20)
+    assert small.parallel.stages == (1, 2, 2, 0, 1)
     assert small.model.language.num_layers == 6
     assert small.model.visual_head.heads == 6
 

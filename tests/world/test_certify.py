@@ -23,7 +23,7 @@ from tests.run_data import make_files, run_config
 
 pytestmark = pytest.mark.world
 
-SETTINGS = ("samples", "collectives", "prepare")
+SETTINGS = ("samples", "collectives", "prepare", "shrink")
 SMALL = {"train__micro_batch": 1, "data__codes": "online"}
 
 
@@ -124,7 +124,8 @@ FAULTS = {f.__name__: f for f in (local_count, shuffled_code, dropped_reduction,
         (
             "pp=2,vpp=2",
             {
-                "model__language__num_layers": 4,
+                "model__language__num_layers": 8,
+                "shrink": True,
                 "train__recompute": "full",
                 "train__recompute_visual_head": True,
             },
