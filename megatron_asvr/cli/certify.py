@@ -11,6 +11,7 @@ from megatron_asvr.config.load import load
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConfigError, LaunchError
 
+SHOWN = 5  # bad images
 FAILED = 1  # exit status: the layout computes something else
 
 
@@ -111,7 +112,10 @@ def table(report: dict[str, Any], world: int) -> list[str]:
         f"{layout or 'one rank'} ({world} ranks) against one rank: {model}, "
         f"{report['precision']}, {len(report['samples'])} samples"
     ]
-    lines += [f"left out: {path}: {why}" for path, why in report["replaced"].items()]
+    replaced = [f"left out: {path}: {why}" for path, why in report["replaced"].items()]
+    lines += replaced[:SHOWN]
+    if len(replaced) > SHOWN:
+        lines.append(f"left out: {len(replaced) - SHOWN} more")
     lines.append(f"{'':<22}{'one rank':>14}{'layout':>14}{'difference':>12}{'at most':>9}")
     for row in report["rows"]:
         numbers = "".join(f"{_number(row[side]):>14}" for side in ("reference", "layout"))
