@@ -13,6 +13,8 @@ from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.train.step import agree, loss_function, run_schedule, sum_parts
 from megatron_asvr.train.telemetry import CodeUsage
 from tests.run_cases import CODEBOOK_SIZES, Bench, step_batches
+from tests.run_data import make_files
+from tests.world.test_certify import ask
 from tests.world.test_train_layouts import (
     LAYOUTS,
     layout_config,
@@ -115,3 +117,16 @@ def test_what_is_counted_does_not_know_where_the_heads_are() -> None:
     assert got["totals"] == pytest.approx(want["totals"], rel=1e-6)
     assert "rank 1: loss nan from samples sample 0" in got["blame"]
     assert "rank 2" not in got["blame"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        ("tp=2,sp=true,pp=2", {"collectives": True}),
+        ("cp=2,pp=2", {"data__packing": True, "data__codes": "cache", "prepare": True}),
+    ],
+)
+def test_real_samples_are_certified(layout: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    files = make_files(tmp_path / "files")
+    certificate = ask(files, f"{layout},head_alone=true", **changes)
+    assert certificate.verdict.ok, certificate.verdict
