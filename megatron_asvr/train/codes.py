@@ -13,7 +13,7 @@ from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.tokenizer import VisualTokenizer
-from megatron_asvr.parallel.collectives import barrier
+from megatron_asvr.parallel.collectives import barrier, broadcast_object
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, make_groups, open_data
 
@@ -40,10 +40,13 @@ def fill_codes(data: Data, *, groups: Groups) -> int:
     cache, tokenizer = data.codes, data.tokenizer
     if cache is None or tokenizer is None:
         return 0
-    owner = {key: loader for loader in data.loaders for key in cache.missing(loader.image_keys())}
-    missing = list(owner)
-    barrier(group=groups.world)  # nobody may write before everybody has asked
+    owner = {key: loader for loader in data.loaders for key in loader.image_keys()}
+    # Rank 0 looks for all: a rank that already sees what another job is writing would divide
+    # another list, and leave while the others wait.
+    found = cache.missing(owner) if groups.rank == 0 else None
+    missing = broadcast_object(found, group=groups.world)
     if not missing:
+        cache.refresh()
         return 0
     platform, _ = select()
     tokenizer = tokenizer.to(platform.device)

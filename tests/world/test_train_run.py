@@ -1,5 +1,6 @@
 """Whole runs on real files: codes, sources of weights, reports, and the errors of bad input."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -9,17 +10,20 @@ from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.load import load
-from megatron_asvr.config.schema import PARTS
+from megatron_asvr.config.schema import PARTS, Config
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
-from megatron_asvr.train.codes import encode_all
+from megatron_asvr.parallel.collectives import barrier, gather_objects
+from megatron_asvr.train.assemble import make_groups, open_data
+from megatron_asvr.train.codes import encode_all, fill_codes
 from megatron_asvr.train.loop import train
 from tests.run_cases import config as config_of_cases
 from tests.run_cases import tokenizer
@@ -74,6 +78,28 @@ def test_codes_are_encoded_once_and_equal_the_online_ones() -> None:
     for kind in ("train", "eval"):
         want = losses(folder / "cached", kind)
         assert losses(folder / "stages", kind) == pytest.approx(want, rel=1e-5)  # measured 3e-7
+
+
+def fill_seen_by_one(config: Config) -> tuple[int, list[int]]:
+    """Rank 1 still sees the codes of another job, which are gone; what was encoded, and held."""
+    groups = make_groups(config)
+    with contextlib.closing(open_data(config, groups=groups)) as data:
+        if groups.rank == 1:
+            keys = data.train.image_keys()
+            shape = (len(keys), data.codes.num_patches, data.codes.depth)
+            data.codes.write(keys, np.zeros(shape, dtype=np.int64))
+            for part in data.codes.folder.glob("*.codes"):
+                part.unlink()
+            assert data.codes.missing(keys) == []
+        barrier(group=groups.world)
+        encoded = fill_codes(data, groups=groups)
+        written = len(list(data.codes.folder.glob("*.codes")))
+        return encoded, gather_objects(written, group=groups.world)
+
+
+def test_ranks_that_see_different_caches_encode_together(tmp_path: Path) -> None:
+    config = run_config(files(), tmp_path / "run", data__cache_dir=str(tmp_path / "codes"))
+    assert run_ranks(fill_seen_by_one, (config,), 2, timeout_s=120) == (12, [2, 2])
 
 
 @pytest.mark.parametrize("stages", [1, 2])
