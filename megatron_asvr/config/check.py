@@ -19,6 +19,7 @@ def check(config: Config, world: int | None = None) -> Config:
             every one at once.
     """
     _check_widths(config)
+    _check_rope(config.model.language)
     _check_experts(config.model.language)
     _check_train(config)
     _check_optim(config.train.optim)
@@ -87,6 +88,21 @@ def _check_widths(config: Config) -> None:
         f"model.vision.feature_layer={vision.feature_layer} does not exist; hidden states are "
         f"{-vision.num_layers - 1} to {vision.num_layers}",
     )
+
+
+def _check_rope(lm: LanguageConfig) -> None:
+    scaling, where = lm.rope_scaling, "model.language.rope_scaling"
+    _positive(scaling, where, ("factor", "original_max_position_embeddings", "attention_factor"))
+    _positive(scaling, where, ("low_freq_factor", "beta_slow"))
+    _require(
+        scaling.rope_type not in ("llama3", "yarn")
+        or scaling.original_max_position_embeddings is not None,
+        f"{where}.rope_type={scaling.rope_type} needs original_max_position_embeddings: the "
+        "positions that the model was trained on before scaling",
+    )
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        below, above = getattr(scaling, low), getattr(scaling, high)
+        _require(below < above, f"{where}.{low}={below} must be less than {high}={above}")
 
 
 def _check_experts(lm: LanguageConfig) -> None:

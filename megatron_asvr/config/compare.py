@@ -12,9 +12,9 @@ from megatron_asvr.config.schema import (
 
 Part = TypeVar("Part", LanguageConfig, VisionConfig, ProjectorConfig, VisualHeadConfig)
 
-# No property of weights: how they were first drawn, how far a run lets positions grow, and which
-# hidden state is read.
-_FREE = {"init_std", "max_positions", "feature_layer"}
+# No property of weights: how they were first drawn, how far a run lets positions grow, which
+# hidden state is read, and how experts are kept busy.
+_FREE = {"init_std", "max_positions", "feature_layer", "router_aux_loss_coef"}
 
 
 def differences(found: Part, wanted: Part) -> list[tuple[str, object, object]]:
@@ -30,7 +30,10 @@ def differences(found: Part, wanted: Part) -> list[tuple[str, object, object]]:
 
 def _written_out(part: Part) -> Part:
     if isinstance(part, LanguageConfig):
-        return replace(part, num_kv_heads=part.kv_heads, head_dim=part.width_per_head)
+        part = replace(part, num_kv_heads=part.kv_heads, head_dim=part.width_per_head)
+        # A mixture has no other feed-forward part than its experts.
+        ffn = part.expert_ffn if part.is_mixture else part.ffn_hidden_size
+        return replace(part, ffn_hidden_size=ffn, expert_ffn_hidden_size=ffn)
     if isinstance(part, VisualHeadConfig):
         return replace(part, num_heads=part.heads)
     return part

@@ -13,6 +13,23 @@ Part = Literal["vision_encoder", "projector", "language_model", "visual_head"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScalingConfig:
+    """Rotary frequencies for more positions than the model was first trained on.
+
+    The keys are those of a Hugging Face ``config.json`` (``rope_scaling``, ``rope_parameters``).
+    """
+
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"  # default: no scaling
+    factor: float = 1.0  # frequencies are divided by it; llama3 and yarn: the low ones only
+    original_max_position_embeddings: int | None = None  # positions trained on; llama3 and yarn
+    low_freq_factor: float = 1.0  # llama3: turns below which a frequency counts as low
+    high_freq_factor: float = 4.0  # llama3: turns above which it is kept
+    beta_fast: float = 32.0  # yarn: turns above which a frequency is kept
+    beta_slow: float = 1.0  # yarn: turns below which it counts as low
+    attention_factor: float | None = None  # yarn, queries and keys; default: 0.1 ln factor + 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LanguageConfig:
     """The language model, in Hugging Face's terms."""
 
@@ -26,6 +43,7 @@ class LanguageConfig:
     vocab_size: int = 32000
     max_positions: int = 4096
     rope_theta: float = 10000.0
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = 1e-6
     tied_embeddings: bool = False
     sliding_window: int | None = None  # positions a token sees, itself included

@@ -3,6 +3,7 @@
 import torch
 
 from megatron_asvr.config.schema import Config
+from megatron_asvr.hf.processor import tokenizer_loader
 from megatron_asvr.hf.stock import LLAVA_ARCHITECTURE, TEXT_ARCHITECTURES
 
 _FIT = {
@@ -13,10 +14,10 @@ _LOAD_LLAVA = """from transformers import AutoProcessor, LlavaForConditionalGene
 
 model = LlavaForConditionalGeneration.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)"""
-_LOAD_TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_LOAD_TEXT = """from transformers import AutoModelForCausalLM, {loader}
 
 model = AutoModelForCausalLM.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)"""
+tokenizer = {loader}.from_pretrained(folder)"""
 
 
 def model_card(config: Config, *, kind: str, dtype: torch.dtype, has_head: bool) -> str:
@@ -30,6 +31,7 @@ def model_card(config: Config, *, kind: str, dtype: torch.dtype, has_head: bool)
     """
     language, vision = config.model.language, config.model.vision
     llava = kind == "llava"
+    loader = tokenizer_loader(kind, language.family)
     name = LLAVA_ARCHITECTURE if llava else TEXT_ARCHITECTURES[language.family]
     facts = [
         f"language model: {language.family}, {language.num_layers} layers, width "
@@ -62,7 +64,7 @@ def model_card(config: Config, *, kind: str, dtype: torch.dtype, has_head: bool)
             *(f"- {fact}" for fact in facts),
             "",
             "```python",
-            _LOAD_LLAVA if llava else _LOAD_TEXT,
+            _LOAD_LLAVA if llava else _LOAD_TEXT.format(loader=loader),
             "```",
             "",
             "Licence and limits follow from the weights and data it was trained from.",

@@ -26,6 +26,7 @@ from megatron_asvr.hf.files import (
     write_json,
 )
 from megatron_asvr.hf.importer import HEAD_CONFIG, HEAD_FILE
+from megatron_asvr.hf.memory import in_memory
 from megatron_asvr.hf.processor import (
     TOKENIZER_FILE,
     Text,
@@ -34,6 +35,7 @@ from megatron_asvr.hf.processor import (
     build_tokenizer,
     check_tokenizer,
     read_text,
+    tokenizer_loader,
 )
 
 State = Iterable[tuple[str, Tensor]] | Callable[[str], Tensor | None]
@@ -130,20 +132,10 @@ def _checked_rules(model: ModelConfig, config: Any, architecture: str) -> dict[s
     """Our table by name, after it was found to fill the stock model exactly."""
     llava = architecture == stock.LLAVA_ARCHITECTURE
     rules = tables.llava_rules(model) if llava else tables.text_rules(model.language)
-    written = {_in_memory(k, llava): v for k, v in tables.source_shapes(rules).items()}
+    written = in_memory(tables.source_shapes(rules), llava=llava)
     wanted = stock.stock_shapes(architecture, config)
     tables.check_complete(f"our table against {architecture} of transformers", written, wanted)
     return {rule.name: rule for rule in rules}
-
-
-def _in_memory(name: str, llava: bool) -> str:
-    """Where transformers 5 keeps the tensor that is called ``name`` in our table."""
-    if not llava:
-        return name.removeprefix(tables.HF_LM)
-    name = name.replace("language_model.lm_head", "lm_head", 1)
-    name = name.replace("language_model.model.", "model.language_model.", 1)
-    name = name.replace(tables.HF_VISION, "model.vision_tower.", 1)
-    return name.replace(tables.HF_PROJECTOR, f"model.{tables.HF_PROJECTOR}", 1)
 
 
 def _only(
@@ -258,7 +250,7 @@ def _write_processor(
     else:
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(str(target))
-    check_tokenizer(target, text)
+    check_tokenizer(target, text, tokenizer_loader(kind, config.model.language.family))
 
 
 def _write_configs(
@@ -267,11 +259,14 @@ def _write_configs(
     config.architectures = [architecture]
     config.dtype = dtype
     config.save_pretrained(str(target))
-    # transformers 4 reads rope_theta here and would silently use its default without it.
+    # transformers 4 reads these two here and would silently use its defaults without them.
     path = target / "config.json"
     saved = read_json(path)
     text = saved.get("text_config", saved)
-    text["rope_theta"] = text["rope_parameters"]["rope_theta"]
+    rope = dict(text["rope_parameters"])
+    text["rope_theta"] = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        text["rope_scaling"] = rope
     write_json(path, saved)
     generation = stock.transformers().GenerationConfig(do_sample=False, **ids.special())
     generation.save_pretrained(str(target))

@@ -150,13 +150,22 @@ def build_tokenizer(text: Text, max_length: int) -> Any:
     return stock
 
 
-def check_tokenizer(folder: Path, text: Text) -> None:
-    """Return when the tokenizer saved in ``folder`` gives our ids.
+def tokenizer_loader(kind: str, family: str) -> str:
+    """The class of transformers that loads the tokenizer of an exported folder.
+
+    AutoTokenizer takes Qwen's own tokenizer for every language model with Qwen2's architecture,
+    whatever the folder says (transformers 5.23, tokenization_auto.py).
+    """
+    return "LlamaTokenizer" if (kind, family) == ("text", "qwen2") else "AutoTokenizer"
+
+
+def check_tokenizer(folder: Path, text: Text, loader: str) -> None:
+    """Return when the tokenizer saved in ``folder``, loaded by ``loader``, gives our ids.
 
     Raises:
         ConversionError: a token or a probe text has other ids.
     """
-    stock = transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    stock = getattr(transformers(), loader).from_pretrained(str(folder), local_files_only=True)
     found = tuple(stock.convert_ids_to_tokens(list(range(len(stock)))))
     if found != text.tokens:
         pairs = zip(found, text.tokens, strict=False)

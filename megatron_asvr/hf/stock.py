@@ -4,11 +4,18 @@ transformers is imported on first use: it takes seconds and most commands never 
 """
 
 import importlib
+import math
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
-from megatron_asvr.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from megatron_asvr.config.schema import (
+    LanguageConfig,
+    ModelConfig,
+    RopeScalingConfig,
+    VisionConfig,
+)
 from megatron_asvr.errors import ConversionError
 
 TEXT_ARCHITECTURES = {
@@ -16,15 +23,20 @@ TEXT_ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 TEXT_CONFIGS = {
     "llama": "LlamaConfig",
     "mistral": "MistralConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
+    "mixtral": "MixtralConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
 }
 LLAVA_ARCHITECTURE = "LlavaForConditionalGeneration"
 VISION_MODEL_TYPE = "siglip_vision_model"
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def transformers() -> ModuleType:
@@ -101,9 +113,7 @@ def language_from(config: Any, where: str) -> LanguageConfig:
             f"known are {known}"
         )
     _require(where, text, hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,))
-    rope = text.rope_parameters or {}
-    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
-        raise ConversionError(f"{where}: rope_parameters {rope} are not plain rotary embeddings")
+    rope_theta, rope_scaling = _rope_from(text.rope_parameters or {}, where)
     width = getattr(text, "head_dim", None)
     plain_width = text.hidden_size // text.num_attention_heads
     return LanguageConfig(
@@ -114,14 +124,95 @@ def language_from(config: Any, where: str) -> LanguageConfig:
         num_kv_heads=text.num_key_value_heads,
         head_dim=None if width in (None, plain_width) else width,
         ffn_hidden_size=text.intermediate_size,
+        **_mixture_from(text, where),
         vocab_size=text.vocab_size,
         max_positions=text.max_position_embeddings,
-        rope_theta=float(rope["rope_theta"]),
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
         norm_eps=text.rms_norm_eps,
         tied_embeddings=bool(config.tie_word_embeddings),
         sliding_window=_sliding_window(text, where),
         init_std=text.initializer_range,
     )
+
+
+_ROPE_TYPES = get_args(RopeScalingConfig.__annotations__["rope_type"])
+_ROPE_KEYS = tuple(f.name for f in fields(RopeScalingConfig))
+
+
+def _rope_from(rope: dict[str, Any], where: str) -> tuple[float, RopeScalingConfig]:
+    """Base and scaling of the rotary positions from ``rope_parameters``."""
+    given = {k: v for k, v in rope.items() if v is not None}
+    theta, kind = given.pop("rope_theta", None), given.get("rope_type", "default")
+    if kind not in _ROPE_TYPES or theta is None:
+        known = ", ".join(_ROPE_TYPES)
+        raise ConversionError(
+            f"{where}: rope_parameters {rope} have no rope_theta or a rope_type other than {known}"
+        )
+    given.pop("type", None)  # the old name of rope_type
+    scale, scale_all = given.pop("mscale", 0.0), given.pop("mscale_all_dim", 0.0)
+    if scale and scale_all:
+        log = math.log(max(given["factor"], 1.0)) / 10
+        given.setdefault("attention_factor", (scale * log + 1) / (scale_all * log + 1))
+    for key, usual in (("partial_rotary_factor", 1.0), ("truncate", True)):
+        if given.pop(key, usual) != usual:
+            raise ConversionError(f"{where}: rope_parameters {rope}: only {key}={usual} is built")
+    unknown = [key for key in given if key not in _ROPE_KEYS]
+    if unknown:
+        raise ConversionError(f"{where}: rope_parameters {rope}: unknown keys {unknown}")
+    return float(theta), RopeScalingConfig(**given)
+
+
+def _rope_parameters(language: LanguageConfig) -> dict[str, Any]:
+    """Base and scaling of the rotary positions as ``rope_parameters``."""
+    scaling = language.rope_scaling
+    given: dict[str, Any] = {"rope_theta": language.rope_theta, "rope_type": scaling.rope_type}
+    keys = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
+        "yarn": ("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor"),
+    }
+    values = {key: getattr(scaling, key) for key in keys[scaling.rope_type]}
+    return given | {key: value for key, value in values.items() if value is not None}
+
+
+def _mixture_from(text: Any, where: str) -> dict[str, Any]:
+    """Our settings of a mixture of experts; none for another family.
+
+    The coefficient of the load-balancing loss stays ours: Hugging Face's loss is another formula.
+    """
+    if text.model_type == "mixtral":
+        return {
+            "num_experts": text.num_local_experts,
+            "experts_per_token": text.num_experts_per_tok,
+        }
+    if text.model_type != "qwen3_moe":
+        return {}
+    _require(where, text, decoder_sparse_step=(1,), mlp_only_layers=([], None))
+    return {
+        "num_experts": text.num_experts,
+        "experts_per_token": text.num_experts_per_tok,
+        "expert_ffn_hidden_size": text.moe_intermediate_size,
+        "norm_topk_prob": text.norm_topk_prob,
+    }
+
+
+def _mixture_fields(language: LanguageConfig) -> dict[str, Any]:
+    """The settings of a mixture of experts as its transformers configuration calls them."""
+    if not language.is_mixture:
+        return {}
+    shared = {"num_experts_per_tok": language.experts_per_token}
+    if language.family == "mixtral":
+        return shared | {
+            "num_local_experts": language.num_experts,
+            "intermediate_size": language.expert_ffn,
+        }
+    return shared | {
+        "num_experts": language.num_experts,
+        "moe_intermediate_size": language.expert_ffn,
+        "norm_topk_prob": language.norm_topk_prob,
+    }
 
 
 def _sliding_window(text: Any, where: str) -> int | None:
@@ -182,12 +273,7 @@ def text_config(language: LanguageConfig, ids: dict[str, int]) -> Any:
         ConversionError: the family cannot express one of the settings.
     """
     family = language.family
-    if family not in TEXT_CONFIGS:
-        raise ConversionError(
-            f"model.language.family={family} cannot be exported yet; known are "
-            f"{', '.join(TEXT_CONFIGS)}"
-        )
-    fields: dict[str, Any] = dict(
+    given: dict[str, Any] = dict(
         hidden_size=language.hidden_size,
         num_hidden_layers=language.num_layers,
         num_attention_heads=language.num_heads,
@@ -195,25 +281,28 @@ def text_config(language: LanguageConfig, ids: dict[str, int]) -> Any:
         intermediate_size=language.ffn_hidden_size,
         vocab_size=language.vocab_size,
         max_position_embeddings=language.max_positions,
-        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
+        rope_parameters=_rope_parameters(language),
         rms_norm_eps=language.norm_eps,
         tie_word_embeddings=language.tied_embeddings,
         initializer_range=language.init_std,
         **ids,
     )
     if family != "qwen2" or language.head_dim is not None:
-        fields["head_dim"] = language.width_per_head
-    if family == "mistral":
-        fields["sliding_window"] = language.sliding_window
+        given["head_dim"] = language.width_per_head
+    given |= _mixture_fields(language)
+    if family in ("mistral", "mixtral"):
+        given["sliding_window"] = language.sliding_window
     elif language.sliding_window is not None:
         if family == "llama":
             raise ConversionError(
                 "language.sliding_window is set, but the llama family has none in transformers; "
                 "use family mistral"
             )
-        fields |= {"use_sliding_window": True, "max_window_layers": 0}
-        fields["sliding_window"] = language.sliding_window
-    return _build(TEXT_CONFIGS[family], fields)
+        given |= {"use_sliding_window": True}
+        if family != "qwen3_moe":
+            given["max_window_layers"] = 0
+        given["sliding_window"] = language.sliding_window
+    return _build(TEXT_CONFIGS[family], given)
 
 
 def llava_config(model: ModelConfig, ids: dict[str, int], image_token_id: int) -> Any:
@@ -229,7 +318,7 @@ def llava_config(model: ModelConfig, ids: dict[str, int], image_token_id: int) -
         "layer_norm_eps": vision.norm_eps,
         "vision_use_head": False,
     }
-    fields = dict(
+    given = dict(
         vision_config=_build("SiglipVisionConfig", tower),
         text_config=text_config(model.language, ids),
         image_token_index=image_token_id,
@@ -241,12 +330,12 @@ def llava_config(model: ModelConfig, ids: dict[str, int], image_token_id: int) -
         tie_word_embeddings=model.language.tied_embeddings,
         **ids,
     )
-    return _build("LlavaConfig", fields)
+    return _build("LlavaConfig", given)
 
 
-def _build(kind: str, fields: dict[str, Any]) -> Any:
+def _build(kind: str, given: dict[str, Any]) -> Any:
     try:
-        return getattr(transformers(), kind)(**fields)
+        return getattr(transformers(), kind)(**given)
     except Exception as e:  # its validators raise their own types
         raise ConversionError(f"transformers refuses these settings as {kind}: {e}") from e
 

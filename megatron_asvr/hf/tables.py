@@ -91,6 +91,31 @@ class GroupedQkv:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """What Hugging Face calls the parts of a layer's mixture of experts.
+
+    Attributes:
+        router: its weight.
+        expert: prefix of one expert, with a place for its number.
+        linears: gate, up and down projection of an expert.
+    """
+
+    router: str
+    expert: str
+    linears: tuple[str, str, str]
+
+
+EXPERTS = {
+    "mixtral": Experts(
+        "block_sparse_moe.gate.weight", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2")
+    ),
+    "qwen3_moe": Experts(
+        "mlp.gate.weight", "mlp.experts.{}.", ("gate_proj", "up_proj", "down_proj")
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One of our tensors and the Hugging Face tensors that hold the same numbers.
 
@@ -116,7 +141,7 @@ class Rule:
 
 
 def text_rules(language: LanguageConfig) -> list[Rule]:
-    """Rules of a llama, mistral, qwen2 or qwen3 language model; tied embeddings appear once."""
+    """Rules of a language model of any family; tied embeddings appear once."""
     vocab, width = language.vocab_size, language.hidden_size
     rules = [_text("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, width)]
     for i in range(language.num_layers):
@@ -133,7 +158,7 @@ def _text(ours: str, theirs: str, *shape: int) -> Rule:
 
 def _text_layer(language: LanguageConfig, i: int) -> list[Rule]:
     ours, theirs = f"decoder.layers.{i}.", f"model.layers.{i}."
-    width, ffn, head = language.hidden_size, language.ffn_hidden_size, language.width_per_head
+    width, head = language.hidden_size, language.width_per_head
     q, kv = language.num_heads * head, language.kv_heads * head
     layout = GroupedQkv(language.kv_heads, language.num_heads // language.kv_heads, head)
 
@@ -144,7 +169,6 @@ def _text_layer(language: LanguageConfig, i: int) -> list[Rule]:
             f"{LM}{ours}self_attention.linear_qkv.{kind}", (q + 2 * kv, *rest), parts, layout
         )
 
-    gate_up = tuple((f"{HF_LM}{theirs}mlp.{p}_proj.weight", (ffn, width)) for p in ("gate", "up"))
     attention, norms = f"{ours}self_attention.", ("q", "k") if language.qk_norm else ()
     return [
         _text(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight", width),
@@ -156,9 +180,32 @@ def _text_layer(language: LanguageConfig, i: int) -> list[Rule]:
         ),
         _text(f"{attention}linear_proj.weight", f"{theirs}self_attn.o_proj.weight", width, q),
         _text(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight", width),
-        Rule(f"{LM}{ours}mlp.linear_fc1.weight", (2 * ffn, width), gate_up, Halves()),
-        _text(f"{ours}mlp.linear_fc2.weight", f"{theirs}mlp.down_proj.weight", width, ffn),
+        *_feed_forward(language, ours, theirs),
     ]
+
+
+def _feed_forward(language: LanguageConfig, ours: str, theirs: str) -> Iterator[Rule]:
+    """Rules of a layer's feed-forward part, or of its router and all its experts."""
+    width = language.hidden_size
+    if not language.is_mixture:
+        linears = ("gate_proj", "up_proj", "down_proj")
+        yield from _mlp(f"{ours}mlp.", f"{theirs}mlp.", linears, width, language.ffn_hidden_size)
+        return
+    names, number = EXPERTS[language.family], language.num_experts or 0
+    yield _text(f"{ours}mlp.router.weight", theirs + names.router, number, width)
+    for e in range(number):
+        expert = f"{ours}mlp.experts.local_experts.{e}."
+        theirs_of = theirs + names.expert.format(e)
+        yield from _mlp(expert, theirs_of, names.linears, width, language.expert_ffn)
+
+
+def _mlp(
+    ours: str, theirs: str, linears: tuple[str, str, str], width: int, ffn: int
+) -> Iterator[Rule]:
+    gate, up, down = (f"{theirs}{linear}.weight" for linear in linears)
+    parts = tuple((HF_LM + name, (ffn, width)) for name in (gate, up))
+    yield Rule(f"{LM}{ours}linear_fc1.weight", (2 * ffn, width), parts, Halves())
+    yield _text(f"{ours}linear_fc2.weight", down, width, ffn)
 
 
 def _renamed(ours: str, theirs: str, shapes: Iterable[tuple[str, Shape]]) -> list[Rule]:

@@ -30,7 +30,7 @@ from megatron_asvr import platforms, precision
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LanguageConfig
 from megatron_asvr.errors import AsvrError
-from megatron_asvr.model import sharding
+from megatron_asvr.model import rope, sharding
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
 
@@ -75,6 +75,7 @@ def transformer_config(
         num_attention_heads=config.num_heads,
         num_query_groups=config.kv_heads,
         kv_channels=config.width_per_head,
+        softmax_scale=rope.softmax_scale(config),
         ffn_hidden_size=config.expert_ffn if mixture else config.ffn_hidden_size,
         gated_linear_unit=True,
         activation_func=F.silu,
@@ -250,9 +251,7 @@ class LanguageModel(GPTModel):
         Args:
             position_ids_BS: int, rotary position of each position.
         """
-        width = self.language_config.width_per_head
-        exponent = torch.arange(0, width, 2, device=position_ids_BS.device).float() / width
-        frequency = 1.0 / self.language_config.rope_theta**exponent
+        frequency = rope.frequencies(self.language_config, position_ids_BS.device)
         angle_SB = position_ids_BS.t().float()[..., None] * frequency
         return torch.cat([angle_SB, angle_SB], -1)[:, :, None]
 

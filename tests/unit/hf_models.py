@@ -22,6 +22,19 @@ LANGUAGES = {
     "mistral": LanguageConfig(family="mistral", num_kv_heads=1, sliding_window=9, head_dim=16),
     "qwen2": LanguageConfig(family="qwen2", num_kv_heads=2, tied_embeddings=True, rope_theta=1e6),
     "qwen3": LanguageConfig(family="qwen3", num_kv_heads=4, head_dim=16, sliding_window=11),
+    "mixtral": LanguageConfig(
+        family="mixtral", num_kv_heads=2, sliding_window=7, num_experts=3, experts_per_token=2
+    ),
+    "qwen3_moe": LanguageConfig(
+        family="qwen3_moe",
+        num_kv_heads=2,
+        head_dim=12,
+        tied_embeddings=True,
+        num_experts=5,
+        experts_per_token=3,
+        expert_ffn_hidden_size=20,
+        norm_topk_prob=False,
+    ),
 }
 CORPUS = [
     "USER: What colour is the circle? ASSISTANT: It is red.",

@@ -142,7 +142,14 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("family", "fit"),
-    [("llama", "pad"), ("mistral", "square"), ("qwen2", "pad"), ("qwen3", "square")],
+    [
+        ("llama", "pad"),
+        ("mistral", "square"),
+        ("qwen2", "pad"),
+        ("qwen3", "square"),
+        ("mixtral", "pad"),
+        ("qwen3_moe", "square"),
+    ],
 )
 def test_the_exported_model_is_the_trained_model(family, fit, groups, text, files, tmp_path):
     cfg = run_config(family, fit)
