@@ -20,10 +20,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("convert", help="to Hugging Face, and the proof of it")
     parser.set_defaults(takes_overrides=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    export = actions.add_parser("export", help="write a stock LlavaForConditionalGeneration")
+    export = actions.add_parser("export", help="write a stock folder of transformers")
     export.add_argument("model", metavar="RUN", help="run folder or checkpoint")
     export.add_argument("--out", required=True, help="folder to write; must not exist")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    export.add_argument(
+        "--kind",
+        choices=("llava", "text"),
+        default="llava",
+        help="LlavaForConditionalGeneration (default), or the language model alone",
+    )
     export.set_defaults(run=run_export)
     verify = actions.add_parser("verify", help="compare an export with its run on real images")
     verify.add_argument("model", metavar="RUN", help="run folder or checkpoint")
@@ -38,7 +44,7 @@ def run_export(args: argparse.Namespace) -> None:
     """Export a run's newest checkpoint."""
     from megatron_asvr.hf.run import export_run
 
-    print(f"wrote {export_run(args.model, args.out, dtype=args.dtype)}")
+    print(f"wrote {export_run(args.model, args.out, dtype=args.dtype, kind=args.kind)}")
 
 
 def run_verify(args: argparse.Namespace) -> None:

@@ -96,6 +96,12 @@ class HfFolder:
     _readers: dict[str, Callable[[], Tensor]] = field(repr=False)
 
     @property
+    def model(self) -> ModelConfig:
+        """Settings of a model with the folder's parts; what it does not hold has its defaults."""
+        found = {"language": self.language, "vision": self.vision}
+        return ModelConfig(**{name: part for name, part in found.items() if part is not None})
+
+    @property
     def names(self) -> list[str]:
         """Our names of all tensors in the folder."""
         return list(self._rules)
@@ -147,6 +153,8 @@ def read_folder(path: str | Path) -> HfFolder:
     raw = read_json(folder / "config.json")
     architectures = raw.get("architectures") or [None]
     kind = ARCHITECTURES.get(architectures[0])
+    if kind is None and str(architectures[0]).startswith("Siglip2"):
+        raise ConversionError(f"{folder}: {stock.VARIABLE_RESOLUTION}")
     if kind is None:
         raise ConversionError(
             f"{folder}/config.json: architecture {architectures[0]!r} is unknown; known are "

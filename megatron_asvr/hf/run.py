@@ -15,13 +15,14 @@ from megatron_asvr.model.tokenizer import VisualTokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export_run(run: str, out: str, *, dtype: str = "fp32") -> Path:
-    """The folder of a stock LLaVA model with the weights of a run.
+def export_run(run: str, out: str, *, dtype: str = "fp32", kind: str = "llava") -> Path:
+    """The folder of a stock LLaVA model, or language model, with the weights of a run.
 
     Args:
         run: run folder or checkpoint.
         out: folder to write; it must not exist.
         dtype: fp32 or bf16.
+        kind: "llava", or "text" for the language model alone.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -30,7 +31,7 @@ def export_run(run: str, out: str, *, dtype: str = "fp32") -> Path:
     """
     config, get = read_run(run)
     fingerprint, codebooks = None, {}
-    if config.loss.visual_weight:
+    if config.loss.visual_weight and kind == "llava":
         folder = str(config.model.visual_tokenizer)
         tokenizer = VisualTokenizer.load(folder)
         fingerprint = tokenizer.fingerprint
@@ -49,6 +50,7 @@ def export_run(run: str, out: str, *, dtype: str = "fp32") -> Path:
         out=out,
         chat_template=chat_template(config.data.template),
         dtype=DTYPES[dtype],
+        kind=kind,
         tokenizer_fingerprint=fingerprint,
     )
     return finalize(partial, out)

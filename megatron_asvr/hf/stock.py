@@ -36,6 +36,10 @@ TEXT_CONFIGS = {
 }
 LLAVA_ARCHITECTURE = "LlavaForConditionalGeneration"
 VISION_MODEL_TYPE = "siglip_vision_model"
+VARIABLE_RESOLUTION = (
+    "a SigLIP2 encoder of variable resolution (naflex) has other patch embeddings and positions; "
+    "take a SigLIP2 of fixed resolution (its config.json says SiglipModel)"
+)
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -229,6 +233,8 @@ def _sliding_window(text: Any, where: str) -> int | None:
 def vision_from(config: Any, where: str, *, feature_layer: int = -2) -> VisionConfig:
     """Settings of the vision encoder that a transformers configuration describes."""
     vision = getattr(config, "vision_config", config)
+    if vision.model_type.startswith("siglip2"):
+        raise ConversionError(f"{where}: {VARIABLE_RESOLUTION}")
     if vision.model_type != VISION_MODEL_TYPE:
         raise ConversionError(
             f"{where}: vision model_type is {vision.model_type!r}; only {VISION_MODEL_TYPE!r} "
