@@ -250,7 +250,7 @@ def save(
         trained=trained_shapes(bench.chunks, groups=bench.groups),
         frozen=save_frozen(run_folder, bench.chunks, groups=bench.groups),
     )
-    save_checkpoint(
+    failure = save_checkpoint(
         run_folder,
         bench.chunks,
         bench.optimizer,
@@ -259,6 +259,7 @@ def save(
         attempt=attempt,
         keep=keep,
     )
+    assert failure is None, failure
     return meta
 
 

@@ -4,27 +4,37 @@
     metrics.jsonl        one line per logged step or evaluation
     checkpoints/step_N/  complete checkpoints: the trained weights, optimizer and resume state
     frozen/              weights that are not trained, written once, named by their content
-    attempts/K/          rank logs of the K-th start
+    attempts/K/          of the K-th start: rank logs, who started it, what it continued from
 
 A checkpoint appears under its final name by one rename, when all of it is on disk, so a folder
 ``step_N`` is complete by construction; anything unfinished carries another name.
+
+Starts are numbered, and only the newest may publish a checkpoint. A start first takes its number,
+then moves away what earlier starts left unfinished, then looks for the newest checkpoint; a writer
+first looks whether a newer number was taken, then renames. So an old writer either publishes before
+the new start looks, or finds that its folder is gone.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import socket
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.errors import CheckpointError, ConfigError
 
 META = "meta.json"
 _STEP = re.compile(r"step_(\d+)")
 _PARTIAL = ".partial"
+_DAMAGED = "damaged"
 _CLAIM = "start.json"
+_RESUME = "resume.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +83,16 @@ class RunFolder:
         """Where attempt ``attempt`` writes the checkpoint of ``step`` before it is complete."""
         return self.checkpoints / f"{_PARTIAL}_step_{step}_attempt_{attempt}"
 
-    def steps(self) -> list[int]:
-        """Steps of all complete checkpoints, ascending."""
+    def candidates(self) -> list[int]:
+        """Steps of all folders with the name of a checkpoint, ascending, whatever they hold."""
         if not self.checkpoints.is_dir():
             return []
-        found = ((_STEP.fullmatch(p.name), p) for p in self.checkpoints.iterdir())
-        return sorted(int(m[1]) for m, p in found if m and (p / META).is_file())
+        found = (_STEP.fullmatch(p.name) for p in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        return [step for step in self.candidates() if (self.step(step) / META).is_file()]
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -112,11 +126,17 @@ class RunFolder:
         leaves that to the first rank.
         """
         newest = self.last_attempt()
-        if newest < 0 or (self.attempts / str(newest) / _CLAIM).exists():
-            newest = int(self.next_attempt().name)
         facts = {"host": socket.gethostname(), "pid": os.getpid(), "unix_time": time.time()}
-        (self.attempts / str(newest) / _CLAIM).write_text(json.dumps(facts) + "\n")
-        return newest
+        while True:
+            if newest < 0:
+                newest = int(self.next_attempt().name)
+            try:
+                with (self.attempts / str(newest) / _CLAIM).open("x") as stream:
+                    stream.write(json.dumps(facts) + "\n")
+            except FileExistsError:  # taken, perhaps by another start at this very moment
+                newest = -1
+            else:
+                return newest
 
     def last_attempt(self) -> int:
         """Number of the newest start, -1 before the first."""
@@ -125,19 +145,61 @@ class RunFolder:
         numbers = [int(p.name) for p in self.attempts.iterdir() if p.name.isdecimal()]
         return max(numbers, default=-1)
 
+    def require_newest(self, attempt: int) -> None:
+        """Return while ``attempt`` is the newest start.
+
+        Raises:
+            CheckpointError: another one has started since.
+        """
+        newest = self.last_attempt()
+        if newest > attempt:
+            # A scheduler may start a job again while ranks of the old attempt are still alive.
+            raise CheckpointError(
+                f"attempt {newest} of {self.root} has started since, so attempt {attempt} must not "
+                "go on; it stops here. Give a second run a run.dir of its own"
+            )
+
     def remove_partial(self) -> None:
         """Delete what interrupted saves left behind."""
         for path in self.checkpoints.glob(f"{_PARTIAL}_*"):
-            # A writer that outlived its killed rank may still add a file: then the folder stays
-            # until the next start, and is never mistaken for a checkpoint.
-            shutil.rmtree(path, ignore_errors=True)
+            self._delete(path)
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest ``keep`` complete checkpoints."""
-        for step in self.steps()[:-keep]:
-            doomed = self.checkpoints / f"{_PARTIAL}_pruned_step_{step}"
-            self.step(step).rename(doomed)  # never a half-deleted folder under a valid name
-            shutil.rmtree(doomed, ignore_errors=True)
+    def remove(self, step: int) -> None:
+        """Delete the checkpoint of ``step``."""
+        self._delete(self.step(step))
+
+    def doomed(self, keep: int, keep_every: int, *, protect: Collection[int] = ()) -> list[int]:
+        """Steps of the complete checkpoints that a policy lets go, ascending.
+
+        Args:
+            keep: newest ones to keep.
+            keep_every: also keep those of every so many steps; 0 is none.
+            protect: steps to keep in any case.
+        """
+        old = self.steps()[:-keep]
+        return [s for s in old if s not in protect and not (keep_every and s % keep_every == 0)]
+
+    def set_aside(self, step: int, attempt: int) -> None:
+        """Take the name from a checkpoint that is damaged, so that it is not tried again."""
+        self.step(step).rename(self.checkpoints / f"{_DAMAGED}_step_{step}_attempt_{attempt}")
+
+    def damaged(self) -> list[Path]:
+        """Folders of checkpoints that were set aside."""
+        return sorted(self.checkpoints.glob(f"{_DAMAGED}_step_*"))
+
+    def note_resume(self, attempt: int, facts: Mapping[str, Any]) -> None:
+        """Leave what a start continued from in the folder of its attempt."""
+        text = json.dumps(facts, indent=1) + "\n"
+        write_durably(self.attempts / str(attempt) / _RESUME, text.encode())
+
+    def _delete(self, path: Path) -> None:
+        """Delete a folder that may have a valid name, or a writer that is still alive."""
+        doomed = self.checkpoints / f"{_PARTIAL}_deleted_{path.name.lstrip('.')}_{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(doomed)
+        # A writer that outlived its killed rank may still add a file: then the folder stays until
+        # the next start, and is never mistaken for a checkpoint.
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

@@ -19,6 +19,8 @@ from megatron_asvr.checkpoint.folder import fsync
 from megatron_asvr.errors import CheckpointError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_READ_BYTES = 1 << 24
+_HEADER_BYTES = 100 << 20  # more than any header has: safetensors allows no more either
 _ENTRY_BYTES = 160  # a header entry without its name: dtype, up to 5 sizes, two 20-digit offsets
 
 
@@ -78,6 +80,30 @@ def open_frozen(path: Path) -> dict[str, Callable[[], Tensor]]:
             f"{path} cannot be read: {err}. It holds weights that this run does not train; restore "
             "it, or start again in a new run.dir"
         ) from None
+
+
+def frozen_damage(path: Path) -> str | None:
+    """What is wrong with a frozen file; None when its weights are those its name was made from."""
+    content = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            (room,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(min(room, _HEADER_BYTES)))
+            for name, entry in header.items():
+                start, end = entry.pop("data_offsets")
+                content.update(json.dumps([name, entry]).encode())
+                stream.seek(8 + room + start)
+                left = end - start
+                while left and (data := stream.read(min(left, _READ_BYTES))):
+                    content.update(data)
+                    left -= len(data)
+    except OSError as err:
+        return f"cannot be read: {err.strerror}"
+    except (AttributeError, KeyError, TypeError, ValueError, struct.error):
+        return "is damaged: its header cannot be read"
+    if path.stem.rpartition("-")[2] != content.hexdigest()[:16]:
+        return "is damaged: its name does not fit its contents"
+    return None
 
 
 def _bytes(part: str, name: str, tensor: Tensor) -> memoryview:

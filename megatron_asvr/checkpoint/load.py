@@ -1,7 +1,9 @@
-"""Continue a run from its newest complete checkpoint."""
+"""Continue a run from its newest checkpoint that verifies."""
 
+import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +13,115 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from megatron_asvr.checkpoint.folder import RunFolder
-from megatron_asvr.checkpoint.frozen import open_frozen
+from megatron_asvr.checkpoint.frozen import frozen_damage, open_frozen
 from megatron_asvr.checkpoint.identity import check_identity
-from megatron_asvr.checkpoint.meta import Meta, read_meta
+from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.checkpoint.save import layout, trained_shapes
 from megatron_asvr.checkpoint.state import load_state, sharded_state
 from megatron_asvr.errors import AsvrError, CheckpointError
 from megatron_asvr.model.sharding import load_weights, named
-from megatron_asvr.parallel.collectives import broadcast_object
+from megatron_asvr.parallel.collectives import broadcast_object, gather_objects
 from megatron_asvr.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
 
 
-def find_resume(folder: RunFolder, identity: Mapping[str, Any]) -> Meta | None:
-    """What the newest complete checkpoint says, or None when the run starts anew.
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What a start continues from.
 
-    Needs no ranks and no model, so that a run that must not continue is stopped at once.
+    Attributes:
+        meta: of the newest checkpoint that holds what was written; None when the run starts anew.
+        skipped: why newer ones cannot be used, by step, the newest first.
+    """
+
+    meta: Meta | None = None
+    skipped: dict[int, str] = field(default_factory=dict)
+
+
+def find_resume(
+    folder: RunFolder, identity: Mapping[str, Any], *, group: ProcessGroup | None = None
+) -> Resume:
+    """The newest checkpoint whose files all hold what was written, the same on every rank.
+
+    Every rank of the group reads its part of the files.
 
     Args:
         folder: the run's folder.
         identity: of the run that wants to continue.
+        group: all ranks; None: this process alone.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another run.
+        CheckpointError: on every rank: the checkpoint belongs to another run, or none is whole.
     """
-    step = folder.latest()
-    if step is None:
-        return None
-    path = folder.step(step)
-    meta = read_meta(path)
+    skipped: dict[int, str] = {}
+    for step in reversed(on_first(folder.candidates, group=group)):
+        path = folder.step(step)
+        found = on_first(functools.partial(_open, path, identity), group=group)
+        if isinstance(found, Meta):
+            problems = _problems(path, found, group)
+            if not problems:
+                return Resume(found, skipped)
+            name, problem = problems[0]
+            more = f" (and {len(problems) - 1} more files)" if len(problems) > 1 else ""
+            found = f"{path / name} {problem}{more}"
+        skipped[step] = found
+    if skipped:
+        raise CheckpointError(
+            f"no checkpoint of {folder.root} can be used: {'; '.join(skipped.values())}. Restore "
+            f"one from a copy, or delete {folder.checkpoints} to start the run again"
+        )
+    return Resume()
+
+
+def on_first(fn: Callable[[], Any], *, group: ProcessGroup | None) -> Any:
+    """What ``fn`` returns on the group's first rank, or the error of ours it raises, on every rank.
+
+    Args:
+        fn: called on the first rank only.
+        group: the ranks that take part; None: this process alone.
+    """
+    value = None
+    if group is None or group.rank() == 0:
+        try:
+            value = fn()
+        except AsvrError as err:
+            value = err
+    value = broadcast_object(value, group=group)
+    if isinstance(value, AsvrError):
+        raise value
+    return value
+
+
+def _open(path: Path, identity: Mapping[str, Any]) -> Meta | str:
+    """What the checkpoint says, or why it cannot be used."""
+    try:
+        meta = read_meta(path)
+    except CheckpointError as err:
+        return str(err)
     check_identity(meta.identity, identity, where=str(path))
-    for name in meta.frozen.values():
-        open_frozen(folder.frozen / name)
     return meta
 
 
-def agree_resume(folder: RunFolder, identity: Mapping[str, Any], *, groups: Groups) -> Meta | None:
-    """``find_resume`` of rank 0 on every rank, so that all continue from the same step.
+def _problems(path: Path, meta: Meta, group: ProcessGroup | None) -> list[tuple[str, str]]:
+    """Files that do not hold what was written, each read by one rank of the group."""
+    rank, size = (0, 1) if group is None else (group.rank(), group.size())
+    names = sorted(meta.files, key=lambda name: meta.files[name]["bytes"], reverse=True)
+    shares = gather_objects(damage(path, meta, names[rank::size]), group=group)
+    return [item for share in shares for item in share.items()]
 
-    Raises:
-        CheckpointError: on every rank, what rank 0 found wrong.
+
+def damaged_frozen(folder: RunFolder, meta: Meta, *, group: ProcessGroup) -> list[str]:
+    """Files of ``frozen/`` that are missing or hold other weights than their names say.
+
+    All ranks of the group take part, and each reads its part of the files.
     """
-    found: Meta | AsvrError | None = None
-    if groups.rank == 0:
-        try:
-            found = find_resume(folder, identity)
-        except AsvrError as err:
-            found = err
-    found = broadcast_object(found, group=groups.world)
-    if isinstance(found, AsvrError):
-        raise found
-    return found
+    names = sorted(meta.frozen.values())[group.rank() :: group.size()]
+    mine = [name for name in names if frozen_damage(folder.frozen / name) is not None]
+    return [name for share in gather_objects(mine, group=group) for name in share]
 
 
 def load_frozen(

@@ -1,5 +1,6 @@
 """Read the weights of a finished or running run, tensor by tensor, without building its model."""
 
+import functools
 import io
 import pickle
 import warnings
@@ -13,8 +14,8 @@ from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from megatron_asvr.checkpoint.folder import META, RunFolder
-from megatron_asvr.checkpoint.frozen import open_frozen
-from megatron_asvr.checkpoint.meta import Meta, read_meta
+from megatron_asvr.checkpoint.frozen import frozen_damage, open_frozen
+from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.config.load import from_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import CheckpointError
@@ -29,19 +30,20 @@ def read_run(path: str | Path) -> tuple[Config, Callable[[str], Tensor | None]]:
     """A run's configuration, and a function from canonical name to full tensor.
 
     The function returns None for a name that the run does not have. Tensors are read when asked
-    for, on the CPU, in the type they were trained in, without padding.
+    for, on the CPU, in the type they were trained in, without padding. A file is verified before
+    the first tensor is taken from it; the function raises CheckpointError when it is damaged.
 
     Args:
         path: a run folder (its newest checkpoint is read) or one of its checkpoints.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is damaged.
+        CheckpointError: there is no complete checkpoint, or a file of it is missing.
     """
     step = find_checkpoint(Path(path))
     meta = read_meta(step)
     tensors: dict[str, Callable[[], Tensor]] = {}
     for name in meta.frozen.values():
-        tensors |= open_frozen(step / _FROZEN_ABOVE / name)
+        tensors |= _frozen_tensors(step / _FROZEN_ABOVE / name)
     tensors |= _trained_tensors(step, meta)
 
     def get(name: str) -> Tensor | None:
@@ -69,11 +71,32 @@ def find_checkpoint(path: Path) -> Path:
     return folder.step(latest)
 
 
+def _frozen_tensors(path: Path) -> dict[str, Callable[[], Tensor]]:
+    @functools.cache
+    def verify() -> None:
+        if (problem := frozen_damage(path)) is not None:
+            raise CheckpointError(f"{path} {problem}; restore it from a copy")
+
+    def reading(read: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: (verify(), read())[1]
+
+    return {name: reading(read) for name, read in open_frozen(path).items()}
+
+
 def _trained_tensors(step: Path, meta: Meta) -> dict[str, Callable[[], Tensor]]:
     if not meta.trained:
         return {}
     reader = SafeReader(step)
     stored = reader.read_metadata().state_dict_metadata
+    files: dict[str, set[str]] = {}
+    for index, place in reader.read_metadata().storage_data.items():
+        files.setdefault(index.fqn, set()).add(place.relative_path)
+
+    @functools.cache
+    def verify(file: str) -> None:
+        if problems := damage(step, meta, [file]):
+            raise CheckpointError(f"{step / file} {problems[file]}; use another checkpoint")
+
     missing = [name for name in meta.trained if name not in stored]
     if missing:
         raise CheckpointError(f"{step} promises {missing[0]} in its {META} but does not hold it")
@@ -83,6 +106,8 @@ def _trained_tensors(step: Path, meta: Meta) -> dict[str, Callable[[], Tensor]]:
 
         def read() -> Tensor:
             assert isinstance(entry, TensorStorageMetadata)
+            for file in files[name]:
+                verify(file)
             full = torch.empty(entry.size, dtype=entry.properties.dtype)
             load({name: full}, storage_reader=reader, no_dist=True)
             return full[tuple(slice(size) for size in shape)]  # cut the padding of vocabularies

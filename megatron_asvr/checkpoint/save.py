@@ -1,18 +1,18 @@
-"""Write a checkpoint: complete under its final name, or not there at all."""
+"""Write a checkpoint: complete under its final name, or not there at all.
 
+A save that fails is no error of the run: every rank learns why, nothing is left of it, and the
+checkpoints before it are untouched.
+"""
+
+import dataclasses
 import logging
-import queue
 import shutil
+import threading
 import time
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 from megatron_asvr.platforms import mcore
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
@@ -20,10 +20,11 @@ from megatron_asvr.checkpoint.folder import RunFolder, fsync
 from megatron_asvr.checkpoint.frozen import write_frozen
 from megatron_asvr.checkpoint.meta import Meta, write_meta
 from megatron_asvr.checkpoint.state import sharded_state
+from megatron_asvr.checkpoint.write import Share, Written, plan, write, write_index
 from megatron_asvr.config.schema import PARTS
-from megatron_asvr.errors import CheckpointError
+from megatron_asvr.errors import AsvrError
 from megatron_asvr.model.sharding import full_shapes, full_state
-from megatron_asvr.parallel.collectives import barrier, broadcast_object
+from megatron_asvr.parallel.collectives import broadcast_object, gather_objects
 from megatron_asvr.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,128 @@ def trained_shapes(chunks: Sequence[nn.Module], *, groups: Groups) -> dict[str, 
     return {name: list(shape) for name, shape in shapes.items()}
 
 
+class Save:
+    """One checkpoint on its way to the disk. All ranks make it, and all ``publish`` it.
+
+    Args:
+        folder: the run's folder.
+        chunks: the bare model of this rank.
+        optimizer: megatron-core's optimizer of it.
+        meta: everything that is not a tensor; ``files`` is filled here.
+        groups: process groups of the layout.
+        attempt: number of this start, see ``RunFolder.next_attempt``.
+        background: write copies in a thread, while the run goes on.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        chunks: Sequence[nn.Module],
+        optimizer: MegatronOptimizer,
+        meta: Meta,
+        *,
+        groups: Groups,
+        attempt: int,
+        background: bool = False,
+    ) -> None:
+        self._started = time.perf_counter()
+        self._folder, self._meta, self._groups, self._attempt = folder, meta, groups, attempt
+        self._path = folder.partial(meta.resume.step, attempt)
+        self._written: Written | str = Written()
+        self._thread: threading.Thread | None = None
+        self._share: Share | None = None
+        self._failure: str | None = broadcast_object(self._make_folder(), group=groups.world)
+        if self._failure is not None:
+            return
+        state = sharded_state(chunks, optimizer, is_loading=False)
+        self._share = plan(state, self._path, copy=background)
+        if background:
+            self._thread = threading.Thread(target=self._write, daemon=True, name="checkpoint")
+            self._thread.start()
+        else:
+            self._write()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done in it."""
+        return self._meta.resume.step
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has nothing to write any more, so that ``publish`` need not wait."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def publish(self) -> str | None:
+        """Why there is no checkpoint, on every rank; None when it is there under its final name.
+
+        All ranks take part. Rank 0 gives the folder its name when every rank has written its share.
+
+        Raises:
+            CheckpointError: on every rank: a newer start of the same run is at work.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        if self._failure is None:
+            shares = gather_objects(self._written, group=self._groups.world)
+            outcome = self._finish(shares) if self._groups.rank == 0 else None
+            outcome = broadcast_object(outcome, group=self._groups.world)
+            if isinstance(outcome, AsvrError):
+                raise outcome
+            self._failure = outcome
+        return self._failure
+
+    def _make_folder(self) -> str | None:
+        if self._groups.rank:
+            return None
+        shutil.rmtree(self._path, ignore_errors=True)
+        try:
+            self._path.mkdir(parents=True)
+        except OSError as err:
+            return f"rank 0: {err}"
+        return None
+
+    def _write(self) -> None:
+        """Write this rank's share; what goes wrong is told to all ranks later."""
+        assert self._share is not None
+        try:
+            self._written = write(self._share)
+        except Exception as err:
+            self._written = f"rank {self._groups.rank}: {type(err).__name__}: {err}"
+        if self._groups.rank:  # rank 0 still needs the index
+            self._share = None
+
+    def _finish(self, shares: list[Written | str]) -> str | AsvrError | None:
+        """On rank 0: give it its name, or remove what was written and say why."""
+        outcome: str | AsvrError | None = None
+        if failures := [share for share in shares if isinstance(share, str)]:
+            outcome = "; ".join(failures)
+        else:
+            try:
+                self._name([share for share in shares if isinstance(share, Written)])
+            except OSError as err:
+                outcome = f"rank 0: {err}"
+            except AsvrError as err:
+                outcome = err
+        self._share = None
+        if outcome is not None:
+            shutil.rmtree(self._path, ignore_errors=True)
+        return outcome
+
+    def _name(self, shares: list[Written]) -> None:
+        assert self._share is not None
+        write_index(self._share, [share.results for share in shares])
+        files = {name: facts for share in shares for name, facts in share.files.items()}
+        write_meta(self._path, dataclasses.replace(self._meta, files=files))
+        fsync(self._path)
+        final = self._folder.step(self.step)
+        if final.exists():  # incomplete by hand: a complete one would have been continued from
+            self._folder.remove(self.step)
+        self._folder.require_newest(self._attempt)
+        self._path.rename(final)
+        fsync(self._folder.checkpoints)
+        logger.info("saved %s in %.1f s", final, time.perf_counter() - self._started)
+
+
 def save_checkpoint(
     folder: RunFolder,
     chunks: Sequence[nn.Module],
@@ -82,81 +205,26 @@ def save_checkpoint(
     groups: Groups,
     attempt: int,
     keep: int,
-) -> None:
-    """Write the checkpoint of ``meta.resume.step``, then delete the oldest ones.
+) -> str | None:
+    """Why there is no checkpoint of ``meta.resume.step``; None when it was written.
 
-    All ranks take part. Rank 0 gives the folder its final name after every rank has written its
-    share; the others go on meanwhile.
-
-    Args:
-        folder: the run's folder.
-        chunks: the bare model of this rank.
-        optimizer: megatron-core's optimizer of it.
-        meta: everything that is not a tensor; ``files`` is filled here.
-        groups: process groups of the layout.
-        attempt: number of this start, see ``RunFolder.next_attempt``.
-        keep: complete checkpoints to keep.
+    All ranks take part. Then the oldest ones beyond ``keep`` are deleted; the other arguments are
+    those of ``Save``.
 
     Raises:
         CheckpointError: a newer start of the same run is at work.
     """
-    started = time.perf_counter()
-    step = meta.resume.step
-    unfinished = folder.partial(step, attempt)
-    if groups.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    barrier(group=groups.world)
-    _write(sharded_state(chunks, optimizer, is_loading=False), unfinished)
-    if groups.rank == 0:
-        _finish(folder, unfinished, meta, attempt)
-        folder.prune(keep)
-        seconds = time.perf_counter() - started
-        logger.info("saved %s in %.1f s", folder.step(step), seconds)
+    save = Save(folder, chunks, optimizer, meta, groups=groups, attempt=attempt)
+    failure = save.publish()
+    if failure is None and groups.rank == 0:
+        prune(folder, keep)
+    return failure
 
 
-def _write(state: dict[str, Any], path: Path) -> None:
-    """Write a sharded state from this process, on all ranks.
-
-    Up to megatron-core 0.16 a save forks writers (strategies/filesystem_async.py:266), which would
-    outlive a killed rank for ever, with its memory and its open pipes. So there the request of an
-    asynchronous save is taken and carried out here.
-    """
-    if tuple(int(x) for x in mcore.version.split(".")[:2]) >= (0, 17):
-        dist_checkpointing.save(state, str(path))
-        return
-    request = dist_checkpointing.save(state, str(path), async_sharded_save=True)
-    if request.async_fn is not None:  # None on a rank without anything to write
-        request = request._replace(async_fn=partial(_write_files, request.async_fn.args[0]))
-    request.execute_sync()
-
-
-def _write_files(transforms: list[Any], rank: int, buckets: list[Any], results: Any) -> None:
-    """What ``FileSystemWriterAsync.write_preloaded_data_multiproc`` does, without processes."""
-    written: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    for number, bucket in enumerate(buckets):
-        started: queue.Queue[int] = queue.Queue()
-        started.put(number)
-        FileSystemWriterAsync.write_preloaded_data(
-            transforms, number, bucket, written, started, use_fsync=True
-        )
-    found = dict(written.get() for _ in buckets)
-    errors = [x for x in found.values() if isinstance(x, Exception)]
-    results.put(errors[0] if errors else found)
-
-
-def _finish(folder: RunFolder, unfinished: Path, meta: Meta, attempt: int) -> None:
-    newest = folder.last_attempt()
-    if newest > attempt:
-        # A scheduler may start a job again while ranks of the old attempt are still alive.
-        raise CheckpointError(
-            f"attempt {newest} of {folder.root} has started since, so attempt {attempt} must not "
-            f"write {folder.step(meta.resume.step).name} any more; it stops here"
-        )
-    write_meta(unfinished, meta)
-    fsync(unfinished)
-    final = folder.step(meta.resume.step)
-    if final.exists():  # incomplete by hand: a complete one would have been continued from
-        shutil.rmtree(final)
-    unfinished.rename(final)
-    fsync(folder.checkpoints)
+def prune(folder: RunFolder, keep: int, keep_every: int = 0) -> None:
+    """Delete the checkpoints that the policy of ``RunFolder.doomed`` lets go."""
+    for step in folder.doomed(keep, keep_every):
+        try:
+            folder.remove(step)
+        except OSError as err:
+            logger.warning("%s cannot be deleted: %s", folder.step(step), err)

@@ -45,7 +45,8 @@ def train(config: Config) -> dict[str, Any]:
         config: the run.
 
     Returns:
-        ``finished`` (false when a signal stopped it early), ``step``, the last logged ``train`` and
+        ``finished`` (false when a signal stopped it early), ``step``, the step it was
+        ``continued_from``, damaged checkpoints that were skipped, the last logged ``train`` and
         ``eval`` values, totals, peak memory of every rank, and what was bad or replaced in the
         data of every data-parallel rank.
 
@@ -180,6 +181,8 @@ def summary(run: Run, done: ResumeState) -> dict[str, Any]:
         "finished": finished,
         "step": done.step,
         "total_steps": run.total_steps,
+        "continued_from": run.done.step,
+        "skipped_checkpoints": dict(run.skipped),
         "train": last_values(run.folder.metrics, "train"),
         "eval": last_values(run.folder.metrics, "eval"),
         "samples": done.samples,

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,20 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.identity import identity
-from megatron_asvr.checkpoint.load import agree_resume, load_frozen, load_trained
+from megatron_asvr.checkpoint.load import (
+    Resume,
+    damaged_frozen,
+    find_resume,
+    load_frozen,
+    load_trained,
+)
 from megatron_asvr.checkpoint.meta import Meta, ResumeState
 from megatron_asvr.checkpoint.save import layout, save_checkpoint, save_frozen, trained_shapes
 from megatron_asvr.config.load import save as save_config
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.loader import Loader
+from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
 from megatron_asvr.parallel.collectives import broadcast_object
 from megatron_asvr.parallel.groups import Groups
@@ -48,6 +55,7 @@ class Run:
         identity: what a continuation must have in common with this run.
         frozen: files with the weights that are not trained, by part.
         done: where the run stands.
+        skipped: why newer checkpoints could not be continued from, by step.
         total_steps: optimizer steps of the whole run.
     """
 
@@ -63,6 +71,7 @@ class Run:
     identity: Mapping[str, Any]
     frozen: Mapping[str, str]
     done: ResumeState
+    skipped: Mapping[int, str]
     total_steps: int
 
     def save(self, done: ResumeState) -> None:
@@ -75,7 +84,7 @@ class Run:
             trained=trained_shapes(self.chunks, groups=self.groups),
             frozen=dict(self.frozen),
         )
-        save_checkpoint(
+        failure = save_checkpoint(
             self.folder,
             self.chunks,
             self.optimizer,
@@ -84,6 +93,8 @@ class Run:
             attempt=self.attempt,
             keep=self.config.train.keep_checkpoints,
         )
+        if failure is not None:
+            raise CheckpointError(f"{self.folder.step(done.step)} was not written: {failure}")
 
 
 def start(config: Config, data: Data, *, groups: Groups) -> Run:
@@ -100,7 +111,8 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     """
     folder, attempt = _open_folder(config, groups)
     facts = _identify(config, data)
-    checkpoint = agree_resume(folder, facts, groups=groups)
+    resume = _resume(folder, attempt, facts, groups)
+    checkpoint = resume.meta
 
     chunks = build_chunks(config, groups=groups, tokenizer=data.tokenizer)
     if checkpoint is None:
@@ -109,6 +121,9 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     else:
         origins = {"all parts": str(folder.step(checkpoint.resume.step))}
         frozen = checkpoint.frozen
+        if damaged := damaged_frozen(folder, checkpoint, group=groups.world):
+            load_sources(chunks, config, facts=facts, groups=groups)
+            _write_frozen_again(folder, damaged, checkpoint, chunks, groups)
         load_frozen(folder, checkpoint, chunks, groups=groups)
     fill_codes(data, groups=groups)  # takes a while: after all that can be refused
     wrapped = wrap(chunks, config.train.optim)
@@ -134,6 +149,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         identity=facts,
         frozen=frozen,
         done=done,
+        skipped=resume.skipped,
         total_steps=total_steps,
     )
     if groups.rank == 0:
@@ -158,6 +174,39 @@ def _open_folder(config: Config, groups: Groups) -> tuple[RunFolder, int]:
         folder.checkpoints.mkdir(exist_ok=True)
         folder.remove_partial()
     return folder, broadcast_object(attempt, group=groups.world)
+
+
+def _resume(folder: RunFolder, attempt: int, facts: Mapping[str, Any], groups: Groups) -> Resume:
+    """What this start continues from; what cannot be used is named and set aside."""
+    resume = find_resume(folder, facts, group=groups.world)
+    if groups.rank == 0:
+        for step, reason in resume.skipped.items():
+            logger.warning("the checkpoint of step %d is not used: %s", step, reason)
+            folder.set_aside(step, attempt)
+        step = resume.meta.resume.step if resume.meta is not None else None
+        folder.note_resume(attempt, {"step": step, "skipped": resume.skipped})
+    return resume
+
+
+def _write_frozen_again(
+    folder: RunFolder,
+    damaged: Sequence[str],
+    checkpoint: Meta,
+    chunks: Sequence[AsvrModel],
+    groups: Groups,
+) -> None:
+    """Make damaged files of weights that are not trained again, from where they came from.
+
+    Raises:
+        CheckpointError: the sources give other weights now.
+    """
+    if save_frozen(folder, chunks, groups=groups) != checkpoint.frozen:
+        raise CheckpointError(
+            f"{folder.frozen / damaged[0]} is damaged, and the sources of weights (init) no longer "
+            "give what it held; restore the file from a copy"
+        )
+    if groups.rank == 0:
+        logger.warning("written again from the sources of weights: %s", ", ".join(damaged))
 
 
 def _identify(config: Config, data: Data) -> dict[str, Any]:

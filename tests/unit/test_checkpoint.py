@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_asvr.checkpoint.folder import RunFolder
-from megatron_asvr.checkpoint.frozen import open_frozen, write_frozen
+from megatron_asvr.checkpoint.frozen import frozen_damage, open_frozen, write_frozen
 from megatron_asvr.checkpoint.identity import check_identity, identity
-from megatron_asvr.checkpoint.load import find_resume, load_frozen, load_trained
+from megatron_asvr.checkpoint.load import Resume, find_resume, load_frozen, load_trained
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import SafeReader, read_run
 from megatron_asvr.errors import CheckpointError, ConfigError
@@ -57,7 +59,7 @@ def test_a_continued_run_ends_with_the_same_bits(tmp_path: Path, changes: dict[s
             bench.step(step)
         wanted = bench.weights()
 
-        meta = find_resume(run_folder, IDENTITY)
+        meta = find_resume(run_folder, IDENTITY).meta
         assert meta is not None
         other_seed = dataclasses.replace(run, run=dataclasses.replace(run.run, seed=77))
         again = Bench(other_seed, groups, resume=(run_folder, meta))
@@ -128,35 +130,90 @@ def test_an_older_attempt_may_not_write(tmp_path: Path) -> None:
         assert run_folder.steps() == [1]
 
 
-def test_damage_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
+@pytest.fixture
+def two_saves(tmp_path: Path) -> RunFolder:
+    """Checkpoints of steps 1 and 2 of a run that trains some of its parts."""
     run_folder = folder(tmp_path)
     with one_rank() as groups:
-        save(trained_once(groups, train__trainable=STAGE_ONE), run_folder, 1)
-    path = run_folder.step(1)
-    good = {p.name: p.read_bytes() for p in path.iterdir()}
+        bench = trained_once(groups, train__trainable=STAGE_ONE)
+        save(bench, run_folder, 1)
+        save(bench, run_folder, 2)
+    return run_folder
 
-    def refused(match: str) -> None:
-        with pytest.raises(CheckpointError, match=match):
-            find_resume(run_folder, IDENTITY)
-        for name, data in good.items():
-            (path / name).write_bytes(data)
-        assert find_resume(run_folder, IDENTITY) is not None
 
-    (path / "metadata.json").write_bytes(good["metadata.json"][:-1] + b"x")
-    refused("metadata.json is damaged")
-    shard = next(name for name in good if name.endswith(".distcp"))
-    (path / shard).unlink()
-    refused(f"{shard} is missing")
-    (path / "meta.json").write_bytes(good["meta.json"][:40])
-    refused("meta.json cannot be read")
-    (path / "meta.json").write_text(json.dumps({"format": 99}))
-    refused("another format")
-    frozen = next(run_folder.frozen.iterdir())
-    kept = frozen.read_bytes()
-    frozen.unlink()
-    with pytest.raises(CheckpointError, match=f"{frozen.name} cannot be read"):
-        find_resume(run_folder, IDENTITY)
-    frozen.write_bytes(kept)
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path, byte: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "common.pt", "metadata.json"])
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (shorten, "is damaged: it has .* bytes, but .* were written"),
+        (flip, "is damaged: its checksum does not fit"),
+        (Path.unlink, "is missing: No such file"),
+    ],
+)
+def test_a_run_goes_on_from_the_newest_checkpoint_that_verifies(
+    two_saves: RunFolder, name: str, harm: Any, reason: str
+) -> None:
+    harm(two_saves.step(2) / name)
+    found = find_resume(two_saves, IDENTITY)
+    assert found.meta == read_meta(two_saves.step(1))
+    assert list(found.skipped) == [2]
+    assert re.search(f"step_2/{re.escape(name)} {reason}", found.skipped[2])
+    two_saves.set_aside(2, attempt=7)
+    assert two_saves.steps() == [1]
+    assert [path.name for path in two_saves.damaged()] == ["damaged_step_2_attempt_7"]
+    flip(two_saves.step(1) / "common.pt")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint of .* can be used: .*common.pt is da"
+    ):
+        find_resume(two_saves, IDENTITY)
+
+
+def test_every_bit_of_the_manifest_counts(two_saves: RunFolder) -> None:
+    path = two_saves.step(2) / "meta.json"
+    good = path.read_bytes()
+    places = random.Random(0).sample(range(len(good)), 300)
+    for place in [*places, good.index(b'"step": 2') + 8]:
+        flip(path, place)
+        found = find_resume(two_saves, IDENTITY)
+        assert list(found.skipped) == [2], (place, good[place : place + 1])
+        path.write_bytes(good)
+    for text in (good[:40], b"", b"[]", json.dumps({"format": 99}).encode()):
+        path.write_bytes(text)
+        assert list(find_resume(two_saves, IDENTITY).skipped) == [2]
+    path.unlink()
+    assert "not a complete checkpoint" in find_resume(two_saves, IDENTITY).skipped[2]
+    path.write_bytes(good)
+    assert find_resume(two_saves, IDENTITY).skipped == {}
+
+
+def test_damage_is_found_by_whoever_reads_the_weights(two_saves: RunFolder) -> None:
+    trained = "visual_head.heads.0.weight"
+    frozen = "language_model.decoder.final_layernorm.weight"
+    _, get = read_run(two_saves.root)
+    assert get(trained) is not None
+    assert get(frozen) is not None
+    flip(two_saves.step(2) / "__0_0.distcp")
+    file = next(two_saves.frozen.glob("language_model-*"))
+    flip(file)
+    _, get = read_run(two_saves.root)
+    with pytest.raises(CheckpointError, match=r"step_2/__0_0.distcp is damaged"):
+        get(trained)
+    with pytest.raises(CheckpointError, match=rf"{file.name} is damaged"):
+        get(frozen)
+    assert frozen_damage(file) == "is damaged: its name does not fit its contents"
+    assert frozen_damage(file.with_name("none")) == "cannot be read: No such file or directory"
+    file.write_bytes(file.read_bytes()[:20])
+    assert frozen_damage(file) == "is damaged: its header cannot be read"
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -190,7 +247,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"no meta\.json"):
         read_meta(tmp_path)
-    assert find_resume(RunFolder(tmp_path), IDENTITY) is None
+    assert find_resume(RunFolder(tmp_path), IDENTITY) == Resume(None, {})
 
 
 def test_identity_names_what_changed(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def continued_run(path: str | None, degrees: dict[str, Any], changes: dict[str, 
     else:
         run_folder = RunFolder(Path(path))
         other_seed = dataclasses.replace(run, run=dataclasses.replace(run.run, seed=77))
-        meta = find_resume(run_folder, {})
+        meta = find_resume(run_folder, {}).meta
         bench = Bench(other_seed, groups, resume=(run_folder, meta))
     weights = {n: x.clone() for n, x in sharding.full_state(bench.chunks, groups=groups)}
     steps = [bench.step(step) for step in (2, 3)]
