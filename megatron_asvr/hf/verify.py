@@ -184,10 +184,7 @@ def _compare(model: Any, processor: Any, sample: VerifySample, max_new_tokens: i
 def _pictures(images: Sequence[Any]) -> list[Any]:
     """PIL pictures; files are opened as transformers does it, which turns them by their EXIF."""
     load = transformers().image_utils.load_image
-    return [
-        load(Image.open(BytesIO(locations.read(str(x))))) if isinstance(x, str | Path) else x
-        for x in images
-    ]
+    return [load(str(x)) if isinstance(x, str | Path) else x for x in images]
 
 
 def _pixel_difference(sample: VerifySample, theirs: Tensor | None) -> Tensor:
