@@ -189,7 +189,7 @@ class LanguageModel(GPTModel):
     ) -> None:
         platform = platforms.select()[0]
         megatron_config = transformer_config(config, groups.plan, dtype, recompute=recompute)
-        backend, reason = precision.select_backend(platform)
+        backend, reason = precision.select_backend(platform, dtype)
         super().__init__(
             megatron_config,
             precision.block_spec(megatron_config, backend, vp_stage=vp_stage),

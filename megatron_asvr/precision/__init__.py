@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 from megatron_asvr.platforms import Platform
 
+import torch
+
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConfigError
@@ -12,7 +14,6 @@ from megatron_asvr.errors import ConfigError
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from torch import Tensor
 
 Backend = Literal["te", "local"]
 
@@ -23,14 +24,17 @@ FUSED_NAMES = {
 }
 
 
-def select_backend(platform: Platform) -> tuple[Backend, str]:
-    """Name of the layer implementation for ``platform``, and why.
+def select_backend(platform: Platform, dtype: torch.dtype) -> tuple[Backend, str]:
+    """Name of the layer implementation, and why.
 
     Args:
         platform: what ``platforms.select()`` returned.
+        dtype: of the computation.
     """
     if platform.name != "cuda":
         return "local", f"Transformer Engine needs CUDA; the platform is {platform.name}"
+    if dtype == torch.float32:
+        return "local", "Transformer Engine's attention over documents has no fp32 kernel"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:
@@ -82,11 +86,13 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
 
 
-def attention_rule(batch: MicroBatch, backend: Backend, *, sliding_window: int | None) -> "Tensor":
+def attention_rule(
+    batch: MicroBatch, backend: Backend, *, sliding_window: int | None
+) -> torch.Tensor:
     """Who attends to whom, as the attention of ``backend`` takes it through the layers.
 
     ``local``: a dense mask, bool [B, 1, S / context-parallel degree, S], True = hidden. ``te``:
-    int32 [2, documents + 1], where documents end without and with their padding.
+    int32 [documents + 1], where documents end, with their padding.
 
     Args:
         batch: the micro-batch.

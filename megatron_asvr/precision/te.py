@@ -1,15 +1,19 @@
 """megatron-core's Transformer Engine linears, norms and attention, for CUDA.
 
 Attention is the THD kind: all rows of a micro-batch are one stream of tokens, and where documents
-end says who sees whom. It has no form for independent questions about one image, so the data
-pipeline repeats the image there (``train/assemble.py``). Nothing here has run yet.
+end says who sees whom. Padding is given to the kernels as the end of its document: it stands behind
+the tokens, so none of them sees it, and every position of the output and of the gradients is
+written. Told to leave it out, some kernels leave there whatever was in memory, which a weight's
+gradient would read; others are not available at all.
+
+Attention here has no form for independent questions about one image, so the data pipeline repeats
+the image (``train/assemble.py``). Nothing in this file has run yet.
 """
 
 from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
 
-import torch
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -39,13 +43,12 @@ class PackedAttention(TEDotProductAttention):
         """
         num_positions, num_rows = query_SBAC.shape[:2]
         longest = num_positions * self.config.context_parallel_size
-        cu_seqlens, cu_seqlens_padded = ends.unbind()
         documents = PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens_padded,
-            cu_seqlens_kv_padded=cu_seqlens_padded,
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            cu_seqlens_q_padded=ends,
+            cu_seqlens_kv_padded=ends,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
@@ -55,15 +58,17 @@ class PackedAttention(TEDotProductAttention):
 
 
 def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
-    """Where the documents end, int32 [2, documents + 1]: without and with their padding.
+    """Where the documents end, with their padding: int32 [documents + 1].
 
     Args:
-        batch: with its ``cu_seqlens``.
+        batch: with its ``cu_seqlens_padded``.
         sliding_window: known to the layers from their configuration.
     """
-    if batch.cu_seqlens is None or batch.cu_seqlens_padded is None:
-        raise AsvrError("Transformer Engine's attention needs cu_seqlens, the micro-batch has none")
-    return torch.stack([batch.cu_seqlens, batch.cu_seqlens_padded])
+    if batch.cu_seqlens_padded is None:
+        raise AsvrError(
+            "Transformer Engine's attention needs cu_seqlens_padded, the micro-batch has none"
+        )
+    return batch.cu_seqlens_padded
 
 
 def layer_spec(*, qk_norm: bool, num_experts: int | None) -> ModuleSpec:

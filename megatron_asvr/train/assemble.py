@@ -26,13 +26,13 @@ from megatron_asvr.data.records import SHOWN
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.importer import read_folder
-from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.model.asvr import DTYPES, AsvrModel
 from megatron_asvr.model.sharding import full_shapes, load_weights
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
-from megatron_asvr.precision import check_attention, select_backend
+from megatron_asvr.precision import Backend, check_attention, select_backend
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def make_groups(config: Config) -> Groups:
     """
     world = dist.get_world_size()
     check(config, world)
-    check_attention(config, select_backend(select()[0])[0])
+    check_attention(config, _backend(config))
     return initialize(make_plan(config, world, codebook_sizes(config)), seed=config.run.seed)
 
 
@@ -191,12 +191,16 @@ def _tell_bad_images(split: str, report: dict[str, Any]) -> None:
     )
 
 
+def _backend(config: Config) -> Backend:
+    """Which implementation the layers of the run use."""
+    return select_backend(select()[0], DTYPES[config.train.precision])[0]
+
+
 def _branches(config: Config) -> tuple[bool, str]:
     """Whether independent questions of a record share its image tokens, and why."""
     if config.loss.mode == "official":
         return False, "the official code has no mask between them"
-    backend, _ = select_backend(select()[0])
-    if backend == "te":
+    if _backend(config) == "te":
         return False, "Transformer Engine's attention takes no such mask here"
     return True, "the dense attention mask keeps them apart"
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 
+from megatron_asvr.platforms.cpu import CpuPlatform
+from megatron_asvr.platforms.cuda import CudaPlatform
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_asvr import platforms, precision
+from megatron_asvr import precision
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.language import MASKED_LOGIT, padded_vocab_size, transformer_config
@@ -168,10 +171,11 @@ def test_sequence_parallelism_names_the_length_it_needs(groups):
 
 
 def test_backend_choice_gives_its_reason():
-    backend, reason = precision.select_backend(platforms.select()[0])
-    if platforms.select()[0].name == "cpu":
-        assert backend == "local"
-        assert "CUDA" in reason
+    backend, reason = precision.select_backend(CpuPlatform(), torch.bfloat16)
+    assert (backend, "CUDA" in reason) == ("local", True)
+    # Its attention has no kernel for fp32, installed or not.
+    backend, reason = precision.select_backend(CudaPlatform(), torch.float32)
+    assert (backend, "fp32" in reason) == ("local", True)
 
 
 def test_transformer_engine_learns_the_sliding_window():
