@@ -18,6 +18,8 @@ setup(
         'megatron-core==0.19.2; python_version >= "3.12"',
         "psutil",  # megatron-core's checkpoint writer needs it undeclared
         "einops",
+        "fsspec",  # data behind URLs
+        "pyarrow",  # Parquet sources and the index of a data set
         "nvidia-dali-cuda130==2.4.0",
         "pillow",
         "pyyaml",
@@ -31,6 +33,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]"],
         "mpi": ["mpi4py", "mpich"],
+        "remote": ["aiohttp", "gcsfs", "s3fs"],  # https://, gs:// and s3:// for fsspec
         "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "pre-commit"],
         "quickstart": ["easy-vqa==1.0"],
     },

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_asvr.config.load import flatten
-from megatron_asvr.config.schema import Config
+from megatron_asvr.config.schema import Config, SourceConfig
+from megatron_asvr.data import locations
+from megatron_asvr.data.formats import data_files, source_format
 from megatron_asvr.errors import CheckpointError, ConfigError
 
 # May change between two starts of one run.
@@ -57,7 +59,7 @@ def identity(
     facts["data.train (number of files)"] = len(config.data.train)
     for number, source in enumerate(config.data.train):
         name = f"data.train[{number}].path"
-        facts[f"{name} (content)"] = _sha256(name, source.path)
+        facts[f"{name} (content)"] = _content(name, source)
     images = hashlib.sha256("".join(image_keys).encode()).hexdigest()
     facts["data.train (content of the images)"] = images
     if config.model.text_tokenizer is not None:
@@ -88,6 +90,18 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: s
             f"{where} belongs to another run; " + "; ".join(changed) + ". Restore these settings "
             "to continue it, or set run.dir to a new folder (init.all can start from this one)"
         )
+
+
+def _content(key: str, source: SourceConfig) -> str:
+    """Hash of a JSON file; of other sources, whose images count by themselves, names and sizes."""
+    if source_format(source) == "json" and not locations.is_url(source.path):
+        return _sha256(key, source.path)
+    try:
+        files = [] if source_format(source) == "images" else data_files(source)
+        listed = [(file.rpartition("/")[2], locations.state(file)[0]) for file in files]
+    except OSError as err:
+        raise ConfigError(f"{key}={source.path!r} cannot be read: {err.strerror or err}") from None
+    return hashlib.sha256(repr(listed).encode()).hexdigest()
 
 
 def _sha256(key: str, path: str) -> str:

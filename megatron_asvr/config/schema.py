@@ -178,12 +178,16 @@ class LossConfig:
     target_shift: Literal[0, 1] = 0  # 0: a position predicts its own patch; 1: the next one
 
 
+SourceFormat = Literal["json", "jsonl", "webdataset", "parquet", "images"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One LLaVA-format JSON file and the folder its image paths are relative to."""
+    """One source of samples: files, a folder of images, or a URL that fsspec knows."""
 
-    path: str
-    images: str | None = None  # default: the folder of the JSON file
+    path: str  # a file, a folder of images without captions, or `shard-{000..127}.tar`, `*.parquet`
+    images: str | None = None  # folder of a JSON file's images; default: the file's own
+    format: SourceFormat | None = None  # default: what the path's ending says
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,6 @@ never a reason to replace a sample on one rank only.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,11 @@ import torch
 from torch.distributed import ProcessGroup
 
 from megatron_asvr.config.schema import Config
+from megatron_asvr.data import locations
 from megatron_asvr.data.files import fingerprint, write_atomically
 from megatron_asvr.data.gate import refusal
 from megatron_asvr.data.pixels import image_decoder
+from megatron_asvr.errors import DataError
 from megatron_asvr.parallel.collectives import gather_objects
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ CHECK_BATCH = 64  # images that do
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file: its size and time when it was read, content hash, and why it is bad (or None)."""
+    """One image: size and time of the file it is in, hash of its own bytes, and why it is bad."""
 
     size_bytes: int
     mtime_ns: int
@@ -76,7 +77,7 @@ class ImageIndex:
         shares = gather_objects(self._check(wanted[rank::world], known), group=group)
         found = {path: entry for share in shares for path, entry in share.items()}
         self.entries.update(found)
-        lasting = {os.path.abspath(path): entry for path, entry in found.items() if entry.key}
+        lasting = {locations.absolute(path): entry for path, entry in found.items() if entry.key}
         if rank == 0 and any(known.get(path) != entry for path, entry in lasting.items()):
             self._save(known | lasting)
 
@@ -90,7 +91,7 @@ class ImageIndex:
         waiting: list[tuple[str, bytes]] = []
         waiting_bytes = 0
         for path in paths:
-            found[path], encoded = self._look(path, known.get(os.path.abspath(path)))
+            found[path], encoded = self._look(path, known.get(locations.absolute(path)))
             if encoded is not None:
                 waiting.append((path, encoded))
                 waiting_bytes += len(encoded)
@@ -104,17 +105,19 @@ class ImageIndex:
     def _look(self, path: str, known: Entry | None) -> tuple[Entry, bytes | None]:
         """The file's entry, and its bytes where decoding still has to be tried."""
         try:
-            status = os.stat(path)
-            if known and (known.size_bytes, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+            size, changed = locations.state(locations.container(path))
+            if known and (known.size_bytes, known.mtime_ns) == (size, changed):
                 return known, None
-            encoded = Path(path).read_bytes()
+            encoded = locations.read(path)
         except FileNotFoundError:
             return Entry(0, 0, "", MISSING), None
         except OSError as error:
-            return Entry(0, 0, "", f"cannot be read: {error.strerror}"), None
+            return Entry(0, 0, "", f"cannot be read: {error.strerror or error}"), None
+        except DataError as error:
+            return Entry(0, 0, "", str(error)), None
         problem = refusal(encoded, max_pixels=self._max_pixels, fit=self._fit)
         key = hashlib.sha256(encoded).hexdigest()
-        entry = Entry(status.st_size, status.st_mtime_ns, key, problem)
+        entry = Entry(size, changed, key, problem)
         return entry, encoded if problem is None else None
 
     def _decode(self, waiting: list[tuple[str, bytes]], found: dict[str, Entry]) -> None:

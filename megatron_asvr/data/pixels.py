@@ -3,13 +3,13 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_asvr.config.schema import Config
+from megatron_asvr.data import locations
 from megatron_asvr.data.gate import refusal
 from megatron_asvr.data.pil import MEAN_COLOUR, PIXEL_MEAN, PIXEL_STD
 from megatron_asvr.errors import DataError
@@ -66,7 +66,7 @@ class PixelStore:
 
         Args:
             keys: content keys of the images, in order.
-            paths: a file for every key that has one.
+            paths: a location (data/locations.py) for every key that has one.
 
         Raises:
             DataError: a file cannot be read or decoded, or the gate refuses it.
@@ -114,9 +114,10 @@ class PixelStore:
     def _read(self, path: str) -> bytes:
         """The file's bytes, refused here too: questions come with images that no index has seen."""
         try:
-            encoded = Path(path).read_bytes()
+            encoded = locations.read(path)
         except OSError as error:
-            raise DataError(f"image {path} cannot be read: {error.strerror}") from error
+            why = error.strerror or error
+            raise DataError(f"image {path} cannot be read: {why}") from error
         data = self._config.data
         problem = refusal(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit)
         if problem is not None:

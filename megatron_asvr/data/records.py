@@ -1,18 +1,20 @@
-"""LLaVA-format JSON to checked records, read once, before any training time is spent.
+"""Sources to checked records, read once, before any training time is spent.
 
-A record is ``{"id": .., "image": "a.png" | ["a.png", ..], "conversations": [..]}``; ``image`` may
-be absent. ``conversations`` is a list of ``{"from": "human" | "gpt", "value": ".."}`` turns, or a
-list of such lists: independent conversations about the same images.
+Every format (data/formats.py) comes down to LLaVA's: a record is
+``{"id": .., "image": "a.png" | ["a.png", ..], "conversations": [..]}``; ``image`` may be absent.
+``conversations`` is a list of ``{"from": "human" | "gpt", "value": ".."}`` turns, or a list of such
+lists: independent conversations about the same images.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_asvr.config.schema import SourceConfig
+from megatron_asvr.data import locations
 from megatron_asvr.data.conversation import Turn
+from megatron_asvr.data.formats import data_files, scan
 from megatron_asvr.data.text import IMAGE_TOKEN
 from megatron_asvr.errors import DataError
 
@@ -27,7 +29,7 @@ class Record:
 
     Attributes:
         id: the record's own id, or ``file:index`` when it has none.
-        images: paths, resolved against the source's image folder.
+        images: their locations (data/locations.py), image folder included.
         conversations: at least one; with several of them, each begins with all the images.
     """
 
@@ -46,20 +48,19 @@ def read_records(sources: Sequence[SourceConfig]) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
     for source in sources:
-        path = Path(source.path)
-        folder = Path(source.images) if source.images is not None else path.parent
-        for index, raw in enumerate(_load_list(path)):
-            try:
-                records.append(parse_record(raw, where=f"{path}: record {index}", folder=folder))
-            except DataError as error:
-                problems.append(str(error))
+        for file in data_files(source):
+            for found in scan(source, file):
+                try:
+                    records.append(parse_record(found.raw, where=found.where, folder=found.folder))
+                except DataError as error:
+                    problems.append(str(error))
     raise_problems(problems, "records have the wrong form")
     if sources and not records:
         raise DataError(f"{', '.join(s.path for s in sources)}: no records; the list is empty")
     return records
 
 
-def parse_record(raw: Any, *, where: str, folder: Path) -> Record:
+def parse_record(raw: Any, *, where: str, folder: str | Path) -> Record:
     """The checked form of one JSON record.
 
     Args:
@@ -93,7 +94,9 @@ def parse_record(raw: Any, *, where: str, folder: Path) -> Record:
             f"{where} has neither an image nor an answer: nothing can be learnt from it"
         )
     return Record(
-        id=str(name), images=tuple(str(folder / i) for i in images), conversations=conversations
+        id=str(name),
+        images=tuple(locations.join(folder, i) for i in images),
+        conversations=conversations,
     )
 
 
@@ -107,18 +110,6 @@ def raise_problems(problems: Sequence[str], title: str) -> None:
         listed = "\n  ".join(problems[:SHOWN])
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DataError(f"{len(problems)} {title}:\n  {listed}{more}")
-
-
-def _load_list(path: Path) -> list[Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"data file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"data file {path} is not JSON: {error}") from error
-    if not isinstance(value, list):
-        raise DataError(f"data file {path} holds {_kind(value)}; wanted a list of records")
-    return value
 
 
 def _images(value: Any, where: str) -> list[str]:

@@ -9,12 +9,15 @@ the whole, from the text and the picture, generate our answer.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from megatron_asvr.data import locations
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock
 from megatron_asvr.hf.stock import LLAVA_ARCHITECTURE, transformers
@@ -184,7 +187,10 @@ def _compare(model: Any, processor: Any, sample: VerifySample, max_new_tokens: i
 def _pictures(images: Sequence[Any]) -> list[Any]:
     """PIL pictures; files are opened as transformers does it, which turns them by their EXIF."""
     load = transformers().image_utils.load_image
-    return [load(str(x)) if isinstance(x, str | Path) else x for x in images]
+    return [
+        load(Image.open(BytesIO(locations.read(str(x))))) if isinstance(x, str | Path) else x
+        for x in images
+    ]
 
 
 def _pixel_difference(sample: VerifySample, theirs: Tensor | None) -> Tensor:

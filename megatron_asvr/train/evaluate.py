@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_asvr.config.schema import SourceConfig
+from megatron_asvr.data import locations
 from megatron_asvr.data.conversation import Turn, prompt_text
 from megatron_asvr.data.evalset import EvalItem, read_questions
 from megatron_asvr.data.records import raise_problems
@@ -174,7 +175,11 @@ def check_exist(images: Sequence[str]) -> None:
     Raises:
         DataError: files are missing.
     """
-    missing = [path for path in dict.fromkeys(images) if not Path(path).is_file()]
+    missing = [
+        image
+        for image in dict.fromkeys(images)
+        if not locations.is_url(image) and not Path(locations.container(image)).is_file()
+    ]
     raise_problems(missing, "images of the questions are missing")
 
 

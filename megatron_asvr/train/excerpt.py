@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from megatron_asvr.platforms import select
 
 from megatron_asvr.config.schema import PARTS, Config, SourceConfig
+from megatron_asvr.data import locations
 from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
 from megatron_asvr.data.images import ImageIndex
 from megatron_asvr.data.order import StepOrder
@@ -183,6 +184,6 @@ def _write(records: Sequence[Record], path: Path) -> list[str]:
         ]
         raw.append({"id": names[-1], "conversations": talks if len(talks) > 1 else talks[0]})
         if record.images:
-            raw[-1]["image"] = [str(Path(image).absolute()) for image in record.images]
+            raw[-1]["image"] = [locations.absolute(image) for image in record.images]
     path.write_text(json.dumps(raw), encoding="utf-8")
     return names
