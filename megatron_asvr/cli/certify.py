@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
 def with_layout(config: Config, text: str) -> tuple[Config, int]:
     """The configuration in the layout that ``text`` describes, and its data-parallel degree.
 
-    Explicit ``parallel.stages``, and their form, stay where the layout has as many stages.
+    Explicit ``parallel.stages`` stay where the layout has as many stages, and
+    ``parallel.head_alone`` where it has stages at all.
 
     Raises:
         ConfigError: a name is unknown or a value is wrong.
@@ -96,7 +97,9 @@ def with_layout(config: Config, text: str) -> tuple[Config, int]:
     layout = load(overrides=others).parallel
     stages = config.parallel.stages
     if stages is not None and len(stages) == layout.pp * (layout.vpp or 1):
-        layout = replace(layout, stages=stages, head_alone=config.parallel.head_alone)
+        layout = replace(layout, stages=stages)
+    if layout.pp > 1 and layout.head_alone is None:
+        layout = replace(layout, head_alone=config.parallel.head_alone)
     return replace(config, parallel=layout), int(degrees[-1]) if degrees else 1
 
 

@@ -12,7 +12,7 @@ import torch
 from megatron_asvr.cli.certify import table, with_layout
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.check import check
-from megatron_asvr.config.load import load, save
+from megatron_asvr.config.load import load, override, save
 from megatron_asvr.config.schema import LanguageConfig, ParallelConfig, VisionConfig
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.planner.parameters import count_parameters
@@ -297,6 +297,11 @@ def test_a_layout_is_read_from_text():
     assert got.parallel == ParallelConfig(tp=2, pp=2, sp=True, stages=(20, 12))
     assert dp == 3
     assert with_layout(config, "cp=2")[0].parallel == ParallelConfig(cp=2)
+    together = override(config, ["parallel={pp: 2, head_alone: false}"])
+    assert with_layout(together, "pp=4")[0].parallel == ParallelConfig(pp=4, head_alone=False)
+    alone, _ = with_layout(together, "pp=4,head_alone=true")
+    assert alone.parallel == ParallelConfig(pp=4, head_alone=True)
+    assert with_layout(together, "tp=2")[0].parallel == ParallelConfig(tp=2)
 
 
 @pytest.mark.parametrize("text", ["tp=x", "q=2", "dp=0", "dp=x", "tp"])
