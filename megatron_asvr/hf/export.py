@@ -1,10 +1,9 @@
 """Writes a trained model as a stock Hugging Face folder, complete or not at all.
 
-The folder is built under a temporary name beside its target. `export` returns that name; the caller
-verifies it and then calls `finalize`, which renames it in one step. Nobody ever sees half a model.
+`export` builds the folder under a temporary name and returns that; the caller verifies it and then
+calls `finalize`, which renames it in one step (``hf/partial.py``).
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,6 @@ from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.card import model_card
 from megatron_asvr.hf.files import (
-    ShardWriter,
     check_finite,
     read_json,
     save_tensors,
@@ -27,6 +25,7 @@ from megatron_asvr.hf.files import (
 )
 from megatron_asvr.hf.importer import HEAD_CONFIG, HEAD_FILE
 from megatron_asvr.hf.memory import in_memory
+from megatron_asvr.hf.partial import finalize, partial_folder, removed_on_error
 from megatron_asvr.hf.processor import (
     TOKENIZER_FILE,
     Text,
@@ -37,6 +36,9 @@ from megatron_asvr.hf.processor import (
     read_text,
     tokenizer_loader,
 )
+from megatron_asvr.hf.shards import ShardWriter
+
+__all__ = ["export", "finalize"]
 
 State = Iterable[tuple[str, Tensor]] | Callable[[str], Tensor | None]
 SHARD_BYTES = 5_000_000_000
@@ -73,8 +75,8 @@ def export(
         ConversionError: a tensor is missing, unexpected, misshaped, double or not finite, or the
             tokenizer or a setting has no stock form.
     """
-    target = _partial_folder(Path(out))
-    try:
+    target = partial_folder(Path(out))
+    with removed_on_error(target):
         text = read_text(tokenizer, config.model.language.vocab_size)
         hf_config, architecture = _stock_config(config.model, text.ids, kind)
         rules = _checked_rules(config.model, hf_config, architecture)
@@ -87,35 +89,7 @@ def export(
         card = model_card(config, kind=kind, dtype=dtype, has_head=bool(head))
         (target / "README.md").write_text(card, encoding="utf-8")
         sync(target)
-    except BaseException:
-        shutil.rmtree(target, ignore_errors=True)
-        raise
     return target
-
-
-def finalize(partial: str | Path, out: str | Path) -> Path:
-    """``out``, after ``partial`` was renamed to it in one step.
-
-    Raises:
-        ConversionError: ``out`` exists; nothing is ever overwritten.
-    """
-    out = Path(out)
-    _refuse_existing(out)
-    Path(partial).rename(out)
-    return out
-
-
-def _partial_folder(out: Path) -> Path:
-    _refuse_existing(out)
-    partial = out.parent / f".{out.name}.partial-export"
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _refuse_existing(out: Path) -> None:
-    if out.exists():
-        raise ConversionError(f"{out} exists already; remove it or choose another folder")
 
 
 def _stock_config(model: ModelConfig, ids: TokenIds, kind: str) -> tuple[Any, str]:
@@ -184,7 +158,10 @@ def _write_weights(
     kind: str,
 ) -> dict[str, Tensor]:
     """Write the stock model's weights; the visual head's tensors, by our names, come back."""
-    writer = ShardWriter(target, max_shard_bytes)
+    strip = "" if kind == "llava" else tables.HF_LM
+    shapes = tables.source_shapes(rules.values())
+    planned = {name.removeprefix(strip): (shape, dtype) for name, shape in shapes.items()}
+    writer = ShardWriter(target, planned, max_shard_bytes)
     seen: dict[str, tuple[int, ...]] = {}
     head: dict[str, Tensor] = {}
     for name, x in pairs:
@@ -198,8 +175,7 @@ def _write_weights(
         rule = rules.get(name)
         if rule is not None and rule.shape == seen[name]:
             for hf_name, part in rule.split(x):
-                short = hf_name if kind == "llava" else hf_name.removeprefix(tables.HF_LM)
-                writer.add(short, part.to(dtype))
+                writer.add(hf_name.removeprefix(strip), part.to(dtype))
     tables.check_complete("export", seen, {name: rule.shape for name, rule in rules.items()})
     writer.close()
     return head

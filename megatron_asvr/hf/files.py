@@ -1,10 +1,16 @@
-"""safetensors on disk: a lazy reader of a folder's shards, and a writer that fills shards in turn.
+"""Weights on disk: a lazy reader of a folder's files, and small helpers.
 
-Only safetensors is read. Pickles can run code when opened, so they are refused, not converted.
+safetensors files are read wherever there are any. Pickled weights (``.bin``, ``.pt``) can hold
+code, so they are opened with ``weights_only``: anything but plain tensors is refused. No file
+outside the folder is ever read, whatever an index or a link says.
 """
 
 import json
 import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,126 +23,161 @@ from megatron_asvr.errors import ConversionError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLES = (".bin", ".pt", ".pth")
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
-class TensorFolder:
-    """Names, shapes and tensors of a folder's safetensors files, read on demand.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor on disk.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: of the tensor.
+        read: gives it, on the CPU.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+
+def open_weights(path: Path, single: str = SINGLE) -> dict[str, Stored]:
+    """All tensors of a folder, or of one file, by name; numbers are read on demand.
 
     Args:
-        folder: holds ``model.safetensors``, or an index and its shards.
-        single: another name for the single file.
+        path: a folder with ``model.safetensors`` or an index and its shards (or the same with
+            ``pytorch_model.bin``), or one such file.
+        single: another name for the folder's single file.
 
     Raises:
-        ConversionError: no safetensors, a damaged file, or an index that does not fit its shards.
+        ConversionError: no weights, a damaged file, an index that does not fit its files or leads
+            out of the folder, or a pickle that holds more than tensors.
     """
-
-    def __init__(self, folder: Path, single: str = SINGLE) -> None:
-        self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._files: dict[str, Any] = {}
-        for file in self._shard_names(single):
-            self._open(file)
-
-    def read(self, name: str) -> Tensor:
-        """The tensor called ``name``, on the CPU."""
-        return self._files[name].get_tensor(name)
-
-    def _shard_names(self, single: str) -> list[str]:
-        if (self.folder / single).is_file():
-            return [single]
-        if single != SINGLE or not (self.folder / INDEX).is_file():
-            pickles = sorted(p.name for p in self.folder.glob("*.bin"))[:3]
-            hint = f" (pickled weights such as {pickles} are never opened)" if pickles else ""
-            raise ConversionError(
-                f"{self.folder}: neither {single} nor {INDEX} is there{hint}; "
-                "save the model with safe_serialization=True"
-            )
-        self._index = self._read_index()
-        return sorted(set(self._index.values()))
-
-    def _read_index(self) -> dict[str, str]:
-        path = self.folder / INDEX
-        index = read_json(path).get("weight_map")
-        strings = isinstance(index, dict) and all(isinstance(v, str) for v in index.values())
-        if not strings or not index:
-            raise ConversionError(f"{path}: weight_map must map tensor names to file names")
-        for file in set(index.values()):
-            # Only a bare file name stays inside the folder.
-            if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-                raise ConversionError(
-                    f"{path}: {file!r} is not the name of a safetensors file in this folder"
-                )
-        return index
-
-    def _open(self, file: str) -> None:
-        path = self.folder / file
-        if not path.is_file():
-            raise ConversionError(f"{path} does not exist, but {INDEX} names it")
-        try:
-            handle = safe_open(str(path), framework="pt")
-            shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise ConversionError(f"{path} is not a complete safetensors file: {e}") from e
-        index = getattr(self, "_index", None)
+    if path.is_file():
+        return _open_file(path)
+    files, index = _find(path, single)
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        found = _open_file(_inside(path, file))
         if index is not None:
-            self._check_index(file, shapes, index)
-        self.shapes |= shapes
-        self._files |= dict.fromkeys(shapes, handle)
+            _check_index(path / file, set(found), {k for k, f in index.items() if f == file})
+        tensors |= found
+    return tensors
 
-    def _check_index(self, file: str, shapes: dict, index: dict[str, str]) -> None:
-        listed = {name for name, f in index.items() if f == file}
-        odd = sorted(listed ^ shapes.keys())
-        if odd:
+
+def _find(folder: Path, single: str) -> tuple[list[str], dict[str, str] | None]:
+    """Names of a folder's files of weights, and its index if it has one."""
+    if (folder / single).is_file():
+        return [single], None
+    if single == SINGLE:
+        for index in (INDEX, PICKLE_INDEX):
+            if (folder / index).is_file():
+                known = _read_index(folder / index)
+                return sorted(set(known.values())), known
+        if (folder / PICKLE).is_file():
+            return [PICKLE], None
+        single = f"{single}, {INDEX}, {PICKLE}, {PICKLE_INDEX}"
+    raise ConversionError(f"{folder} holds no weights; wanted there: {single}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_json(path).get("weight_map")
+    strings = isinstance(index, dict) and all(isinstance(v, str) for v in index.values())
+    if not strings or not index:
+        raise ConversionError(f"{path}: weight_map must map tensor names to file names")
+    ending = ".safetensors" if path.name == INDEX else ".bin"
+    for file in set(index.values()):
+        # Only a bare file name stays inside the folder.
+        if Path(file).name != file or "\\" in file or not file.endswith(ending):
             raise ConversionError(
-                f"{self.folder / file} and {INDEX} disagree on {len(odd)} tensors, "
-                f"e.g. {odd[:3]}; the folder is incomplete or mixed"
+                f"{path}: {file!r} is not the name of a {ending} file in this folder"
             )
+    return index
 
 
-class ShardWriter:
-    """Writes named tensors into shards of at most ``max_shard_bytes``, then the index.
+def _inside(folder: Path, file: str) -> Path:
+    """The path of ``file``, once it is known not to lead out of the folder."""
+    path, root = folder / file, folder.resolve()
+    if not path.is_file():
+        raise ConversionError(f"{path} does not exist, but the index names it")
+    roots = [root]
+    if root.parent.name == "snapshots":  # the hub's cache links to the blobs beside
+        roots.append(root.parent.parent / "blobs")
+    real = path.resolve()
+    if not any(real.is_relative_to(allowed) for allowed in roots):
+        raise ConversionError(
+            f"{path} is a link out of its folder, to {real}; copy the file itself (cp -L)"
+        )
+    return path
 
-    A tensor that is larger than that gets a shard of its own.
-    """
 
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        self.folder = folder
-        self.max_shard_bytes = max_shard_bytes
-        self.total_bytes = 0
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[tuple[Path, list[str]]] = []
+def _check_index(path: Path, held: set[str], listed: set[str]) -> None:
+    odd = sorted(listed ^ held)
+    if odd:
+        raise ConversionError(
+            f"{path} and the index disagree on {len(odd)} tensors, "
+            f"e.g. {odd[:3]}; the folder is incomplete or mixed"
+        )
 
-    def add(self, name: str, x: Tensor) -> None:
-        """Take one tensor; a full shard is written at once, so memory holds one shard."""
-        size = x.numel() * x.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        # A copy: parts of one storage cannot be saved side by side.
-        self._pending[name] = x.detach().cpu().clone(memory_format=torch.contiguous_format)
-        self._pending_bytes += size
-        self.total_bytes += size
 
-    def _flush(self) -> None:
-        path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        save_tensors(path, self._pending)
-        self._shards.append((path, list(self._pending)))
-        self._pending, self._pending_bytes = {}, 0
+def _open_file(path: Path) -> dict[str, Stored]:
+    if path.suffix in PICKLES:
+        return _open_pickle(path)
+    try:
+        handle = safe_open(str(path), framework="pt")
+        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise ConversionError(f"{path} is not a complete safetensors file: {e}") from e
+    unknown = {part.get_dtype() for part in parts.values()} - _DTYPES.keys()
+    if unknown:
+        raise ConversionError(f"{path} holds numbers of unknown type {sorted(unknown)}")
+    return {
+        name: Stored(
+            tuple(part.get_shape()), _DTYPES[part.get_dtype()], partial(handle.get_tensor, name)
+        )
+        for name, part in parts.items()
+    }
 
-    def close(self) -> None:
-        """Write what is left, give the shards their final names and write the index if needed."""
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._shards[0][0].rename(self.folder / SINGLE)
-            return
-        weight_map = {}
-        for i, (path, names) in enumerate(self._shards, 1):
-            final = f"model-{i:05d}-of-{count:05d}.safetensors"
-            path.rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.folder / INDEX, index)
+
+def _open_pickle(path: Path) -> dict[str, Stored]:
+    try:
+        try:
+            held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # a file of an old torch cannot be mapped
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ConversionError(
+            f"{path} is damaged, or holds more than tensors, so that opening it could run code; "
+            "it is refused. Save the weights as safetensors where they come from"
+        ) from e
+    except (RuntimeError, EOFError, OSError) as e:
+        raise ConversionError(f"{path} is not a complete file of torch.save: {e}") from e
+    if isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
+        held = held["state_dict"]
+    if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
+        raise ConversionError(f"{path} holds no state dictionary: wanted tensors by name")
+    return {name: Stored(tuple(x.shape), x.dtype, partial(_itself, x)) for name, x in held.items()}
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
