@@ -29,6 +29,8 @@ _FREE = {
     "train.eval_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.keep_every_steps",
+    "train.async_save",
     "train.log_every_steps",
     "train.cosine_every_steps",
 }

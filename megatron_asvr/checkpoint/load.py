@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from megatron_asvr.checkpoint.identity import check_identity
 from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.checkpoint.save import layout, trained_shapes
 from megatron_asvr.checkpoint.state import load_state, sharded_state
-from megatron_asvr.errors import AsvrError, CheckpointError
+from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.sharding import load_weights, named
-from megatron_asvr.parallel.collectives import broadcast_object, gather_objects
+from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -75,25 +75,6 @@ def find_resume(
             f"one from a copy, or delete {folder.checkpoints} to start the run again"
         )
     return Resume()
-
-
-def on_first(fn: Callable[[], Any], *, group: ProcessGroup | None) -> Any:
-    """What ``fn`` returns on the group's first rank, or the error of ours it raises, on every rank.
-
-    Args:
-        fn: called on the first rank only.
-        group: the ranks that take part; None: this process alone.
-    """
-    value = None
-    if group is None or group.rank() == 0:
-        try:
-            value = fn()
-        except AsvrError as err:
-            value = err
-    value = broadcast_object(value, group=group)
-    if isinstance(value, AsvrError):
-        raise value
-    return value
 
 
 def _open(path: Path, identity: Mapping[str, Any]) -> Meta | str:

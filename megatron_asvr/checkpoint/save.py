@@ -5,6 +5,7 @@ checkpoints before it are untouched.
 """
 
 import dataclasses
+import functools
 import logging
 import shutil
 import threading
@@ -22,9 +23,8 @@ from megatron_asvr.checkpoint.meta import Meta, write_meta
 from megatron_asvr.checkpoint.state import sharded_state
 from megatron_asvr.checkpoint.write import Share, Written, plan, write, write_index
 from megatron_asvr.config.schema import PARTS
-from megatron_asvr.errors import AsvrError
 from megatron_asvr.model.sharding import full_shapes, full_state
-from megatron_asvr.parallel.collectives import broadcast_object, gather_objects
+from megatron_asvr.parallel.collectives import broadcast_object, gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,9 @@ class Save:
         groups: process groups of the layout.
         attempt: number of this start, see ``RunFolder.next_attempt``.
         background: write copies in a thread, while the run goes on.
+
+    Raises:
+        CheckpointError: on every rank: a newer start of the same run is at work.
     """
 
     def __init__(
@@ -104,7 +107,7 @@ class Save:
         self._written: Written | str = Written()
         self._thread: threading.Thread | None = None
         self._share: Share | None = None
-        self._failure: str | None = broadcast_object(self._make_folder(), group=groups.world)
+        self._failure: str | None = on_first(self._make_folder, group=groups.world)
         if self._failure is not None:
             return
         state = sharded_state(chunks, optimizer, is_loading=False)
@@ -137,16 +140,12 @@ class Save:
             self._thread.join()
         if self._failure is None:
             shares = gather_objects(self._written, group=self._groups.world)
-            outcome = self._finish(shares) if self._groups.rank == 0 else None
-            outcome = broadcast_object(outcome, group=self._groups.world)
-            if isinstance(outcome, AsvrError):
-                raise outcome
-            self._failure = outcome
+            finish = functools.partial(self._finish, shares)
+            self._failure = on_first(finish, group=self._groups.world)
         return self._failure
 
     def _make_folder(self) -> str | None:
-        if self._groups.rank:
-            return None
+        self._folder.require_newest(self._attempt)
         shutil.rmtree(self._path, ignore_errors=True)
         try:
             self._path.mkdir(parents=True)
@@ -164,22 +163,20 @@ class Save:
         if self._groups.rank:  # rank 0 still needs the index
             self._share = None
 
-    def _finish(self, shares: list[Written | str]) -> str | AsvrError | None:
+    def _finish(self, shares: list[Written | str]) -> str | None:
         """On rank 0: give it its name, or remove what was written and say why."""
-        outcome: str | AsvrError | None = None
-        if failures := [share for share in shares if isinstance(share, str)]:
-            outcome = "; ".join(failures)
-        else:
-            try:
+        failure: str | None = "; ".join(share for share in shares if isinstance(share, str))
+        try:
+            if not failure:
                 self._name([share for share in shares if isinstance(share, Written)])
-            except OSError as err:
-                outcome = f"rank 0: {err}"
-            except AsvrError as err:
-                outcome = err
-        self._share = None
-        if outcome is not None:
+                return None
+        except OSError as err:
+            self._folder.require_newest(self._attempt)  # whose start moves unfinished folders away
+            failure = f"rank 0: {err}"
+        finally:
+            self._share = None
             shutil.rmtree(self._path, ignore_errors=True)
-        return outcome
+        return failure
 
     def _name(self, shares: list[Written]) -> None:
         assert self._share is not None

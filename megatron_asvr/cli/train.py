@@ -56,6 +56,9 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         result: what ``megatron_asvr.train.loop.train`` returned.
     """
     lines = [f"run: {result['run']}"]
+    lines += [f"not continued from: {why}" for why in result["skipped_checkpoints"].values()]
+    if result["failed_saves"]:
+        lines.append(f"saves that failed: {result['failed_saves']}")
     for split in ("train", "eval"):
         values = result[split]
         names = [k for k in ("loss", "text_loss", "visual_loss", "text_accuracy") if k in values]

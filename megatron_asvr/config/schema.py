@@ -242,7 +242,9 @@ class TrainConfig:
     threads_per_rank: int = 1  # CPU threads; part of a run's identity (it changes rounding)
     eval_every_steps: int = 0  # 0: only at the end, when data.eval is given
     save_every_steps: int = 500
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_every_steps: int = 0  # also keep every checkpoint of a multiple of it; 0 is none
+    async_save: bool = False  # write copies of weights and optimizer while the run goes on
     log_every_steps: int = 10
     cosine_every_steps: int = 0  # gradient cosine of the two losses; 0 is never
 

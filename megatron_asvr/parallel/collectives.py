@@ -15,7 +15,7 @@ A group of None is this rank alone.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -173,6 +173,25 @@ def broadcast_object(value: Any, src: int = 0, *, group: ProcessGroup | None) ->
     values = [value]
     dist.broadcast_object_list(values, group_src=src, group=group)
     return values[0]
+
+
+def on_first(fn: Callable[[], Any], *, group: ProcessGroup | None) -> Any:
+    """What ``fn`` returns on the group's first rank, or the error of ours it raises, on every rank.
+
+    Args:
+        fn: called on the first rank only.
+        group: the ranks that take part; None: this process alone.
+    """
+    value = None
+    if group is None or group.rank() == 0:
+        try:
+            value = fn()
+        except AsvrError as err:
+            value = err
+    value = broadcast_object(value, group=group)
+    if isinstance(value, AsvrError):
+        raise value
+    return value
 
 
 def barrier(*, group: ProcessGroup | None) -> None:

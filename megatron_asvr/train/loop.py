@@ -29,6 +29,7 @@ from megatron_asvr.train.metrics import (
     progress_line,
 )
 from megatron_asvr.train.optim import learning_rate
+from megatron_asvr.train.saving import Saver
 from megatron_asvr.train.signals import StopRequest
 from megatron_asvr.train.start import Run, start
 from megatron_asvr.train.step import Agreement, agree, loss_function, train_step
@@ -46,15 +47,15 @@ def train(config: Config) -> dict[str, Any]:
 
     Returns:
         ``finished`` (false when a signal stopped it early), ``step``, the step it was
-        ``continued_from``, damaged checkpoints that were skipped, the last logged ``train`` and
-        ``eval`` values, totals, peak memory of every rank, and what was bad or replaced in the
-        data of every data-parallel rank.
+        ``continued_from``, damaged checkpoints that were skipped, the number of ``failed_saves``,
+        the last logged ``train`` and ``eval`` values, totals, peak memory of every rank, and what
+        was bad or replaced in the data of every data-parallel rank.
 
     Raises:
         ConfigError: a setting cannot work.
         DataError: the data cannot be used.
-        CheckpointError: the run's folder belongs to another run, or a source of weights does not
-            fit.
+        CheckpointError: the run's folder belongs to another run, a source of weights does not fit,
+            the last checkpoint cannot be written, or a newer start of the run is at work.
         AsvrError: a loss or gradient is not finite.
     """
     log_to_stdout()
@@ -67,15 +68,17 @@ def train(config: Config) -> dict[str, Any]:
                 run.folder, config, done_steps=run.done.step, active=groups.rank == 0
             ) as log,
         ):
-            done = run_steps(run, log, stop)
-        return summary(run, done)
+            saver = Saver(run, log)
+            done = run_steps(run, saver, log, stop)
+        return {**summary(run, done), "failed_saves": saver.failures}
 
 
-def run_steps(run: Run, log: MetricsLog, stop: StopRequest) -> ResumeState:
+def run_steps(run: Run, saver: Saver, log: MetricsLog, stop: StopRequest) -> ResumeState:
     """Where the run stands after its last step, or after the step in which it was told to stop.
 
     Args:
         run: the run.
+        saver: writes its checkpoints.
         log: where metrics go.
         stop: tells when this rank was asked to stop.
     """
@@ -87,7 +90,8 @@ def run_steps(run: Run, log: MetricsLog, stop: StopRequest) -> ResumeState:
         data_s = time.perf_counter() - started
 
         with naming(step, batches, groups):
-            agreement = agree(batches, stop=stop.reason is not None, groups=groups)
+            told = stop.reason is not None or run.is_superseded
+            agreement = agree(batches, stop=told, groups=groups)
             if due(step, settings.cosine_every_steps):
                 cosine = gradient_cosine(run.wrapped, batches, agreement, groups=groups)
                 log.write(step + 1, "cosine", {"gradient_cosine": cosine})
@@ -113,9 +117,7 @@ def run_steps(run: Run, log: MetricsLog, stop: StopRequest) -> ResumeState:
             log.write(done.step, "eval", held_out)
             tell(groups, f"eval at step {done.step}: {main_numbers(held_out)}")
 
-        if last or agreement.stop or due(done.step, settings.save_every_steps):
-            run.save(replace(done, window=asdict(window)))
-
+        saver.after_step(replace(done, window=asdict(window)), last=last or agreement.stop)
         if agreement.stop:
             break
     return done

@@ -117,13 +117,17 @@ class MetricsLog:
 
         Args:
             step: steps done.
-            kind: ``train``, ``eval`` or ``cosine``; a prefix of the names in wandb.
+            kind: ``train``, ``eval``, ``cosine`` or ``save``; a prefix of the names in wandb.
             values: numbers by name; None is a number that does not exist at this step.
         """
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "kind": kind, **values}) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as err:  # of a full disk, say: what was not written is tried again
+            logger.warning("%s: %s", self._file.name, err)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{name}": v for name, v in values.items()}, step=step)
 
@@ -134,7 +138,10 @@ class MetricsLog:
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            try:
+                self._file.close()
+            except OSError as err:
+                logger.warning("%s: %s", self._file.name, err)
         if self._wandb is not None:
             import wandb
 
@@ -210,5 +217,8 @@ class _StdoutHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
-        sys.stdout.write(self.format(record) + "\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(self.format(record) + "\n")
+            sys.stdout.flush()
+        except OSError:  # a log on a full disk does not stop a run
+            self.handleError(record)

@@ -22,7 +22,7 @@ from megatron_asvr.checkpoint.load import (
     load_trained,
 )
 from megatron_asvr.checkpoint.meta import Meta, ResumeState
-from megatron_asvr.checkpoint.save import layout, save_checkpoint, save_frozen, trained_shapes
+from megatron_asvr.checkpoint.save import Save, layout, save_frozen, trained_shapes
 from megatron_asvr.config.load import save as save_config
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
@@ -74,8 +74,13 @@ class Run:
     skipped: Mapping[int, str]
     total_steps: int
 
-    def save(self, done: ResumeState) -> None:
-        """Write the checkpoint of ``done``; all ranks take part."""
+    @property
+    def is_superseded(self) -> bool:
+        """Whether a newer start of the run is at work; known to rank 0 alone."""
+        return self.groups.rank == 0 and self.folder.last_attempt() > self.attempt
+
+    def begin_save(self, done: ResumeState, *, background: bool) -> Save:
+        """The checkpoint of ``done``, to be published; all ranks take part."""
         meta = Meta(
             resume=done,
             config=to_dict(self.config),
@@ -84,17 +89,15 @@ class Run:
             trained=trained_shapes(self.chunks, groups=self.groups),
             frozen=dict(self.frozen),
         )
-        failure = save_checkpoint(
+        return Save(
             self.folder,
             self.chunks,
             self.optimizer,
             meta,
             groups=self.groups,
             attempt=self.attempt,
-            keep=self.config.train.keep_checkpoints,
+            background=background,
         )
-        if failure is not None:
-            raise CheckpointError(f"{self.folder.step(done.step)} was not written: {failure}")
 
 
 def start(config: Config, data: Data, *, groups: Groups) -> Run:

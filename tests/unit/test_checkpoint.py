@@ -20,6 +20,7 @@ from megatron_asvr.checkpoint.identity import check_identity, identity
 from megatron_asvr.checkpoint.load import Resume, find_resume, load_frozen, load_trained
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import SafeReader, read_run
+from megatron_asvr.checkpoint.save import prune
 from megatron_asvr.errors import CheckpointError, ConfigError
 from megatron_asvr.model.sharding import canonical_names
 from megatron_asvr.parallel.groups import Groups
@@ -116,6 +117,20 @@ def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path: Path) -
         run_folder.remove_partial()
         names = sorted(p.name for p in run_folder.checkpoints.iterdir())
         assert names == ["step_2", "step_3"]
+
+
+def test_which_checkpoints_a_policy_lets_go(tmp_path: Path) -> None:
+    run_folder = folder(tmp_path)
+    for step in (10, 20, 25, 30, 40, 45):
+        run_folder.step(step).mkdir(parents=True)
+        (run_folder.step(step) / "meta.json").touch()
+    run_folder.step(50).mkdir()  # not complete
+    assert run_folder.doomed(2, 0) == [10, 20, 25, 30]
+    assert run_folder.doomed(1, 20) == [10, 25, 30]
+    assert run_folder.doomed(1, 20, protect=[25]) == [10, 30]
+    assert run_folder.doomed(6, 0) == []
+    prune(run_folder, 1, 20)
+    assert run_folder.candidates() == [20, 40, 45, 50]
 
 
 def test_an_older_attempt_may_not_write(tmp_path: Path) -> None:

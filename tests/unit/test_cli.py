@@ -24,6 +24,8 @@ RESULT = {
     "samples": 16,
     "tokens": 1234,
     "train_s": 2.0,
+    "skipped_checkpoints": {8: "run/checkpoints/step_8/common.pt is damaged"},
+    "failed_saves": 2,
     "peak_mem_bytes": [2**30, 2**31],
     "data": [
         {
@@ -79,6 +81,8 @@ def test_a_summary_tells_what_was_wrong_with_the_data_and_how_to_go_on():
     assert "run: runs/a" in text
     assert "train at step 4: loss 1.5000, text_loss 1.0000, visual_loss 0.5000" in text
     assert "stopped by a signal at step 4 of 9; the same command continues it" in text
+    assert "not continued from: run/checkpoints/step_8/common.pt is damaged" in text
+    assert "saves that failed: 2" in text
     assert "1,234 tokens; peak memory of a rank 2.00 GiB" in text
     assert "rank 0: bad_records 1, num_bad_images 1, replaced_samples 1" in text
     clean = {"records": 13, "images": 12, "bad_records": 0, "num_bad_images": 0, "bad_images": {}}
