@@ -1,4 +1,4 @@
-"""`asvr convert`: export a run to Hugging Face, and prove the export."""
+"""`asvr convert`: import weights, export a run to Hugging Face, and prove the export."""
 
 import argparse
 import json
@@ -17,9 +17,10 @@ from megatron_asvr.errors import ConversionError
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
-    parser = commands.add_parser("convert", help="to Hugging Face, and the proof of it")
+    parser = commands.add_parser("convert", help="from and to Hugging Face, and the proof of it")
     parser.set_defaults(takes_overrides=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_import(actions.add_parser("import", help="weights from elsewhere, for init.all"))
     export = actions.add_parser("export", help="write a stock folder of transformers")
     export.add_argument("model", metavar="RUN", help="run folder or checkpoint")
     export.add_argument("--out", required=True, help="folder to write; must not exist")
@@ -38,6 +39,34 @@ def add(commands: argparse._SubParsersAction) -> None:
     verify.add_argument("--samples", type=positive, default=16, help="questions to compare")
     add_overrides(verify)
     verify.set_defaults(run=run_verify)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder in Hugging Face format")
+    parser.add_argument("--out", required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--allow-missing",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        help="our names that the source may lack, such as 'vision_encoder.*'; may be repeated",
+    )
+    parser.set_defaults(run=run_import)
+
+
+def run_import(args: argparse.Namespace) -> None:
+    """Import weights; print what came and what did not."""
+    from megatron_asvr.hf.run import import_weights
+
+    report = import_weights(args.source, args.out, allow_missing=args.allow_missing)
+    print(
+        f"wrote {args.out}: {report['num_tensors']} tensors, {report['num_bytes']:,} bytes of "
+        f"{', '.join(report['parts'])}"
+    )
+    for what, why in (("ignored", "not needed"), ("missing", "allowed; drawn from run.seed")):
+        names = report[what]
+        if names:
+            print(f"{what} ({why}): {len(names)} tensors, e.g. {', '.join(names[:3])}")
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -155,7 +155,8 @@ class ModelConfig:
 class InitConfig:
     """Where each part's weights come from; a part without a source is initialised from the seed.
 
-    A source is a Hugging Face folder, an `asvr` run folder or one of its checkpoints.
+    A source is a Hugging Face folder, a folder written by `asvr convert import`, an `asvr` run
+    folder or one of its checkpoints.
     """
 
     all: str | None = None  # default source of every part
@@ -163,6 +164,9 @@ class InitConfig:
     projector: str | None = None
     language_model: str | None = None
     visual_head: str | None = None
+    allow_missing: tuple[
+        str, ...
+    ] = ()  # weights a source may lack (`visual_head.*`): from the seed
 
     def source(self, part: str) -> str | None:
         """Folder that ``part`` starts from, or None."""

@@ -1,6 +1,8 @@
-"""Export of a run: its newest checkpoint, its tokenizers and its template, to one folder."""
+"""Conversions as commands: weights from elsewhere into a folder of ours, a run into a stock one."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,9 +12,25 @@ from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.data.conversation import chat_template
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.export import export, finalize
+from megatron_asvr.hf.imported import write_imported
+from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.model.tokenizer import VisualTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def import_weights(source: str, out: str, *, allow_missing: Sequence[str] = ()) -> dict[str, Any]:
+    """The report of an import into the folder ``out``, which ``init.all`` can name.
+
+    Args:
+        source: a Hugging Face folder.
+        out: folder to write; it must not exist.
+        allow_missing: shell patterns of our names that the source may lack.
+
+    Raises:
+        ConversionError: the folder exists, or the source is not understood or incomplete.
+    """
+    return write_imported(read_folder(source, allow_missing=allow_missing), out)
 
 
 def export_run(run: str, out: str, *, dtype: str = "fp32", kind: str = "llava") -> Path:

@@ -14,6 +14,7 @@ are global, chunks merge.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
 
@@ -193,6 +194,7 @@ def load_weights(
     groups: Groups,
     prefix: str = "",
     strict: bool = True,
+    optional: Sequence[str] = (),
 ) -> list[str]:
     """Copy this rank's shard of every parameter; return the names that ``get`` does not have.
 
@@ -202,6 +204,7 @@ def load_weights(
         groups: gives the tensor-parallel rank and degree.
         prefix: where ``modules`` sit in the model, e.g. ``"language_model."``.
         strict: a missing tensor is an error.
+        optional: shell patterns of names that may be missing all the same.
 
     Raises:
         CheckpointError: a tensor has another shape than the model, or ``strict`` and one is
@@ -222,11 +225,12 @@ def load_weights(
             )
         with torch.no_grad():
             parameter.copy_(_shard(full, parameter, groups))
-    if strict and missing:
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    lost = [name for name in missing if not any(fnmatchcase(name, p) for p in optional)]
+    if strict and lost:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise CheckpointError(
-            f"{len(missing)} of {number} weights are missing: "
-            f"{', '.join(missing[:_SHOWN])}{more}. Give a complete source for this part"
+            f"{len(lost)} of {number} weights are missing: "
+            f"{', '.join(lost[:_SHOWN])}{more}. Give a complete source for this part"
         )
     return missing
 

@@ -25,7 +25,7 @@ from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.records import SHOWN
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError
-from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.hf.importer import is_source, read_folder
 from megatron_asvr.model.asvr import DTYPES, AsvrModel
 from megatron_asvr.model.sharding import full_shapes, load_weights
 from megatron_asvr.model.tokenizer import VisualTokenizer
@@ -235,41 +235,44 @@ def load_sources(
         source = config.init.source(part)
         if source is None:
             continue
-        get = open_source(source, part, config.model)
+        get = open_source(source, part, config)
         if getattr(config.init, part) is None and all(get(name) is None for name in names):
             origins[part] += f" (init.all={source} does not hold it)"
             continue
-        load_weights(modules, get, groups=groups, prefix=f"{part}.")
+        missing = load_weights(
+            modules, get, groups=groups, prefix=f"{part}.", optional=config.init.allow_missing
+        )
         _check_learned(source, part, get, modules[0], facts)
-        origins[part] = source
+        drawn = f" ({len(missing)} weights from run.seed={config.run.seed})" if missing else ""
+        origins[part] = source + drawn
     stages = gather_objects(origins, group=groups.pp)
     return {part: stage[part] for part in PARTS for stage in stages if part in stage}
 
 
-def open_source(path: str, part: str, model: ModelConfig) -> Reader:
+def open_source(path: str, part: str, config: Config) -> Reader:
     """A function from canonical name to full tensor, for one part of the model.
 
     Args:
-        path: a run folder, one of its checkpoints, or a Hugging Face folder.
+        path: a run folder, one of its checkpoints, or a folder that `hf.importer` reads.
         part: the part that is taken from it.
-        model: the run's model, which the source must fit.
+        config: the run, whose model the source must fit.
 
     Raises:
         ConfigError: the folder holds no weights, or its settings differ from the model's.
     """
     folder = Path(path)
     if _is_run(folder):
-        config, get = read_run(folder)
-        _check_same(path, part, config.model, model)
+        theirs, get = read_run(folder)
+        _check_same(path, part, theirs.model, config.model)
         return get
-    if (folder / "config.json").is_file():
-        source = read_folder(folder)
-        if any(name.startswith(f"{part}.") for name in source.names):
-            source.check_fits(model, (part,))
+    if is_source(folder):
+        source = read_folder(folder, allow_missing=config.init.allow_missing)
+        if source.holds(part):
+            source.check_fits(config.model, (part,))
         return source
     raise ConfigError(
         f"init source {path!r} of {part} is neither a run folder, nor a checkpoint, nor a Hugging "
-        "Face folder (config.json)"
+        "Face folder (config.json), nor one that `asvr convert import` wrote"
     )
 
 
