@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
     """Hash of plain values, independent of the order of the keys."""
@@ -29,3 +31,22 @@ def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_table(folder: Path, table: pa.Table, name: str | None = None) -> Path:
+    """Write a table as an Arrow file, named by its content unless ``name`` is given; the file."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = memoryview(sink.getvalue())
+    path = folder / f"{name or hashlib.sha256(content).hexdigest()[:32]}.arrow"
+    write_atomically(path, content)
+    return path
+
+
+def read_table(path: Path) -> pa.Table | None:
+    """A table mapped into memory, or None when the file is absent or damaged."""
+    try:
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, pa.ArrowInvalid):
+        return None

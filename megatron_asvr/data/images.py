@@ -1,24 +1,25 @@
-"""Every image file checked once, before training.
+"""Every image checked once, before training.
 
-``ImageIndex`` reads, hashes and test-decodes each file; ranks share the work and the result is
-kept on disk by path, size and modification time. So every rank knows the same bad images without
-talking during training, and the next start is instant. An image that fails after that is an error,
-never a reason to replace a sample on one rank only.
+``ImageIndex`` reads, hashes and test-decodes each image; ranks or processes share the work, and
+what they find is kept on disk by location, size and time of the file. So every rank knows the same
+bad images without talking during training, and the next start reads none again. An image that fails
+after that is an error, never a reason to replace a sample on one rank only.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 import torch
 from torch.distributed import ProcessGroup
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data import locations
-from megatron_asvr.data.files import fingerprint, write_atomically
+from megatron_asvr.data.files import fingerprint, read_table, write_table
 from megatron_asvr.data.gate import refusal
 from megatron_asvr.data.pixels import image_decoder
 from megatron_asvr.errors import DataError
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 MISSING = "missing file"
 CHECK_BATCH_BYTES = 64 * 2**20  # encoded bytes that wait to be test-decoded together
 CHECK_BATCH = 64  # images that do
+PART_IMAGES = 4096  # images of one part file: what an interruption can cost
+
+Run = Callable[..., Iterable]  # like map: applies a function to items, perhaps elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Entry:
 
 
 class ImageIndex:
-    """Content hash and state of image files, known for a path after :meth:`prepare`.
+    """Content hash and state of images, known for a location after :meth:`prepare`.
 
     Args:
         config: image settings.
@@ -51,47 +55,107 @@ class ImageIndex:
         device: where images are test-decoded.
 
     Attributes:
-        entries: what is known, by path.
+        entries: what is known, by location.
     """
 
     def __init__(self, config: Config, *, folder: Path, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._max_pixels = config.data.max_image_pixels
-        self._fit = config.data.image_fit
-        rules = {"version": 1, "max_pixels": self._max_pixels, "fit": self._fit}
-        self._file = folder / f"images-{fingerprint(rules)[:16]}.json"
-        self._decoder: ImageDecoder | None = None
+        self.folder = folder / f"images-{image_rules(config)[:16]}"
         self.entries: dict[str, Entry] = {}
 
-    def prepare(self, paths: Iterable[str], *, group: ProcessGroup | None = None) -> None:
-        """Check every path that the index on disk does not know in its present state.
+    def prepare(
+        self, paths: Iterable[str], *, group: ProcessGroup | None = None, run: Run | None = None
+    ) -> None:
+        """Check every image that the index on disk does not know in its present state.
 
         Args:
-            paths: image files, the same on every rank.
+            paths: locations of images, the same on every rank.
             group: ranks that share the work; all of them must call. None: this process alone.
+            run: a ``map`` that shares the work among processes instead.
         """
         rank, world = (group.rank(), group.size()) if group is not None else (0, 1)
-        wanted = sorted(set(paths))
+        mine = list(dict.fromkeys(paths))[rank::world]
         known = self._load()
-        shares = gather_objects(self._check(wanted[rank::world], known), group=group)
-        found = {path: entry for share in shares for path, entry in share.items()}
-        self.entries.update(found)
-        lasting = {locations.absolute(path): entry for path, entry in found.items() if entry.key}
-        if rank == 0 and any(known.get(path) != entry for path, entry in lasting.items()):
-            self._save(known | lasting)
+        state = lru_cache(maxsize=None)(_state)  # one look at a file that holds many images
+        found: dict[str, Entry] = {}
+        for path in mine:
+            now = state(locations.container(path))
+            entry = known.get((locations.absolute(path), *now)) if now else None
+            if entry is not None:
+                found[path] = entry
+        new = [path for path in mine if path not in found]
+        batches = [new[start : start + CHECK_BATCH] for start in range(0, len(new), CHECK_BATCH)]
+        if run is None:
+            results = map(ImageChecker(self._config, self._device).check, batches)
+        else:
+            results = run(partial(_check_elsewhere, self._config, self._device), batches)
+        unsaved: dict[str, Entry] = {}
+        for entries in results:
+            found.update(entries)
+            unsaved.update({path: entry for path, entry in entries.items() if entry.key})
+            if len(unsaved) >= PART_IMAGES:
+                self._save(unsaved)
+                unsaved = {}
+        self._save(unsaved)
+        for share in gather_objects(found, group=group):
+            self.entries.update(share)
 
     def problems(self, paths: Iterable[str]) -> dict[str, str]:
         """Why each bad path among ``paths`` is bad."""
         reasons = ((path, self.entries[path].problem) for path in paths)
         return {path: why for path, why in reasons if why is not None}
 
-    def _check(self, paths: Sequence[str], known: dict[str, Entry]) -> dict[str, Entry]:
+    def _load(self) -> dict[tuple[str, int, int], Entry]:
+        """What earlier calls found; a part that cannot be read is left out, and checked again."""
+        known = {}
+        for part in sorted(self.folder.glob("*.arrow")):
+            table = read_table(part)
+            columns = table.to_pydict() if table is not None else {"path": []}
+            if set(columns) >= {"path", "size", "changed", "key", "problem"}:
+                for path, size, changed, key, problem in zip(
+                    *(columns[name] for name in ("path", "size", "changed", "key", "problem")),
+                    strict=True,
+                ):
+                    known[path, size, changed] = Entry(size, changed, key.hex(), problem)
+        return known
+
+    def _save(self, entries: dict[str, Entry]) -> None:
+        if not entries:
+            return
+        values = list(entries.values())
+        table = pa.table(
+            {
+                "path": pa.array([locations.absolute(path) for path in entries], pa.string()),
+                "size": pa.array([entry.size_bytes for entry in values], pa.int64()),
+                "changed": pa.array([entry.mtime_ns for entry in values], pa.int64()),
+                "key": pa.array([bytes.fromhex(entry.key) for entry in values], pa.binary(32)),
+                "problem": pa.array([entry.problem for entry in values], pa.string()),
+            }
+        )
+        write_table(self.folder, table)
+
+
+class ImageChecker:
+    """Reads, hashes and test-decodes images.
+
+    Args:
+        config: image settings.
+        device: where images are decoded.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._decoder: ImageDecoder | None = None
+
+    def check(self, paths: Sequence[str]) -> dict[str, Entry]:
+        """What is found about each of some images."""
         found: dict[str, Entry] = {}
         waiting: list[tuple[str, bytes]] = []
         waiting_bytes = 0
         for path in paths:
-            found[path], encoded = self._look(path, known.get(locations.absolute(path)))
+            found[path], encoded = self._look(path)
             if encoded is not None:
                 waiting.append((path, encoded))
                 waiting_bytes += len(encoded)
@@ -99,15 +163,12 @@ class ImageIndex:
                 self._decode(waiting, found)
                 waiting, waiting_bytes = [], 0
         self._decode(waiting, found)
-        self._decoder = None  # its buffers are not needed again
         return found
 
-    def _look(self, path: str, known: Entry | None) -> tuple[Entry, bytes | None]:
-        """The file's entry, and its bytes where decoding still has to be tried."""
+    def _look(self, path: str) -> tuple[Entry, bytes | None]:
+        """The image's entry, and its bytes where decoding still has to be tried."""
         try:
             size, changed = locations.state(locations.container(path))
-            if known and (known.size_bytes, known.mtime_ns) == (size, changed):
-                return known, None
             encoded = locations.read(path)
         except FileNotFoundError:
             return Entry(0, 0, "", MISSING), None
@@ -115,9 +176,9 @@ class ImageIndex:
             return Entry(0, 0, "", f"cannot be read: {error.strerror or error}"), None
         except DataError as error:
             return Entry(0, 0, "", str(error)), None
-        problem = refusal(encoded, max_pixels=self._max_pixels, fit=self._fit)
-        key = hashlib.sha256(encoded).hexdigest()
-        entry = Entry(size, changed, key, problem)
+        data = self._config.data
+        problem = refusal(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit)
+        entry = Entry(size, changed, hashlib.sha256(encoded).hexdigest(), problem)
         return entry, encoded if problem is None else None
 
     def _decode(self, waiting: list[tuple[str, bytes]], found: dict[str, Entry]) -> None:
@@ -130,16 +191,22 @@ class ImageIndex:
             path = waiting[number][0]
             found[path] = replace(found[path], problem=problem)
 
-    def _load(self) -> dict[str, Entry]:
-        """What earlier runs found; nothing when the file is absent or unreadable."""
-        try:
-            stored = json.loads(self._file.read_bytes())
-            return {path: Entry(*values) for path, values in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
 
-    def _save(self, entries: dict[str, Entry]) -> None:
-        # By hand: dataclasses.astuple copies deeply, which takes seconds for a large data set.
-        rows = {p: (e.size_bytes, e.mtime_ns, e.key, e.problem) for p, e in entries.items()}
-        text = json.dumps(rows)
-        write_atomically(self._file, text.encode())
+def image_rules(config: Config) -> str:
+    """Hash of the settings that decide which images are bad."""
+    data = config.data
+    return fingerprint({"version": 2, "max_pixels": data.max_image_pixels, "fit": data.image_fit})
+
+
+_checker_of_this_process = lru_cache(maxsize=1)(ImageChecker)
+
+
+def _check_elsewhere(config: Config, device: torch.device, paths: Sequence[str]) -> dict:
+    return _checker_of_this_process(config, device).check(paths)
+
+
+def _state(file: str) -> locations.State | None:
+    try:
+        return locations.state(file)
+    except (OSError, DataError):
+        return None

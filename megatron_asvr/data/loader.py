@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from megatron_asvr.platforms import select
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
@@ -27,7 +28,6 @@ from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.order import Item, StepOrder, micro_batches, num_micro_batches, rank_part
 from megatron_asvr.data.packing import pack
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
-from megatron_asvr.data.records import Record
 from megatron_asvr.data.sample import Sample, SampleBuilder
 from megatron_asvr.data.sources import Sources
 from megatron_asvr.data.text import TextTokenizer
@@ -74,15 +74,16 @@ class Loader:
         device = device or select()[0].device
         self._sources = Sources(config, getattr(config.data, split), device=device)
         if split == "train" and config.loss.mode == "official":
-            _check_official(self._sources.records)
+            _check_official(self._sources)
         self._builder = SampleBuilder(config, tokenizer, branches=branches)
+        self._lengths = self._sources.lengths(tokenizer, branches=branches)
         self._collator = Collator.from_config(
             config,
             tokenizer.pad_id,
             view=view,
             code_depth=codes.depth if codes is not None else 0,
         )
-        self._store = PixelStore(config, device=device)
+        self._store = PixelStore(config, device=device, verify=True)
         self._order = StepOrder(
             max(1, len(self._sources.records)),
             config.train.global_batch,
@@ -219,17 +220,20 @@ class Loader:
 
     def _rows(self, step: int) -> list[list[list[Document]]]:
         """The documents of every row of this rank's micro-batches."""
-        found = [self._sample(index) for index in self._indices(step)]
-        samples = [self._documents(sample) for sample in found if sample]
+        found = [self._usable(index) for index in self._indices(step)]
+        numbers = [number for number in found if number is not None]
         if not self._config.data.packing:
+            samples = [self._documents(number) for number in numbers]
             groups = self._groups(samples, len(self._order.indices(step)))
             return [[[d] for documents in group for d in documents] for group in groups]
-        documents = [d for sample in samples for d in sample]
-        lengths = [self._collator.padded_length(d.row.length) for d in documents]
+        # Packing looks at lengths; only this rank's samples are built, where an index has those.
+        rows = [(n, r, length) for n in numbers for r, length in enumerate(self._row_lengths(n))]
+        lengths = [self._collator.padded_length(length) for *_, length in rows]
         limit = self._config.data.pack_length or self._config.data.max_length
         packs = pack(lengths, self._collator.padded_length(limit), self._config.run.seed)
         mine = rank_part(packs, self._view.dp_rank, self._view.dp)
-        return self._groups([[documents[i] for i in indices] for indices in mine], len(packs))
+        chosen = [[self._documents(rows[i][0])[rows[i][1]] for i in indices] for indices in mine]
+        return self._groups(chosen, len(packs))
 
     def _groups(self, items: list[Item], total: int) -> list[list[Item]]:
         """This rank's items of ``total`` of the global batch in groups, as many as on any rank."""
@@ -260,7 +264,8 @@ class Loader:
             self._sums[name] += amount
         return batch
 
-    def _documents(self, sample: Sample) -> list[Document]:
+    def _documents(self, number: int) -> list[Document]:
+        sample = self._built(number)
         keys = self._keys(sample)
         return [Document(row=row, sample_id=sample.id, keys=keys) for row in sample.rows]
 
@@ -272,20 +277,23 @@ class Loader:
     def _pixels(self, keys: Sequence[str]) -> Tensor:
         return self._store.normalised(keys, self._sources.paths)
 
-    def _sample(self, index: int) -> Sample | None:
-        """The record's sample, or the next usable one's; in ``eval`` None instead of another."""
+    def _usable(self, index: int) -> int | None:
+        """The record, or the next one that can be used; in ``eval`` None instead of another."""
         count = len(self._sources.records)
         for offset in range(count if self._split == "train" else 1):
             candidate = (index + offset) % count
-            if self._sources.is_good(candidate):
-                sample = self._built(candidate)
-                if sample.rows:
-                    return sample
+            if self._sources.is_good(candidate) and len(self._row_lengths(candidate)) > 0:
+                return candidate
             kind = "replaced_samples" if self._split == "train" else "left_out_samples"
             self._count(kind, self._sources.records[index].id)
         if self._split == "eval":
             return None
         raise DataError("no usable record: none fits into data.max_length; see the report")
+
+    def _row_lengths(self, number: int) -> Sequence[int]:
+        if self._lengths is not None:
+            return self._lengths[number]
+        return [row.length for row in self._built(number).rows]
 
     def _built(self, index: int) -> Sample:
         if index in self._samples:
@@ -317,12 +325,12 @@ class Loader:
         self._events.setdefault(name, {})[sample_id] = amount
 
 
-def _check_official(records: Sequence[Record]) -> None:
+def _check_official(sources: Sources) -> None:
     """Refuse what would make micro-batches of several sizes, whose means the mode would mix."""
-    for record in records:
-        if len(record.conversations) > 1:
-            raise ConfigError(
-                f"loss.mode='official' knows one conversation a record, but {record.id!r} of "
-                f"data.train holds {len(record.conversations)}; use loss.mode=exact, or give each "
-                "conversation a record of its own"
-            )
+    for number in np.flatnonzero(sources.num_conversations() > 1):
+        record = sources.records[int(number)]
+        raise ConfigError(
+            f"loss.mode='official' knows one conversation a record, but {record.id!r} of "
+            f"data.train holds {len(record.conversations)}; use loss.mode=exact, or give each "
+            "conversation a record of its own"
+        )

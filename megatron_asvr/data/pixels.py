@@ -25,7 +25,10 @@ ZERO_KEY = sha256(b"image of zeros after normalisation").hexdigest()
 CACHE_BYTES = 256 * 2**20  # decoded pixels kept in memory: a small data set fits whole
 
 
-_CHANGED = "images of a training set are checked at its start: if files changed since, start again"
+_CHANGED = (
+    "images of a training set are checked before: if files changed since, run `asvr data index` "
+    "again where there is an index, or start again"
+)
 
 
 def image_decoder(config: Config, device: torch.device) -> "ImageDecoder":
@@ -49,11 +52,19 @@ class PixelStore:
         config: image settings.
         device: where images are decoded and pixels live.
         cache_bytes: most bytes kept.
+        verify: keys are hashes of the images' bytes, and an image that has changed is an error:
+            its codes, found by the key, would be another image's.
     """
 
     def __init__(
-        self, config: Config, *, device: torch.device, cache_bytes: int = CACHE_BYTES
+        self,
+        config: Config,
+        *,
+        device: torch.device,
+        cache_bytes: int = CACHE_BYTES,
+        verify: bool = False,
     ) -> None:
+        self._verify = verify
         self._config = config
         self._device = device
         self._size = config.model.vision.image_size
@@ -75,7 +86,7 @@ class PixelStore:
         if not keys:
             return torch.empty(0, 3, size, size, device=self._device)
         new = [key for key in dict.fromkeys(keys) if key not in self._kept and key in paths]
-        fresh = dict(zip(new, self._decode([paths[key] for key in new]), strict=True))
+        fresh = dict(zip(new, self._decode({key: paths[key] for key in new}), strict=True))
         pixels_ICHW = torch.stack([self._raw(key, fresh) for key in keys]).float()
         pixels_ICHW.sub_(PIXEL_MEAN).div_(PIXEL_STD)
         for place, key in enumerate(keys):
@@ -98,12 +109,13 @@ class PixelStore:
         while len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
 
-    def _decode(self, paths: Sequence[str]) -> Sequence[Tensor]:
-        if not paths:
+    def _decode(self, wanted: dict[str, str]) -> Sequence[Tensor]:
+        if not wanted:
             return ()
         if self._decoder is None:
             self._decoder = image_decoder(self._config, self._device)
-        encoded = [self._read(path) for path in paths]
+        paths = list(wanted.values())
+        encoded = [self._read(key, path) for key, path in wanted.items()]
         try:
             # A clone each: a view would keep its whole batch alive in the cache.
             return [image.clone() for image in self._decoder.decode(encoded)]
@@ -111,7 +123,7 @@ class PixelStore:
             bad = {paths[i]: why for i, why in self._decoder.find_bad(encoded).items()}
             raise DataError(f"images cannot be used: {bad or error}; {_CHANGED}") from error
 
-    def _read(self, path: str) -> bytes:
+    def _read(self, key: str, path: str) -> bytes:
         """The file's bytes, refused here too: questions come with images that no index has seen."""
         try:
             encoded = locations.read(path)
@@ -122,4 +134,6 @@ class PixelStore:
         problem = refusal(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit)
         if problem is not None:
             raise DataError(f"image {path} cannot be used: {problem}; {_CHANGED}")
+        if self._verify and sha256(encoded).hexdigest() != key:
+            raise DataError(f"image {path} is not the one that was checked; {_CHANGED}")
         return encoded

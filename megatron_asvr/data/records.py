@@ -49,15 +49,25 @@ def read_records(sources: Sequence[SourceConfig]) -> list[Record]:
     problems: list[str] = []
     for source in sources:
         for file in data_files(source):
-            for found in scan(source, file):
-                try:
-                    records.append(parse_record(found.raw, where=found.where, folder=found.folder))
-                except DataError as error:
-                    problems.append(str(error))
+            good, wrong = records_of(source, file)
+            records += good
+            problems += wrong
     raise_problems(problems, "records have the wrong form")
     if sources and not records:
         raise DataError(f"{', '.join(s.path for s in sources)}: no records; the list is empty")
     return records
+
+
+def records_of(source: SourceConfig, file: str) -> tuple[list[Record], list[str]]:
+    """The good records of one of a source's files, and what is wrong with the others."""
+    records: list[Record] = []
+    problems: list[str] = []
+    for found in scan(source, file):
+        try:
+            records.append(parse_record(found.raw, where=found.where, folder=found.folder))
+        except DataError as error:
+            problems.append(str(error))
+    return records, problems
 
 
 def parse_record(raw: Any, *, where: str, folder: str | Path) -> Record:

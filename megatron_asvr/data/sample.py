@@ -59,6 +59,7 @@ class Sample:
         dropped_rows: rows that did not fit.
         lost_targets: supervised tokens right after a prefix shared by several branches: there is
             no single position that could predict them.
+        text_tokens: tokens of the record's text, before anything is cut.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Sample:
     cut_tokens: int = 0
     dropped_rows: int = 0
     lost_targets: int = 0
+    text_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ class SampleBuilder:
             ),
             dropped_rows=len(rows) - len(kept),
             lost_targets=lost,
+            text_tokens=sum(len(p.ids) - len(p.image_starts) * self.num_patches for p in pieces),
         )
 
     def expand(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:

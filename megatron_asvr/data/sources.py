@@ -1,15 +1,25 @@
-"""The records of a split together with the state of their images."""
+"""The records of a split together with the state of their images.
 
+Both come from the index (`asvr data index`) where there is one; then nothing is read at the start.
+Otherwise the records are read and every image is checked.
+"""
+
+import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 
 from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.data.cache import cache_root
-from megatron_asvr.data.images import MISSING, ImageIndex
+from megatron_asvr.data.images import MISSING, Entry, ImageIndex
+from megatron_asvr.data.index import Lengths, open_index, text_rules
 from megatron_asvr.data.records import Record, raise_problems, read_records
+from megatron_asvr.data.text import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 LISTED = 20  # bad images named in a report
 
@@ -19,12 +29,12 @@ class Sources:
 
     Args:
         config: the run's configuration.
-        sources: JSON files with their image folders.
+        sources: where the samples are.
         device: where images are test-decoded.
 
     Attributes:
         records: all records, in order; bad ones included, so that indices do not depend on them.
-        paths: a file for every content key, after :meth:`prepare`.
+        paths: a location for every content key, after :meth:`prepare`.
 
     Raises:
         DataError: a file or record has the wrong form.
@@ -33,31 +43,66 @@ class Sources:
     def __init__(
         self, config: Config, sources: Sequence[SourceConfig], *, device: torch.device
     ) -> None:
+        self._config = config
         self._policy = config.data.on_bad_sample
-        self._index = ImageIndex(config, folder=cache_root(config), device=device)
-        self.records: list[Record] = read_records(sources)
+        self._device = device
+        self._index = open_index(config, sources)
+        self._entries: dict[str, Entry] = {}
+        self.records: Sequence[Record]
+        self._images: Sequence[Sequence[str]]
+        if self._index is not None:
+            self.records, self._images = self._index.records, self._index.images
+        else:
+            self.records = read_records(sources)
+            self._images = [record.images for record in self.records]
         self.paths: dict[str, str] = {}
         self._bad: dict[str, str] = {}
         self._bad_records: frozenset[int] = frozenset()
 
     def prepare(self, *, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Check every image; ``group`` shares the work.
+        """Know every image's state, from the index or by checking it; ``group`` shares the work.
 
         Raises:
             DataError: images are bad and the policy is ``error``, or no record is good.
         """
-        wanted = list(dict.fromkeys(path for record in self.records for path in record.images))
-        self._index.prepare(wanted, group=group)
-        self._bad = self._index.problems(wanted)
+        wanted = list(dict.fromkeys(path for images in self._images for path in images))
+        if self._index is not None:
+            self._entries = self._index.entries()
+        else:
+            folder = cache_root(self._config)
+            checked = ImageIndex(self._config, folder=folder, device=self._device)
+            checked.prepare(wanted, group=group)
+            self._entries = checked.entries
+        reasons = ((path, self._entries[path].problem) for path in wanted)
+        self._bad = {path: why for path, why in reasons if why is not None}
         self._bad_records = frozenset(
             number
-            for number, record in enumerate(self.records)
-            if any(path in self._bad for path in record.images)
+            for number, images in enumerate(self._images)
+            if any(path in self._bad for path in images)
         )
         self.paths = {self.key(path): path for path in wanted if path not in self._bad}
         all_bad = bool(self.records) and len(self._bad_records) == len(self.records)
         if self._bad and (self._policy == "error" or all_bad):
             self._refuse(all_bad)
+
+    def lengths(self, tokenizer: TextTokenizer, *, branches: bool) -> Lengths | None:
+        """Lengths of every sample's rows, or None when no index has them."""
+        if self._index is None:
+            return None
+        found = self._index.lengths(text_rules(self._config, tokenizer), branches=branches)
+        if found is None:
+            logger.warning(
+                "the index %s was made for another tokenizer, template or length: samples are "
+                "measured when they are met; run `asvr data index` again",
+                self._index.folder,
+            )
+        return found
+
+    def num_conversations(self) -> np.ndarray:
+        """Conversations of every record."""
+        if self._index is not None:
+            return self._index.records.num_conversations()
+        return np.array([len(record.conversations) for record in self.records])
 
     def is_good(self, number: int) -> bool:
         """Whether all images of a record can be used."""
@@ -65,7 +110,7 @@ class Sources:
 
     def key(self, path: str) -> str:
         """Content key of a good image."""
-        return self._index.entries[path].key
+        return self._entries[path].key
 
     def good_image_keys(self) -> list[str]:
         """Keys of the good images, each once, in order of first use."""
@@ -82,11 +127,14 @@ class Sources:
         }
 
     def _refuse(self, all_bad: bool) -> None:
-        owner: dict[str, str] = {}
-        for record in self.records:
-            for path in record.images:
-                owner.setdefault(path, record.id)
-        named = [f"{path} (record {owner[path]}): {why}" for path, why in self._bad.items()]
+        owner: dict[str, int] = {}
+        for number, images in enumerate(self._images):
+            for path in images:
+                owner.setdefault(path, number)
+        named = [
+            f"{path} (record {self.records[owner[path]].id}): {why}"
+            for path, why in self._bad.items()
+        ]
         hint = "repair them, or set data.on_bad_sample=replace"
         if all(why == MISSING for why in self._bad.values()):
             hint = "is data.*.images the right folder?"

@@ -14,6 +14,7 @@ from megatron_asvr.cli.main import main
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load, override, save
 from megatron_asvr.config.schema import LanguageConfig, ParallelConfig, VisionConfig
+from megatron_asvr.data.files import read_table
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.planner.parameters import count_parameters
 from megatron_asvr.train.certify import Certificate, Request
@@ -113,12 +114,12 @@ def test_only_the_chosen_images_are_touched(files, tmp_path):
     config = run_config(files, tmp_path / "run", data__cache_dir=str(tmp_path / "codes"))
     config = replace(config, train=replace(config.train, global_batch=4))
     excerpt = make_excerpt(config, tmp_path, prepare=True)
-    (index,) = (tmp_path / "codes").glob("images-*.json")
+    (index,) = (tmp_path / "codes").glob("images-*/*.arrow")
     (source,) = excerpt.config.data.train
     records = json.loads(Path(source.path).read_text())
     used = {path for record in records for path in record.get("image", [])}
     assert [record["id"] for record in records] == excerpt.samples
-    assert set(json.loads(index.read_text())) == used
+    assert set(read_table(index)["path"].to_pylist()) == used
     assert all(Path(path).is_absolute() for path in used)
 
 

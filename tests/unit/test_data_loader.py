@@ -155,10 +155,14 @@ def test_one_missing_image_is_not_taken_for_all(clean, tokenizer, tmp_path):
 def test_an_image_that_breaks_later_names_step_rank_and_samples(tokenizer, tmp_path):
     folder = corpus(tmp_path, {})
     with loader(folder, tokenizer, train__global_batch=NUM, data__prefetch_batches=0) as made:
+        whole = (folder / "5.img").read_bytes()
         (folder / "5.img").write_bytes(b"")
         with pytest.raises(DataError, match=r"step 0, data-parallel rank 0, samples .*r5.*5\.img"):
             made.step(0)
         (folder / "5.img").write_bytes(dict(good_images())["png_64x64.png"])
+        with pytest.raises(DataError, match=r"5\.img is not the one that was checked"):
+            made.step(0)
+        (folder / "5.img").write_bytes(whole)
         assert len(ids(made.step(0))) == NUM
 
 

@@ -1,0 +1,356 @@
+"""What is known about every sample before a run: made once by `asvr data index`, mapped by loaders.
+
+    <cache>/index-<sources and image rules>/
+        <hash>.arrow       one a data file: id, kind, turns, images, lengths of each sample
+        <hash>.arrow       content key and state of every image, in the order of the samples
+        manifest.json      counts, and which files are the index; written last, so it is whole
+        bad_samples.jsonl  each bad sample and why
+
+A data file whose size and time are as before keeps its table, and an image that is known in
+its present state is not read again (data/images.py): making the index again, or going on after a
+kill, does only what is missing.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from megatron_asvr.config.schema import Config, SourceConfig
+from megatron_asvr.data import locations
+from megatron_asvr.data.cache import cache_root
+from megatron_asvr.data.conversation import Turn
+from megatron_asvr.data.files import fingerprint, read_table, write_atomically, write_table
+from megatron_asvr.data.formats import data_files, source_format
+from megatron_asvr.data.images import Entry, ImageIndex, Run, image_rules
+from megatron_asvr.data.records import Record, raise_problems, records_of
+from megatron_asvr.data.sample import SampleBuilder
+from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.errors import DataError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+BAD_SAMPLES = "bad_samples.jsonl"
+OVERLONG = "nothing of it fits into data.max_length"
+KINDS = ("text", "caption", "caption-free", "multi-image")
+
+_TURNS = pa.list_(pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())])))
+_SAMPLES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("kind", pa.string()),
+        ("turns", _TURNS),
+        ("images", pa.list_(pa.string())),
+        ("text_tokens", pa.int32()),
+        ("lengths", pa.list_(pa.int32())),  # of its rows, as long as attention keeps branches apart
+        ("flat_lengths", pa.list_(pa.int32())),  # of its rows, one a conversation
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFile:
+    """One file of a source.
+
+    Attributes:
+        number: of the source that it belongs to.
+        source: that source.
+        path: of the file.
+        state: in which it is (a folder: what it lists).
+    """
+
+    number: int
+    source: SourceConfig
+    path: str
+    state: tuple[int, int]
+
+
+def index_folder(config: Config, sources: Sequence[SourceConfig]) -> Path:
+    """Where the index of some sources is kept."""
+    listed = [[s.path, locations.absolute(s.path), s.images, source_format(s)] for s in sources]
+    name = fingerprint({"sources": listed, "rules": image_rules(config), "version": VERSION})
+    return cache_root(config) / f"index-{name[:16]}"
+
+
+def text_rules(config: Config, tokenizer: TextTokenizer) -> str:
+    """Hash of everything that the lengths of samples depend on."""
+    data = config.data
+    return fingerprint(
+        {
+            "tokenizer": tokenizer.fingerprint,
+            "template": data.template,
+            "max_length": data.max_length,
+            "on_overlong": data.on_overlong,
+            "num_patches": config.model.vision.num_patches,
+            "official": config.loss.mode == "official",
+        }
+    )
+
+
+def list_files(sources: Iterable[SourceConfig]) -> list[DataFile]:
+    """The files of some sources as they are now, in order.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    found = []
+    for number, source in enumerate(sources):
+        is_folder = source_format(source) == "images"
+        for path in data_files(source):
+            try:
+                state = _folder_state(path) if is_folder else locations.state(path)
+            except OSError as error:
+                why = error.strerror or error
+                raise DataError(f"data file {path} cannot be read: {why}") from error
+            found.append(DataFile(number=number, source=source, path=path, state=state))
+    return found
+
+
+def build(
+    config: Config,
+    sources: Sequence[SourceConfig],
+    tokenizer: TextTokenizer,
+    *,
+    device: torch.device,
+    run: Run = map,
+) -> dict[str, Any]:
+    """The manifest of an index that is now complete.
+
+    Args:
+        config: the run's configuration.
+        sources: what is indexed.
+        tokenizer: gives the lengths.
+        device: where images are test-decoded.
+        run: a ``map`` that shares the work among processes.
+
+    Raises:
+        DataError: a file cannot be read, or records have the wrong form.
+    """
+    folder, files = index_folder(config, sources), list_files(sources)
+    rules = text_rules(config, tokenizer)
+    parts = [_part(folder, file, rules) for file in files]
+    missing = [file for file, part in zip(files, parts, strict=True) if read_table(part) is None]
+    work = partial(_index_file, config, str(tokenizer.path), folder)
+    for file, problems in zip(missing, run(work, missing), strict=True):
+        raise_problems(problems, f"records of {file.path} have the wrong form")
+    tables = [_open(part) for part in parts]
+    images = [path for table in tables for path in pc.list_flatten(table["images"]).to_pylist()]
+    checked = ImageIndex(config, folder=cache_root(config), device=device)
+    checked.prepare(images, run=run)
+    state = write_table(folder, _state_table([checked.entries[path] for path in images]))
+    counts, lines = [], []
+    for number, source in enumerate(sources):
+        own = [t for file, t in zip(files, tables, strict=True) if file.number == number]
+        bad = [list(_bad_samples(table, checked.entries)) for table in own]
+        num_bad = sum(len({row for row, _ in found}) for found in bad)
+        counts.append({"path": source.path, **_count(own), "bad_samples": num_bad})
+        lines += [{"source": source.path, **line} for found in bad for _, line in found]
+    write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(x) + "\n" for x in lines).encode())
+    manifest = {
+        "version": VERSION,
+        "lengths": rules,
+        "sources": counts,
+        "files": [[file.path, *file.state] for file in files],
+        "parts": [part.name for part in parts],
+        "images": state.name,
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    _forget(folder, manifest)
+    return manifest
+
+
+class Index:
+    """The index of some sources, mapped.
+
+    Attributes:
+        folder: it lies in.
+        manifest: its counts and files.
+        images: locations of the images of every sample.
+        records: every sample's record, read when it is asked for.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._samples = pa.concat_tables(_open(folder / name) for name in manifest["parts"])
+        self._states = _open(folder / manifest["images"])
+        self.images: list[list[str]] = self._samples["images"].to_pylist()
+        self.records = IndexedRecords(self._samples)
+
+    def entries(self) -> dict[str, Entry]:
+        """What was found about every image, by location."""
+        keys = self._states["key"].to_pylist()
+        problems = self._states["problem"].to_pylist()
+        paths = (path for images in self.images for path in images)
+        return {
+            path: Entry(0, 0, key.hex() if key is not None else "", problem)
+            for path, key, problem in zip(paths, keys, problems, strict=True)
+        }
+
+    def lengths(self, rules: str, *, branches: bool) -> "Lengths | None":
+        """Lengths of the rows of every sample, or None when they were made by other rules."""
+        if rules != self.manifest["lengths"]:
+            return None
+        return Lengths(self._samples["lengths" if branches else "flat_lengths"])
+
+
+class IndexedRecords(Sequence[Record]):
+    """Records of an index, each read when it is asked for."""
+
+    def __init__(self, samples: pa.Table) -> None:
+        self._samples = samples
+        self._columns = [samples[name] for name in ("id", "images", "turns")]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, number: Any) -> Any:
+        name, images, turns = (column[number].as_py() for column in self._columns)
+        talks = tuple(tuple(Turn(**turn) for turn in talk) for talk in turns)
+        return Record(id=name, images=tuple(images), conversations=talks)
+
+    def num_conversations(self) -> np.ndarray:
+        """Conversations of every record."""
+        return pc.list_value_length(self._columns[2]).to_numpy()
+
+
+class Lengths(Sequence[list[int]]):
+    """Lengths of the rows of every sample; none for one that does not fit."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._counts = pc.list_value_length(column).to_numpy()
+        self._ends = np.cumsum(self._counts)
+        self._values = pc.list_flatten(column).to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: Any) -> Any:
+        end = self._ends[number]
+        return self._values[end - self._counts[number] : end].tolist()
+
+
+def open_index(config: Config, sources: Sequence[SourceConfig]) -> Index | None:
+    """The index of some sources, or None when there is none.
+
+    Raises:
+        DataError: data files changed since it was made, or it is damaged.
+    """
+    folder = index_folder(config, sources)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise DataError(f"{folder / MANIFEST} is damaged; run `asvr data index` again") from error
+    now = {file.path: list(file.state) for file in list_files(sources)}
+    then = {path: state for path, *state in manifest["files"]}
+    changed = sorted(path for path in now.keys() | then.keys() if now.get(path) != then.get(path))
+    if changed:
+        raise DataError(
+            f"{len(changed)} data files changed since they were indexed in {folder} "
+            f"({', '.join(changed[:3])}); run `asvr data index` again, or remove that folder"
+        )
+    return Index(folder, manifest)
+
+
+def kind_of(record: Record) -> str:
+    """One of ``KINDS``."""
+    if not record.images:
+        return "text"
+    if not any(turn.role == "assistant" for turns in record.conversations for turn in turns):
+        return "caption-free"
+    return "multi-image" if len(record.images) > 1 else "caption"
+
+
+def _folder_state(folder: str) -> tuple[int, int]:
+    names = locations.below(folder)
+    return len(names), int(fingerprint({"names": names})[:15], 16)
+
+
+def _part(folder: Path, file: DataFile, rules: str) -> Path:
+    """Where a data file's table is: the name says everything that it depends on."""
+    source = file.source
+    facts = [file.path, file.state, source.images, source_format(source), rules]
+    return folder / f"samples-{fingerprint({'facts': facts})[:32]}.arrow"
+
+
+def _index_file(config: Config, tokenizer: str, folder: Path, file: DataFile) -> list[str]:
+    """Write the table of one data file; what is wrong with its records, and then nothing."""
+    text = TextTokenizer(tokenizer)
+    records, problems = records_of(file.source, file.path)
+    if problems:
+        return problems
+    branched, flat = (SampleBuilder(config, text, branches=branches) for branches in (True, False))
+    columns: dict[str, list[Any]] = {name: [] for name in _SAMPLES.names}
+    for record in records:
+        sample = branched.build(record)
+        lengths = [row.length for row in sample.rows]
+        alone = lengths
+        if len(record.conversations) > 1:
+            alone = [row.length for row in flat.build(record).rows]
+        turns = [[asdict(turn) for turn in talk] for talk in record.conversations]
+        row = (
+            record.id, kind_of(record), turns, record.images, sample.text_tokens, lengths, alone,
+        )  # fmt: skip
+        for name, value in zip(_SAMPLES.names, row, strict=True):
+            columns[name].append(value)
+    part = _part(folder, file, text_rules(config, text))
+    write_table(folder, pa.table(columns, schema=_SAMPLES), part.stem)
+    return []
+
+
+def _state_table(entries: Sequence[Entry]) -> pa.Table:
+    keys = [bytes.fromhex(entry.key) if entry.key else None for entry in entries]
+    return pa.table(
+        {
+            "key": pa.array(keys, pa.binary(32)),
+            "problem": pa.array([entry.problem for entry in entries], pa.string()),
+        }
+    )
+
+
+def _bad_samples(
+    table: pa.Table, entries: dict[str, Entry]
+) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Number, and then id, image and reason, of every sample that cannot be used."""
+    columns = (table[name].to_pylist() for name in ("id", "images", "lengths"))
+    for row, (name, images, lengths) in enumerate(zip(*columns, strict=True)):
+        bad = [(image, entries[image].problem) for image in images if entries[image].problem]
+        if not bad and not lengths:
+            bad = [(None, OVERLONG)]
+        for image, why in bad:
+            yield row, {"id": name, "image": image, "reason": why}
+
+
+def _count(tables: Sequence[pa.Table]) -> dict[str, int]:
+    """Counts of one source."""
+    kinds = Counter(kind for table in tables for kind in table["kind"].to_pylist())
+    return {
+        "samples": sum(len(table) for table in tables),
+        **{kind: kinds[kind] for kind in KINDS},
+        "images": sum(len(pc.list_flatten(table["images"])) for table in tables),
+        "text_tokens": sum(pc.sum(table["text_tokens"]).as_py() or 0 for table in tables),
+    }
+
+
+def _open(path: Path) -> pa.Table:
+    table = read_table(path)
+    if table is None:
+        raise DataError(f"{path} is absent or damaged; run `asvr data index` again")
+    return table
+
+
+def _forget(folder: Path, manifest: dict[str, Any]) -> None:
+    """Remove the tables of an older index; who has mapped them keeps them."""
+    kept = {*manifest["parts"], manifest["images"]}
+    for path in folder.glob("*.arrow"):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,285 @@
+"""The index says what building every sample would, and is made again only where data changed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_asvr.cli.main import main
+from megatron_asvr.config.load import save
+from megatron_asvr.config.schema import SourceConfig
+from megatron_asvr.data import images as images_module
+from megatron_asvr.data import index as index_module
+from megatron_asvr.data.index import BAD_SAMPLES, Index, build, index_folder, open_index
+from megatron_asvr.data.loader import Loader
+from megatron_asvr.data.records import read_records
+from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.errors import DataError
+from tests.unit.data_corpus import TEXTS, ask, config, turn
+from tests.unit.test_data_sources import write_tar
+from tools.make_dirty_images import bad_images, good_images
+
+CPU = torch.device("cpu")
+GOOD = list(good_images())[:16]
+BAD = dict(bad_images())
+TALK = "What color is the circle in the picture? "
+
+
+def corpus(folder):
+    """A JSON file with everything that may happen, a shard and a folder of images."""
+    records = []
+    for number, (name, data) in enumerate(GOOD[:8]):
+        (folder / name).write_bytes(data)
+        talk = ask("<image>" + TALK * (1 + number % 3), "red")
+        records.append({"id": f"r{number}", "image": name, "conversations": talk})
+    for name in ("truncated.jpg", "payload.png"):
+        (folder / name).write_bytes(BAD[name])
+        records.append({"id": name, "image": name, "conversations": ask("<image>?", "red")})
+    records += [
+        {"id": "gone", "image": "gone.png", "conversations": ask("<image>?", "red")},
+        {"id": "long", "image": GOOD[0][0], "conversations": ask("<image>" + TALK * 30, "red")},
+        {"id": "text", "conversations": ask("Hi, is there a blue triangle?", "yes")},
+        {"id": "two", "image": [GOOD[0][0], GOOD[1][0]],
+         "conversations": ask("<image><image>Same?", "no")},
+        {"id": "many", "image": GOOD[2][0],
+         "conversations": [ask(f"What is {n}?", "a circle") for n in range(3)]},
+        {"id": "bare", "image": GOOD[3][0], "conversations": [turn("human", "<image>")]},
+    ]  # fmt: skip
+    (folder / "train.json").write_text(json.dumps(records))
+    shard = write_tar(folder / "s-0.tar", [(n, d) for n, d in GOOD[8:12]] + [("x.jpg", b"junk")])
+    (folder / "pics").mkdir()
+    for name, data in GOOD[12:14]:
+        (folder / "pics" / name).write_bytes(data)
+    TextTokenizer.train(TEXTS, folder / "tokenizer.model", vocab_size=420)
+    paths = (str(folder / "train.json"), shard, str(folder / "pics"))
+    return tuple(SourceConfig(path=path) for path in paths)
+
+
+def settings(folder, sources, **changes):
+    listed = [{"path": s.path} for s in sources]
+    return config(
+        data__train=listed,
+        data__cache_dir=str(folder / "cache"),
+        data__max_length=96,
+        data__on_overlong="drop",
+        **changes,
+    )
+
+
+@pytest.fixture
+def made(tmp_path):
+    sources = corpus(tmp_path)
+    return tmp_path, sources, TextTokenizer(tmp_path / "tokenizer.model")
+
+
+def loader(cfg, text, **options):
+    found = Loader(cfg, text, split="train", device=CPU, **options)
+    found.prepare()
+    return found
+
+
+def flat(batches):
+    return [
+        (b.sample_ids, b.tokens_BS.tolist(), b.document_BS.tolist(),
+         None if b.pixel_values_ICHW is None else b.pixel_values_ICHW.tolist())
+        for b in batches
+    ]  # fmt: skip
+
+
+def test_manifest_counts_and_names_every_bad_sample(made):
+    folder, sources, text = made
+    cfg = settings(folder, sources)
+    manifest = build(cfg, sources, text, device=CPU)
+    first, shard, pics = manifest["sources"]
+    assert first["samples"] == 16
+    assert (first["text"], first["caption-free"], first["multi-image"]) == (1, 1, 1)
+    assert first["bad_samples"] == 4
+    assert (shard["caption-free"], shard["bad_samples"]) == (5, 1)
+    assert (pics["caption-free"], pics["bad_samples"]) == (2, 0)
+    lines = (index_folder(cfg, sources) / BAD_SAMPLES).read_text().splitlines()
+    found = {line["id"]: line["reason"] for line in map(json.loads, lines)}
+    assert set(found) == {"truncated.jpg", "payload.png", "gone", "long", "x"}
+    assert found["gone"] == "missing file"
+    assert found["long"] == index_module.OVERLONG
+    assert "truncated" in found["truncated.jpg"]
+    assert "cannot be decoded" in found["payload.png"]
+
+
+def test_indexed_records_are_the_sources_records(made):
+    folder, sources, text = made
+    cfg = settings(folder, sources)
+    build(cfg, sources, text, device=CPU)
+    assert list(open_index(cfg, sources).records) == read_records(sources)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("branches", [False, True])
+def test_loader_gives_the_same_steps_and_scans_nothing(made, packing, branches, monkeypatch):
+    folder, sources, text = made
+    cfg = settings(folder, sources, data__packing=packing)
+    with loader(cfg, text, branches=branches) as plain:
+        wanted = [flat(plain.step(step)) for step in range(8)]
+        keys, report = plain.image_keys(), plain.report()
+    build(cfg, sources, text, device=CPU)
+
+    def never(*_, **__):
+        raise AssertionError("read at the start")
+
+    monkeypatch.setattr(images_module.ImageChecker, "check", never)
+    monkeypatch.setattr("megatron_asvr.data.sources.read_records", never)
+    with loader(cfg, text, branches=branches) as indexed:
+        assert [flat(indexed.step(step)) for step in range(8)] == wanted
+        assert indexed.image_keys() == keys
+        now = indexed.report()
+        for name in ("records", "images", "bad_images", "bad_records"):
+            assert now[name] == report[name]
+
+
+def test_packing_builds_only_the_samples_of_its_rank(made, monkeypatch):
+    from megatron_asvr.data.collate import View
+
+    folder, sources, text = made
+    cfg = settings(folder, sources, data__packing=True, train__global_batch=20)
+    build(cfg, sources, text, device=CPU)
+    built = []
+    plain = Loader._built
+
+    def noting(self, number):
+        built.append(number)
+        return plain(self, number)
+
+    monkeypatch.setattr(Loader, "_built", noting)
+    with loader(cfg, text, view=View(dp_rank=0, dp=4)) as one:
+        batches = one.step(0)
+    assert 0 < len(set(built)) == len({i for b in batches for i in b.sample_ids}) < 12
+
+
+def test_lengths_of_another_template_are_not_used(made, caplog):
+    folder, sources, text = made
+    build(settings(folder, sources), sources, text, device=CPU)
+    other = settings(folder, sources, data__template="plain")
+    with loader(other, text) as found:
+        assert found._lengths is None
+        assert "run `asvr data index` again" in caplog.text
+        assert found.step(0)
+
+
+def test_only_what_changed_is_done_again(made, monkeypatch):
+    folder, sources, text = made
+    cfg = settings(folder, sources)
+    first = build(cfg, sources, text, device=CPU)
+    scanned, checked = [], []
+    plain_scan, plain_look = index_module.records_of, images_module.ImageChecker._look
+
+    def scan(source, file):
+        scanned.append(Path(file).name)
+        return plain_scan(source, file)
+
+    def look(self, path):
+        checked.append(Path(path).name)
+        return plain_look(self, path)
+
+    monkeypatch.setattr(index_module, "records_of", scan)
+    monkeypatch.setattr(images_module.ImageChecker, "_look", look)
+    assert build(cfg, sources, text, device=CPU) == first
+    assert (scanned, checked) == ([], ["gone.png"])  # what is missing may have come
+    (folder / "gone.png").write_bytes(GOOD[14][1])
+    (folder / "pics" / "new.jpg").write_bytes(GOOD[15][1])
+    checked.clear()
+    with pytest.raises(DataError, match=r"1 data files changed .*pics.*run `asvr data index`"):
+        open_index(cfg, sources)
+    again = build(cfg, sources, text, device=CPU)
+    assert (scanned, sorted(checked)) == (["pics"], ["gone.png", "new.jpg"])
+    assert [s["bad_samples"] for s in again["sources"]] == [3, 1, 0]
+    assert len(open_index(cfg, sources).records) == 24
+    tables = {p.name for p in index_folder(cfg, sources).glob("*.arrow")}
+    assert tables == {*again["parts"], again["images"]}
+
+
+def test_wrong_records_are_refused_and_leave_no_index(made):
+    folder, sources, text = made
+    (folder / "train.json").write_text(json.dumps([{"id": "a", "conversations": 7}]))
+    cfg = settings(folder, sources)
+    with pytest.raises(DataError, match=r"train\.json.*record 0 \(id 'a'\).*'conversations'"):
+        build(cfg, sources, text, device=CPU)
+    assert open_index(cfg, sources) is None
+
+
+def test_a_damaged_index_is_refused(made):
+    folder, sources, text = made
+    cfg = settings(folder, sources)
+    manifest = build(cfg, sources, text, device=CPU)
+    (index_folder(cfg, sources) / manifest["images"]).write_bytes(b"junk")
+    with pytest.raises(DataError, match="absent or damaged; run `asvr data index` again"):
+        open_index(cfg, sources)
+    assert build(cfg, sources, text, device=CPU) == manifest
+    assert isinstance(open_index(cfg, sources), Index)
+
+
+def write_config(folder, sources):
+    cfg = settings(
+        folder,
+        sources,
+        loss__visual_weight=0.0,
+        train__trainable=["projector"],
+        model__text_tokenizer=str(folder / "tokenizer.model"),
+        model__language__max_positions=96,
+    )
+    save(cfg, folder / "run.yaml")
+    return cfg
+
+
+@pytest.mark.slow
+def test_command_with_two_processes(made, capsys):
+    folder, sources, text = made
+    cfg = write_config(folder, sources)
+    assert main(["data", "show", str(folder / "run.yaml")]) == 1
+    assert "has no index" in capsys.readouterr().err
+    assert main(["data", "index", str(folder / "run.yaml"), "--workers", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert '"bad_samples": 4' in printed
+    assert main(["data", "show", str(folder / "run.yaml")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        line for line in printed.splitlines() if line.startswith("data.")
+    ]
+    manifest = open_index(cfg, sources).manifest
+    assert build(cfg, sources, text, device=CPU) == manifest
+
+
+@pytest.mark.slow
+def test_a_killed_index_goes_on(made, monkeypatch):
+    folder, sources, text = made
+    rng = np.random.default_rng(0)
+    many = [(f"{n:04d}.jpg", GOOD[0][1] + rng.bytes(8)) for n in range(3000)]
+    sources = (SourceConfig(path=write_tar(folder / "many.tar", many)),)
+    cfg = write_config(folder, sources)
+    script = (
+        "import megatron_asvr.data.images as i; i.PART_IMAGES = 64\n"
+        "from megatron_asvr.cli.main import main\n"
+        f"main(['data', 'index', {str(folder / 'run.yaml')!r}, '--workers', '1'])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    parts = folder / "cache"
+    deadline = time.monotonic() + 60
+    while len(list(parts.glob("images-*/*.arrow"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert open_index(cfg, sources) is None
+    looked = []
+    plain = images_module.ImageChecker._look
+    monkeypatch.setattr(
+        images_module.ImageChecker,
+        "_look",
+        lambda self, path: (looked.append(path), plain(self, path))[1],
+    )
+    build(cfg, sources, text, device=CPU)
+    assert 0 < len(looked) <= 3000 - 3 * 64
+    assert len(open_index(cfg, sources).records) == 3000
