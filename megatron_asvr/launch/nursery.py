@@ -140,15 +140,19 @@ class Nursery:
         if not job.fork:
             return _spawn(job, rank)
         sys.stdout.flush()
+        # Until a rank has left our handler behind, it must not act on a signal that is passed on.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         pid = os.fork()
         if pid == 0:
             self._become_rank(job, rank)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return pid
 
     def _become_rank(self, job: Job, rank: int) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         for descriptor in (self._commands, self._reports, self._child_ended):
             os.close(descriptor)
         for finalizer in list(weakref.finalize._registry):

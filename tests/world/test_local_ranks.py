@@ -226,6 +226,25 @@ def nested() -> int:
     return job.run(dist.get_world_size, (), 2)
 
 
+TERMINATED_AT_BIRTH = """
+import os, signal
+from megatron_asvr.launch.nursery import Job, Nursery
+
+nursery = Nursery(os.pipe()[0], os.pipe()[1])
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+settings = dict(folder=".", path=[], cwd=".", env={}, log_dir=None, threads=1, init=False)
+job = Job(world_size=1, module="math", timeout_s=1, fork=True, **settings)
+_, status = os.waitpid(nursery._start(job, 0), 0)
+print(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_signal_in_its_first_moment_ends_a_rank_and_is_no_success():
+    command = [sys.executable, "-c", TERMINATED_AT_BIRTH]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert int(done.stdout) == -signal.SIGTERM, done.stderr
+
+
 def test_inside_a_job_a_run_joins_it():
     assert job.run(nested, (), 2, timeout_s=60) == 2
 
