@@ -42,7 +42,7 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder in Hugging Face format")
+    parser.add_argument("source", metavar="SRC", help="folder of weights")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument(
         "--allow-missing",
@@ -51,14 +51,32 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="our names that the source may lack, such as 'vision_encoder.*'; may be repeated",
     )
-    parser.set_defaults(run=run_import)
+    parser.add_argument(
+        "--from",
+        dest="format",
+        choices=("hf", "asvr-official", "dualtoken"),
+        default="hf",
+        help="Hugging Face (default), the official ASVR code, or a residual-VQ tokenizer alone",
+    )
+    parser.epilog = "What an official checkpoint does not tell is given as model.vision.num_heads=N"
+    parser.set_defaults(run=run_import, takes_overrides=True)
 
 
 def run_import(args: argparse.Namespace) -> None:
     """Import weights; print what came and what did not."""
-    from megatron_asvr.hf.run import import_weights
+    from megatron_asvr.hf.run import import_tokenizer, import_weights
 
-    report = import_weights(args.source, args.out, allow_missing=args.allow_missing)
+    if args.format == "dualtoken":
+        fingerprint = import_tokenizer(args.source, args.out, overrides=args.overrides)
+        print(f"wrote {args.out}: visual tokenizer {fingerprint[:16]}")
+        return
+    report = import_weights(
+        args.source,
+        args.out,
+        format=args.format,
+        overrides=args.overrides,
+        allow_missing=args.allow_missing,
+    )
     print(
         f"wrote {args.out}: {report['num_tensors']} tensors, {report['num_bytes']:,} bytes of "
         f"{', '.join(report['parts'])}"

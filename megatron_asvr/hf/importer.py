@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from megatron_asvr.config.schema import ModelConfig, VisualHeadConfig
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.files import Stored, open_weights, read_json
 from megatron_asvr.hf.imported import REPORT, read_imported
-from megatron_asvr.hf.source import Source, matched, sort_out
+from megatron_asvr.hf.source import Source, drop_tied_copy, matched, sort_out
 from megatron_asvr.hf.stock import language_config_from_hf, vision_config_from_hf
 
 __all__ = ["Source", "is_source", "language_config_from_hf", "read_folder", "vision_config_from_hf"]
@@ -100,7 +98,7 @@ def read_folder(path: str | Path, *, allow_missing: Sequence[str] = ()) -> Sourc
         model = replace(model, vision=stock.vision_from(config, str(folder)))
     on_disk, ignored = sort_out(folder, open_weights(folder), partial(_known_as, kind=KINDS[kind]))
     if kind != "vision" and model.language.tied_embeddings:
-        _drop_tied_copy(folder, on_disk)
+        drop_tied_copy(folder, on_disk)
     rules = RULES[kind](model)
     if (folder / HEAD_FILE).is_file():
         head, head_rules, head_tensors = _visual_head(folder)
@@ -131,17 +129,6 @@ def _known_as(name: str, kind: Kind) -> str | None:
             name = renamed
             break
     return None if re.search(kind.ignored, name) else name
-
-
-def _drop_tied_copy(folder: Path, tensors: dict[str, Stored]) -> None:
-    """Forget a saved copy of tied output embeddings, once it is proven to be a copy."""
-    copy = tensors.pop("language_model.lm_head.weight", None)
-    original = tensors.get("language_model.model.embed_tokens.weight")
-    if copy and original and not torch.equal(copy.read(), original.read()):
-        raise ConversionError(
-            f"{folder}: config.json ties the embeddings (tie_word_embeddings), but the saved "
-            "lm_head.weight differs from embed_tokens.weight; set tie_word_embeddings to false"
-        )
 
 
 def _visual_head(folder: Path) -> tuple[VisualHeadConfig, list[tables.Rule], dict[str, Stored]]:

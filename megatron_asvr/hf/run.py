@@ -12,25 +12,64 @@ from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.data.conversation import chat_template
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.export import export, finalize
+from megatron_asvr.hf.files import sync
 from megatron_asvr.hf.imported import write_imported
 from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.hf.official import read_official, read_tokenizer
+from megatron_asvr.hf.partial import partial_folder, removed_on_error
 from megatron_asvr.model.tokenizer import VisualTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def import_weights(source: str, out: str, *, allow_missing: Sequence[str] = ()) -> dict[str, Any]:
+def import_weights(
+    source: str,
+    out: str,
+    *,
+    format: str = "hf",
+    overrides: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+) -> dict[str, Any]:
     """The report of an import into the folder ``out``, which ``init.all`` can name.
 
     Args:
-        source: a Hugging Face folder.
+        source: a folder in Hugging Face format or of the official code.
         out: folder to write; it must not exist.
+        format: "hf" or "asvr-official".
+        overrides: ``model.x=y`` settings that an official checkpoint does not tell.
         allow_missing: shell patterns of our names that the source may lack.
 
     Raises:
         ConversionError: the folder exists, or the source is not understood or incomplete.
     """
+    if format == "asvr-official":
+        weights, tokenizer = read_official(source, overrides=overrides, allow_missing=allow_missing)
+        return write_imported(weights, out, tokenizer=tokenizer)
+    if overrides:
+        raise ConversionError(
+            f"{overrides[0]!r}: a folder in Hugging Face format brings all its settings itself"
+        )
     return write_imported(read_folder(source, allow_missing=allow_missing), out)
+
+
+def import_tokenizer(source: str, out: str, *, overrides: Sequence[str] = ()) -> str:
+    """The fingerprint of a tokenizer, after it was written to ``model.visual_tokenizer``'s form.
+
+    Args:
+        source: file or folder in the official or DualToken naming.
+        out: folder to write; it must not exist.
+        overrides: ``model.vision.x=y`` settings of its encoder that the file does not tell.
+
+    Raises:
+        ConversionError: the folder exists, or the source is not understood or incomplete.
+    """
+    partial = partial_folder(Path(out))
+    with removed_on_error(partial):
+        tokenizer = read_tokenizer(source, overrides=overrides)
+        tokenizer.save(partial)
+        sync(partial)
+    finalize(partial, out)
+    return tokenizer.fingerprint
 
 
 def export_run(run: str, out: str, *, dtype: str = "fp32", kind: str = "llava") -> Path:

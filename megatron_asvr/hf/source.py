@@ -193,6 +193,25 @@ def sort_out(
     return {known: tensors[name] for known, name in found.items()}, tuple(ignored)
 
 
+def drop_tied_copy(path: Path, tensors: dict[str, Stored]) -> None:
+    """Forget a saved copy of tied output embeddings, once it is proven to be a copy.
+
+    Args:
+        path: for messages.
+        tensors: by the tables' names, of a model with tied embeddings.
+
+    Raises:
+        ConversionError: it is no copy.
+    """
+    copy = tensors.pop("language_model.lm_head.weight", None)
+    original = tensors.get("language_model.model.embed_tokens.weight")
+    if copy and original and not torch.equal(copy.read(), original.read()):
+        raise ConversionError(
+            f"{path}: config.json ties the embeddings (tie_word_embeddings), but the saved "
+            "lm_head.weight differs from embed_tokens.weight; set tie_word_embeddings to false"
+        )
+
+
 def parts_of(names: Iterable[str]) -> tuple[str, ...]:
     """The model's parts that ``names`` belong to, in the model's order."""
     held = {name.partition(".")[0] for name in names}

@@ -98,6 +98,27 @@ def vision_config_from_hf(folder: str | Path, *, feature_layer: int = -2) -> Vis
     return vision_from(read_hf_config(folder), str(folder), feature_layer=feature_layer)
 
 
+def language_from_raw(raw: dict[str, Any], where: str) -> LanguageConfig:
+    """Settings of a language model whose ``config.json`` has a model_type of somebody's own.
+
+    Args:
+        raw: the file; its model_type must contain the name of the family it is derived from.
+        where: for messages.
+
+    Raises:
+        ConversionError: no family fits, or a property is not one that this project builds.
+    """
+    kind = str(raw.get("model_type"))
+    known = {"qwen2": "qwen2", "qwen": "qwen2", "mistral": "mistral", "llama": "llama"}
+    family = next((family for word, family in known.items() if word in kind), None)
+    if family is None:
+        raise ConversionError(
+            f"{where}: model_type {kind!r} is derived from none of llama, mistral and qwen2"
+        )
+    given = {k: v for k, v in raw.items() if k not in ("model_type", "architectures")}
+    return language_from(_build(TEXT_CONFIGS[family], given), where)
+
+
 def _require(where: str, config: Any, **allowed: tuple) -> None:
     """Refuse a property (absent counts as its usual value, the first) that we would get wrong."""
     for key, values in allowed.items():
