@@ -160,11 +160,11 @@ def _sequence(config: Config) -> Iterator[str]:
         )
     multiple = (2 * p.cp if p.cp > 1 else 1) * (p.tp if p.sp else 1)
     if length % multiple:
-        fits = -(-length // multiple) * multiple
+        fits = -(-max(length, d.max_length) // multiple) * multiple
         reason = " x ".join(["2 x cp"] * (p.cp > 1) + ["tp"] * p.sp)
         yield (
             f"data.pack_length={length} is not a multiple of {reason} = {multiple}; "
-            f"use {fits}" + (f" or {fits - multiple}" if fits > multiple else "")
+            f"use {fits}" + (f" or {fits - multiple}" if fits - multiple >= d.max_length else "")
         )
 
 

@@ -288,7 +288,12 @@ class Loader:
             self._count(kind, self._sources.records[index].id)
         if self._split == "eval":
             return None
-        raise DataError("no usable record: none fits into data.max_length; see the report")
+        dropping = self._config.data.on_overlong == "drop"
+        raise DataError(
+            f"no usable record: none of {count} fits into data.max_length="
+            f"{self._config.data.max_length}; raise it"
+            + (", or set data.on_overlong=cut_text" if dropping else "")
+        )
 
     def _row_lengths(self, number: int) -> Sequence[int]:
         if self._lengths is not None:

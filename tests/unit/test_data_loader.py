@@ -183,7 +183,7 @@ def test_overlong_records_are_replaced_and_counted(clean, tokenizer, tmp_path):
         assert (report["dropped_samples"], report["replaced_samples"]) == (1, 1)
     with (
         loader(tmp_path, tokenizer, data__max_length=2) as hopeless,
-        pytest.raises(DataError, match="no usable record"),
+        pytest.raises(DataError, match=r"none of \d+ fits into data.max_length=2; raise it"),
     ):
         hopeless.step(0)
 

@@ -71,6 +71,11 @@ def test_one_problem_is_one_line(world, overrides, words):
     assert all(word in message for word in words), message
 
 
+def test_a_length_that_is_offered_holds_every_sample():
+    lengths = ["data.pack_length=2051", "data.max_length=2049"]
+    assert refused(None, PACKED, *lengths, "parallel.cp=2").endswith("= 4; use 2052")
+
+
 def test_all_problems_are_listed_at_once():
     message = refused(
         6,
