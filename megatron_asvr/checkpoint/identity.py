@@ -37,6 +37,7 @@ _FREE = {
 # Files count by their content, not by where they lie.
 _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}
 _LAYOUT = "parallel."
+_PLAIN = SourceConfig(path="")
 TEXT_TOKENIZER = "model.text_tokenizer (content)"  # names of their fingerprints in an identity
 VISUAL_TOKENIZER = "model.visual_tokenizer (content)"
 
@@ -62,6 +63,10 @@ def identity(
     for number, source in enumerate(config.data.train):
         name = f"data.train[{number}].path"
         facts[f"{name} (content)"] = _content(name, source)
+        for key in ("weight", "epochs", "max_samples"):
+            value = getattr(source, key)
+            if value != getattr(_PLAIN, key):  # so that earlier checkpoints go on
+                facts[f"data.train[{number}].{key}"] = value
     images = hashlib.sha256("".join(image_keys).encode()).hexdigest()
     facts["data.train (content of the images)"] = images
     if config.model.text_tokenizer is not None:

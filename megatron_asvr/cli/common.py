@@ -127,6 +127,9 @@ def plan_lines(config: Config, world: int) -> list[str]:
             f"data: {data.num_samples:,} records, {data.steps:,} steps an epoch, "
             f"{number_of_steps(config, data):,} steps in all"
         )
+        parts = data.blend()
+        for name, taken, size in parts if len(parts) > 1 else ():
+            lines.append(f"data {name}: {taken:,} samples an epoch of {size:,}")
     if config.data.eval:
         with Loader(config, text, split="eval") as held_out:
             lines.append(f"evaluation: {held_out.num_samples:,} records")

@@ -72,5 +72,5 @@ def _splits(config: Config) -> dict[str, Sequence[SourceConfig]]:
 
 def _print(split: str, manifest: Mapping[str, Any]) -> None:
     for source in manifest["sources"]:
-        counts = {name: number for name, number in source.items() if name != "path"}
-        print(f"data.{split} {source['path']}: {json.dumps(counts)}")
+        counts = {name: number for name, number in source.items() if name != "name"}
+        print(f"data.{split} {source['name']}: {json.dumps(counts)}")

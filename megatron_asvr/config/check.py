@@ -24,6 +24,7 @@ def check(config: Config, world: int | None = None) -> Config:
     _check_train(config)
     _check_optim(config.train.optim)
     _check_data(config)
+    _check_sources(config)
     _check_loss(config)
     check_layout(config, world)
     _check_files(config)
@@ -174,6 +175,33 @@ def _check_data(config: Config) -> None:
         f"data.max_length={d.max_length} exceeds model.language.max_positions={positions}; use at "
         "most that, or raise max_positions if the model is meant for it",
     )
+
+
+def _check_sources(config: Config) -> None:
+    for split, sources in (("train", config.data.train), ("eval", config.data.eval)):
+        for number, source in enumerate(sources):
+            where = f"data.{split}[{number}]"
+            _positive(source, where, ("weight", "epochs", "max_samples"))
+            blended = source.weight is not None or source.epochs != 1.0
+            _require(
+                not (blended and split == "eval"),
+                f"{where}: evaluation meets every sample once; leave out weight and epochs",
+            )
+            _require(
+                source.weight is None or source.epochs == 1.0,
+                f"{where} has weight={source.weight} and epochs={source.epochs}; give one of them",
+            )
+        weighted = [source.weight is not None for source in sources]
+        _require(
+            all(weighted) or not any(weighted),
+            f"data.{split}: {sum(weighted)} of {len(sources)} sources have a weight; give it to "
+            "all or none",
+        )
+        names = [source.name for source in sources if source.name is not None]
+        for name in names:
+            _require(
+                names.count(name) == 1, f"data.{split} has {name!r} twice; set different names"
+            )
 
 
 def _check_loss(config: Config) -> None:

@@ -192,6 +192,10 @@ class SourceConfig:
     path: str  # a file, a folder of images without captions, or `shard-{000..127}.tar`, `*.parquet`
     images: str | None = None  # folder of a JSON file's images; default: the file's own
     format: SourceFormat | None = None  # default: what the path's ending says
+    name: str | None = None  # in reports; default: the path
+    weight: float | None = None  # share of an epoch's samples, relative to the others'; all or none
+    epochs: float = 1.0  # times that an epoch of the blend takes the source (without weights)
+    max_samples: int | None = None  # at most so many in an epoch of the blend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -75,7 +75,9 @@ class DataFile:
 
 def index_folder(config: Config, sources: Sequence[SourceConfig]) -> Path:
     """Where the index of some sources is kept."""
-    listed = [[s.path, locations.absolute(s.path), s.images, source_format(s)] for s in sources]
+    listed = [
+        [s.name, s.path, locations.absolute(s.path), s.images, source_format(s)] for s in sources
+    ]
     name = fingerprint({"sources": listed, "rules": image_rules(config), "version": VERSION})
     return cache_root(config) / f"index-{name[:16]}"
 
@@ -151,8 +153,10 @@ def build(
         own = [t for file, t in zip(files, tables, strict=True) if file.number == number]
         bad = [list(_bad_samples(table, checked.entries)) for table in own]
         num_bad = sum(len({row for row, _ in found}) for found in bad)
-        counts.append({"path": source.path, **_count(own), "bad_samples": num_bad})
-        lines += [{"source": source.path, **line} for found in bad for _, line in found]
+        counts.append({"name": source.name or source.path, **_count(own), "bad_samples": num_bad})
+        lines += [
+            {"source": source.name or source.path, **line} for found in bad for _, line in found
+        ]
     write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(x) + "\n" for x in lines).encode())
     manifest = {
         "version": VERSION,
@@ -175,6 +179,7 @@ class Index:
         manifest: its counts and files.
         images: locations of the images of every sample.
         records: every sample's record, read when it is asked for.
+        sizes: number of samples of every source.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
@@ -183,6 +188,7 @@ class Index:
         self._states = _open(folder / manifest["images"])
         self.images: list[list[str]] = self._samples["images"].to_pylist()
         self.records = IndexedRecords(self._samples)
+        self.sizes: list[int] = [source["samples"] for source in manifest["sources"]]
 
     def entries(self) -> dict[str, Entry]:
         """What was found about every image, by location."""

@@ -25,7 +25,14 @@ from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.collate import WHOLE, Collator, Document, View
-from megatron_asvr.data.order import Item, StepOrder, micro_batches, num_micro_batches, rank_part
+from megatron_asvr.data.order import (
+    Item,
+    StepOrder,
+    blend,
+    micro_batches,
+    num_micro_batches,
+    rank_part,
+)
 from megatron_asvr.data.packing import pack
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
 from megatron_asvr.data.sample import Sample, SampleBuilder
@@ -85,9 +92,10 @@ class Loader:
         )
         self._store = PixelStore(config, device=device, verify=True)
         self._order = StepOrder(
-            max(1, len(self._sources.records)),
+            self._sources.sizes,
             config.train.global_batch,
             seed=config.run.seed,
+            taken=blend(getattr(config.data, split), self._sources.sizes),
             shuffle=split == "train",
         )
         self._samples: OrderedDict[int, Sample] = OrderedDict()
@@ -114,10 +122,15 @@ class Loader:
         """Records of the split, bad ones included."""
         return len(self._sources.records)
 
+    def blend(self) -> list[tuple[str, int, int]]:
+        """Name of every source, samples that an epoch takes from it, and how many it has."""
+        names = [source.name or source.path for source in getattr(self._config.data, self._split)]
+        return list(zip(names, self._order.taken, self._order.sizes, strict=True))
+
     @property
     def steps(self) -> int:
         """Steps of one epoch: enough to meet every record."""
-        return self._order.steps if self._sources.records else 0
+        return self._order.steps
 
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of one step; the next ones are prepared meanwhile.
@@ -278,19 +291,24 @@ class Loader:
         return self._store.normalised(keys, self._sources.paths)
 
     def _usable(self, index: int) -> int | None:
-        """The record, or the next one that can be used; in ``eval`` None instead of another."""
-        count = len(self._sources.records)
-        for offset in range(count if self._split == "train" else 1):
-            candidate = (index + offset) % count
+        """The record, or the next usable one of its source; in ``eval`` None instead of another."""
+        own = self._order.neighbours(index)
+        for offset in range(len(own) if self._split == "train" else 1):
+            candidate = own[(index - own.start + offset) % len(own)]
             if self._sources.is_good(candidate) and len(self._row_lengths(candidate)) > 0:
                 return candidate
             kind = "replaced_samples" if self._split == "train" else "left_out_samples"
             self._count(kind, self._sources.records[index].id)
         if self._split == "eval":
             return None
+        if not any(map(self._sources.is_good, own)):
+            raise DataError(
+                f"every image is bad in the source of {self._sources.records[index].id!r}; is "
+                "data.*.images its right folder?"
+            )
         dropping = self._config.data.on_overlong == "drop"
         raise DataError(
-            f"no usable record: none of {count} fits into data.max_length="
+            f"no usable record: none of {len(own)} fits into data.max_length="
             f"{self._config.data.max_length}; raise it"
             + (", or set data.on_overlong=cut_text" if dropping else "")
         )

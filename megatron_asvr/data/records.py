@@ -39,23 +39,29 @@ class Record:
 
 
 def read_records(sources: Sequence[SourceConfig]) -> list[Record]:
-    """The records of all sources, in order.
+    """The records of all sources, in order; see :func:`read_sources`."""
+    return [record for part in read_sources(sources) for record in part]
+
+
+def read_sources(sources: Sequence[SourceConfig]) -> list[list[Record]]:
+    """The records of every source, in order.
 
     Raises:
-        DataError: a file is missing or is not JSON, or records have the wrong form (the first
-            few are named by file, index, id and key, with the number of all).
+        DataError: a file is missing or has another format, or records have the wrong form (the
+            first few are named by file, index, id and key, with the number of all).
     """
-    records: list[Record] = []
+    parts: list[list[Record]] = []
     problems: list[str] = []
     for source in sources:
+        parts.append([])
         for file in data_files(source):
             good, wrong = records_of(source, file)
-            records += good
+            parts[-1] += good
             problems += wrong
     raise_problems(problems, "records have the wrong form")
-    if sources and not records:
+    if sources and not any(parts):
         raise DataError(f"{', '.join(s.path for s in sources)}: no records; the list is empty")
-    return records
+    return parts
 
 
 def records_of(source: SourceConfig, file: str) -> tuple[list[Record], list[str]]:

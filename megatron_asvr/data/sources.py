@@ -16,7 +16,7 @@ from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.data.cache import cache_root
 from megatron_asvr.data.images import MISSING, Entry, ImageIndex
 from megatron_asvr.data.index import Lengths, open_index, text_rules
-from megatron_asvr.data.records import Record, raise_problems, read_records
+from megatron_asvr.data.records import Record, raise_problems, read_sources
 from megatron_asvr.data.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class Sources:
 
     Attributes:
         records: all records, in order; bad ones included, so that indices do not depend on them.
+        sizes: number of records of every source.
         paths: a location for every content key, after :meth:`prepare`.
 
     Raises:
@@ -52,9 +53,12 @@ class Sources:
         self._images: Sequence[Sequence[str]]
         if self._index is not None:
             self.records, self._images = self._index.records, self._index.images
+            self.sizes = self._index.sizes
         else:
-            self.records = read_records(sources)
+            parts = read_sources(sources)
+            self.records = [record for part in parts for record in part]
             self._images = [record.images for record in self.records]
+            self.sizes = [len(part) for part in parts]
         self.paths: dict[str, str] = {}
         self._bad: dict[str, str] = {}
         self._bad_records: frozenset[int] = frozenset()

@@ -10,7 +10,7 @@ from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.rank import place
 
 Run = Callable[..., Iterable]
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from megatron_asvr.config.schema import PARTS, Config, SourceConfig
 from megatron_asvr.data import locations
 from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
 from megatron_asvr.data.images import ImageIndex
-from megatron_asvr.data.order import StepOrder
+from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY
 from megatron_asvr.data.records import SHOWN, Record, read_records
 from megatron_asvr.data.text import TextTokenizer
@@ -68,7 +68,8 @@ def make_excerpt(config: Config, folder: Path, *, prepare: bool) -> Excerpt:
     index = ImageIndex(config, folder=cache_root(config), device=select()[0].device)
     if all(parts):
         records = [record for part in parts for record in part or []]
-        chosen = _choose(config, records, index, replaced, problems)
+        sizes = [len(part or []) for part in parts]
+        chosen = _choose(config, sizes, records, index, replaced, problems)
     if config.loss.visual_weight:
         tokenizer = _attempt(problems, _visual_tokenizer, config)
         if tokenizer is not None and config.data.codes == "cache" and not prepare:
@@ -105,13 +106,20 @@ def _visual_tokenizer(config: Config) -> VisualTokenizer:
 
 def _choose(
     config: Config,
+    sizes: Sequence[int],
     records: Sequence[Record],
     index: ImageIndex,
     replaced: dict[str, str],
     problems: list[str],
 ) -> list[Record]:
     """The first records of the order; one with a bad image gives way as in training."""
-    order = StepOrder(len(records), config.train.global_batch, seed=config.run.seed).indices(0)
+    steps = StepOrder(
+        sizes,
+        config.train.global_batch,
+        seed=config.run.seed,
+        taken=blend(config.data.train, sizes),
+    )
+    order = steps.indices(0)
     index.prepare([path for number in order for path in records[number].images])
     tries = 1 if config.data.on_bad_sample == "error" else 1 + MAX_REPLACEMENTS
     chosen = []

@@ -13,7 +13,7 @@ from megatron_asvr.cli.certify import table, with_layout
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load, override, save
-from megatron_asvr.config.schema import LanguageConfig, ParallelConfig, VisionConfig
+from megatron_asvr.config.schema import LanguageConfig, ParallelConfig, SourceConfig, VisionConfig
 from megatron_asvr.data.files import read_table
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.planner.parameters import count_parameters
@@ -38,7 +38,7 @@ def files(tmp_path_factory):
 def vicuna(**language):
     config = load("vicuna7b_stage2")
     model = replace(config.model, text_tokenizer="t", visual_tokenizer="v")
-    data = replace(config.data, train=({"path": "x"},))
+    data = replace(config.data, train=(SourceConfig(path="x"),))
     if language:
         model = replace(model, language=replace(model.language, **language))
     return replace(config, model=model, data=data, parallel=LAYOUT)

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +135,7 @@ def test_loader_gives_the_same_steps_and_scans_nothing(made, packing, branches, 
         raise AssertionError("read at the start")
 
     monkeypatch.setattr(images_module.ImageChecker, "check", never)
-    monkeypatch.setattr("megatron_asvr.data.sources.read_records", never)
+    monkeypatch.setattr("megatron_asvr.data.sources.read_sources", never)
     with loader(cfg, text, branches=branches) as indexed:
         assert [flat(indexed.step(step)) for step in range(8)] == wanted
         assert indexed.image_keys() == keys
@@ -283,3 +285,26 @@ def test_a_killed_index_goes_on(made, monkeypatch):
     build(cfg, sources, text, device=CPU)
     assert 0 < len(looked) <= 3000 - 3 * 64
     assert len(open_index(cfg, sources).records) == 3000
+
+
+def test_a_blend_trains_on_its_shares_with_and_without_an_index(made):
+    folder, _, text = made
+    shard = write_tar(folder / "s-1.tar", GOOD[8:12])
+    listed = [
+        {"path": str(folder / "train.json"), "name": "talks", "max_samples": 8},
+        {"path": shard, "name": "images", "epochs": 2.0},
+    ]
+    cfg = settings(folder, (), train__global_batch=16, data__prefetch_batches=0)
+    cfg = replace(cfg, data=replace(cfg.data, train=tuple(SourceConfig(**s) for s in listed)))
+    seen = []
+    for indexed in (False, True):
+        if indexed:
+            build(cfg, cfg.data.train, text, device=CPU)
+        with loader(cfg, text) as found:
+            assert found.blend() == [("talks", 8, 16), ("images", 8, 4)]
+            assert found.steps == 1
+            seen.append([i for step in range(3) for b in found.step(step) for i in b.sample_ids])
+    assert seen[0] == seen[1]
+    shown = Counter(seen[0])
+    images = [shown[name.partition(".")[0]] for name, _ in GOOD[8:12]]
+    assert images == [6] * 4  # twice an epoch, in three epochs

@@ -188,6 +188,21 @@ def test_overlong_records_are_replaced_and_counted(clean, tokenizer, tmp_path):
         hopeless.step(0)
 
 
+def test_a_source_without_a_good_image_is_named(clean, tokenizer, tmp_path):
+    records = [{"id": "lost", "image": "gone.png", "conversations": ask("<image>?", "red")}]
+    (tmp_path / "other.json").write_text(json.dumps(records))
+    paths = (clean / "train.json", tmp_path / "other.json")
+    settings = config(
+        data__train=[{"path": str(p)} for p in paths],
+        data__cache_dir=str(tmp_path / "cache"),
+        train__global_batch=NUM + 1,
+    )
+    with Loader(settings, tokenizer, split="train", device=CPU) as made:
+        made.prepare()
+        with pytest.raises(DataError, match="every image is bad in the source of 'lost'"):
+            made.step(0)
+
+
 def test_image_keys_and_codes(clean, tokenizer, tmp_path):
     with loader(clean, tokenizer) as made:
         keys = made.image_keys()
