@@ -141,19 +141,50 @@ def _open_file(path: Path) -> dict[str, Stored]:
     if path.suffix in PICKLES:
         return _open_pickle(path)
     try:
-        handle = safe_open(str(path), framework="pt")
-        parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        with safe_open(str(path), framework="pt"):
+            pass  # the library checks the header against the file
+        file = _File(path)
+        length = int.from_bytes(file.read(0, torch.empty(8, dtype=torch.uint8)).tolist(), "little")
+        header = json.loads(bytes(file.read(8, torch.empty(length, dtype=torch.uint8)).numpy()))
     except (SafetensorError, OSError) as e:
         raise ConversionError(f"{path} is not a complete safetensors file: {e}") from e
-    unknown = {part.get_dtype() for part in parts.values()} - _DTYPES.keys()
+    header.pop("__metadata__", None)
+    unknown = {entry["dtype"] for entry in header.values()} - _DTYPES.keys()
     if unknown:
         raise ConversionError(f"{path} holds numbers of unknown type {sorted(unknown)}")
-    return {
-        name: Stored(
-            tuple(part.get_shape()), _DTYPES[part.get_dtype()], partial(handle.get_tensor, name)
-        )
-        for name, part in parts.items()
-    }
+    tensors = {}
+    for name, entry in header.items():
+        shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
+        start = 8 + length + entry["data_offsets"][0]
+        tensors[name] = Stored(shape, dtype, partial(_read, file, start, shape, dtype))
+    return tensors
+
+
+class _File:
+    """An open file, read anywhere. Unlike a mapped one, it takes no memory for what was read."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = -1
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def read(self, start: int, x: Tensor) -> Tensor:
+        """Return ``x`` after filling it with the bytes from ``start`` on."""
+        rest = memoryview(x.reshape(-1).view(torch.uint8).numpy())
+        while rest:
+            number = os.preadv(self._descriptor, [rest], start)
+            if number == 0:
+                raise ConversionError(f"{self.path} became shorter while it was read")
+            rest, start = rest[number:], start + number
+        return x
+
+
+def _read(file: _File, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return file.read(start, torch.empty(shape, dtype=dtype))
 
 
 def _open_pickle(path: Path) -> dict[str, Stored]:
@@ -221,6 +252,7 @@ def check_finite(name: str, x: Tensor) -> Tensor:
     Raises:
         ConversionError: it holds NaN or an infinity.
     """
-    if not torch.isfinite(x).all():
+    # A sum is fast and not finite when a number is not; it may also overflow.
+    if x.is_floating_point() and not x.sum().isfinite() and not x.isfinite().all():
         raise ConversionError(f"{name} holds NaN or infinite values; the weights are damaged")
     return x

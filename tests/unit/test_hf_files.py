@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_asvr.errors import ConversionError
-from megatron_asvr.hf.files import open_weights
+from megatron_asvr.hf.files import check_finite, open_weights
 from megatron_asvr.hf.shards import ShardWriter
 
 TENSORS = {
@@ -163,3 +163,23 @@ def test_the_hubs_cache_links_to_its_own_blobs(tmp_path):
     (folder / "model.safetensors").symlink_to("../../../other.safetensors")
     with pytest.raises(ConversionError, match="is a link out of its folder"):
         open_weights(folder)
+
+
+def test_a_file_that_shrinks_is_noticed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": TENSORS["a"]}, path)
+    found = open_weights(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConversionError, match="became shorter"):
+        found["a"].read()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_only_numbers_that_are_not_finite_are_damage(dtype):
+    large = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
+    assert check_finite("x", large) is large  # although their sum overflows
+    check_finite("n", torch.tensor([1, 2]))
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        large[77] = wrong
+        with pytest.raises(ConversionError, match="x holds NaN or infinite"):
+            check_finite("x", large)
