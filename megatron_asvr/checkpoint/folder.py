@@ -162,11 +162,7 @@ class RunFolder:
     def remove_partial(self) -> None:
         """Delete what interrupted saves left behind."""
         for path in self.checkpoints.glob(f"{_PARTIAL}_*"):
-            self._delete(path)
-
-    def remove(self, step: int) -> None:
-        """Delete the checkpoint of ``step``."""
-        self._delete(self.step(step))
+            self.delete(path)
 
     def doomed(self, keep: int, keep_every: int, *, protect: Collection[int] = ()) -> list[int]:
         """Steps of the complete checkpoints that a policy lets go, ascending.
@@ -192,7 +188,7 @@ class RunFolder:
         text = json.dumps(facts, indent=1) + "\n"
         write_durably(self.attempts / str(attempt) / _RESUME, text.encode())
 
-    def _delete(self, path: Path) -> None:
+    def delete(self, path: Path) -> None:
         """Delete a folder that may have a valid name, or a writer that is still alive."""
         doomed = self.checkpoints / f"{_PARTIAL}_deleted_{path.name.lstrip('.')}_{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):

@@ -20,8 +20,6 @@ from megatron_asvr.config.load import from_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import CheckpointError
 
-_FROZEN_ABOVE = "../../frozen"  # of checkpoints/step_N
-
 # Each rank reads for itself (``no_dist``), which torch takes for an oversight.
 warnings.filterwarnings("ignore", r"torch\.distributed is .* to load in a single process")
 
@@ -43,7 +41,7 @@ def read_run(path: str | Path) -> tuple[Config, Callable[[str], Tensor | None]]:
     meta = read_meta(step)
     tensors: dict[str, Callable[[], Tensor]] = {}
     for name in meta.frozen.values():
-        tensors |= _frozen_tensors(step / _FROZEN_ABOVE / name)
+        tensors |= _frozen_tensors(frozen_folder(step) / name)
     tensors |= _trained_tensors(step, meta)
 
     def get(name: str) -> Tensor | None:
@@ -51,6 +49,20 @@ def read_run(path: str | Path) -> tuple[Config, Callable[[str], Tensor | None]]:
         return read() if read is not None else None
 
     return from_dict(meta.config), get
+
+
+def weight_names(step: Path) -> list[str]:
+    """Canonical names of all weights of a checkpoint, those that are not trained too."""
+    meta = read_meta(step)
+    frozen = [
+        name for file in meta.frozen.values() for name in open_frozen(frozen_folder(step) / file)
+    ]
+    return sorted({*meta.trained, *frozen})
+
+
+def frozen_folder(step: Path) -> Path:
+    """Where the weights lie that the run of a checkpoint does not train."""
+    return step / "../../frozen"
 
 
 def find_checkpoint(path: Path) -> Path:

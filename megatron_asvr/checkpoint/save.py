@@ -186,7 +186,7 @@ class Save:
         fsync(self._path)
         final = self._folder.step(self.step)
         if final.exists():  # incomplete by hand: a complete one would have been continued from
-            self._folder.remove(self.step)
+            self._folder.delete(final)
         self._folder.require_newest(self._attempt)
         self._path.rename(final)
         fsync(self._folder.checkpoints)
@@ -222,6 +222,6 @@ def prune(folder: RunFolder, keep: int, keep_every: int = 0) -> None:
     """Delete the checkpoints that the policy of ``RunFolder.doomed`` lets go."""
     for step in folder.doomed(keep, keep_every):
         try:
-            folder.remove(step)
+            folder.delete(folder.step(step))
         except OSError as err:
             logger.warning("%s cannot be deleted: %s", folder.step(step), err)

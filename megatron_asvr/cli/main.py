@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from megatron_asvr import __version__
-from megatron_asvr.cli import certify, chat, convert, data, evaluate, tokenizer, train
+from megatron_asvr.cli import certify, chat, checkpoint, convert, data, evaluate, tokenizer, train
 from megatron_asvr.errors import AsvrError
 
-COMMANDS = (data, train, certify, tokenizer, evaluate, chat, convert)
+COMMANDS = (data, train, certify, tokenizer, evaluate, chat, checkpoint, convert)
 
 
 def build_parser() -> argparse.ArgumentParser:
