@@ -12,8 +12,8 @@ export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-short test test-unit test-world test-mcore19 check format \
-	docs clean
+.PHONY: help setup quickstart quickstart-short test test-unit test-world test-mcore19 \
+	test-torture check format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -52,6 +52,9 @@ test-world: setup  ## run the tests of several ranks
 
 test-mcore19: $(MCORE19)/.installed  ## run multi-rank and oracle tests against megatron-core 0.19.2
 	PYTHONPATH="$(CURDIR)/$(MCORE19)" $(BIN)/python -m pytest -k "world or oracle"
+
+test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
+	$(BIN)/python -m tools.torture
 
 check: setup  ## lint, formatting and types
 	$(BIN)/ruff check .
