@@ -1,0 +1,123 @@
+"""Every family: from a folder of transformers into TP x PP ranks and out again, byte for byte."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_asvr.config.schema import Config, ModelConfig
+from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.hf.export import export
+from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.model import sharding
+from megatron_asvr.model.language import LanguageModel, gather_positions
+from megatron_asvr.parallel import groups as process_groups
+from megatron_asvr.parallel.collectives import broadcast_tensor
+from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.plan import ParallelPlan
+from tests.language_cases import plain_batch, rule_batch
+from tests.unit import hf_models
+from tests.unit.test_hf_families import LANGUAGES, random_model, tensors
+
+pytestmark = pytest.mark.world
+
+PLAN = ParallelPlan(tp=2, pp=2, sp=True, world=4)
+LENGTH, VOCABULARY = 40, 331  # a vocabulary that nothing divides
+PREFIX = "language_model."
+FAMILIES = (
+    "llama",
+    "llama_tied_no_gqa",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen3_moe",
+    "llama3",
+    "yarn",
+)
+
+
+def tokens() -> Tensor:
+    return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model: LanguageModel, groups: Groups) -> Tensor:
+    """The logits [S, B, T] of ``tokens``, on every rank."""
+    tokens_BS = tokens()
+    document_BS, branch_BS, positions_BS = plain_batch(tokens_BS)
+    found: list[Tensor] = []
+
+    def forward_step(_: Any, model: LanguageModel) -> tuple[Tensor, Any]:
+        embeds = model.embed(tokens_BS) if model.pre_process else None
+        mask = model.mask(rule_batch(document_BS, branch_BS, positions_BS))
+        hidden_SBH = model(embeds, positions_BS, mask)
+        if model.post_process:
+            hidden_SBH = gather_positions(hidden_SBH, groups=groups)
+            found.append(model.logits_full(hidden_SBH))
+        one = torch.tensor(1, dtype=torch.int)
+        return hidden_SBH, lambda x: (x.sum(), one, {})
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[model],
+        num_microbatches=1,
+        seq_length=LENGTH,
+        micro_batch_size=2,
+        decoder_seq_length=LENGTH,
+        forward_only=True,
+    )
+    return broadcast_tensor(found[0] if found else None, PLAN.pp - 1, group=groups.pp)
+
+
+@torch.no_grad()
+def through_ranks(folder: str, tokenizer: str, cases: list[str]) -> dict[str, Tensor]:
+    """Logits of every case; exports it beside the folder it came from."""
+    groups = process_groups.initialize(PLAN, 60.0)
+    found = {}
+    for case in cases:
+        source = read_folder(Path(folder, case))
+        model = LanguageModel(
+            source.language,
+            groups=groups,
+            dtype=torch.float32,
+            pre_process=groups.is_first_stage,
+            post_process=groups.is_last_stage,
+        )
+        sharding.load_weights(model, source, groups=groups, prefix=PREFIX)
+        found[case] = logits_of(model, groups)
+        state = dict(sharding.full_state(model, groups=groups, prefix=PREFIX))
+        if groups.rank == 0:
+            config = Config(model=ModelConfig(language=source.language))
+            out = Path(folder, f"{case}_out")
+            export(state.items(), config, tokenizer=tokenizer, out=out, kind="text")
+    process_groups.destroy()
+    return found
+
+
+def test_every_family_goes_through_tensor_and_pipeline_ranks(tmp_path):
+    text = TextTokenizer.train(hf_models.CORPUS * 9, tmp_path / "text.model", vocab_size=310)
+    wanted = {}
+    for case in FAMILIES:
+        language = replace(LANGUAGES[case], max_positions=256, vocab_size=VOCABULARY)
+        model = random_model(language)
+        model.save_pretrained(tmp_path / case)
+        with torch.no_grad():
+            wanted[case] = model(input_ids=tokens(), use_cache=False).logits
+    args = (str(tmp_path), str(text.path), list(FAMILIES))
+    found = run_ranks(through_ranks, args, PLAN.world, timeout_s=300.0)
+    for case in FAMILIES:
+        torch.testing.assert_close(
+            found[case].transpose(0, 1), wanted[case], rtol=0, atol=1e-4, msg=case
+        )
+        (out,) = tmp_path.glob(f".{case}_out*")
+        before, after = tensors(tmp_path / case), tensors(out)
+        assert before.keys() == after.keys(), case
+        assert all(torch.equal(before[name], after[name]) for name in before), case
