@@ -154,8 +154,9 @@ class ImageChecker:
         found: dict[str, Entry] = {}
         waiting: list[tuple[str, bytes]] = []
         waiting_bytes = 0
+        state = lru_cache(maxsize=None)(locations.state)  # of a file that holds many images
         for path in paths:
-            found[path], encoded = self._look(path)
+            found[path], encoded = self._look(path, state)
             if encoded is not None:
                 waiting.append((path, encoded))
                 waiting_bytes += len(encoded)
@@ -165,10 +166,12 @@ class ImageChecker:
         self._decode(waiting, found)
         return found
 
-    def _look(self, path: str) -> tuple[Entry, bytes | None]:
+    def _look(
+        self, path: str, state: Callable[[str], locations.State]
+    ) -> tuple[Entry, bytes | None]:
         """The image's entry, and its bytes where decoding still has to be tried."""
         try:
-            size, changed = locations.state(locations.container(path))
+            size, changed = state(locations.container(path))
             encoded = locations.read(path)
         except FileNotFoundError:
             return Entry(0, 0, "", MISSING), None

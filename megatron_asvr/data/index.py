@@ -11,6 +11,7 @@ its present state is not read again (data/images.py): making the index again, or
 kill, does only what is missing.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,7 +43,11 @@ BAD_SAMPLES = "bad_samples.jsonl"
 OVERLONG = "nothing of it fits into data.max_length"
 KINDS = ("text", "caption", "caption-free", "multi-image")
 
-_TURNS = pa.list_(pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())])))
+BATCH = 8192  # samples turned into columns at a time
+
+# Large lists: the text of one file may exceed 2 GiB.
+_TURN = pa.struct([("role", pa.string()), ("text", pa.large_string())])
+_TURNS = pa.large_list(pa.large_list(_TURN))
 _SAMPLES = pa.schema(
     [
         ("id", pa.string()),
@@ -295,22 +300,27 @@ def _index_file(config: Config, tokenizer: str, folder: Path, file: DataFile) ->
     if problems:
         return problems
     branched, flat = (SampleBuilder(config, text, branches=branches) for branches in (True, False))
-    columns: dict[str, list[Any]] = {name: [] for name in _SAMPLES.names}
-    for record in records:
-        sample = branched.build(record)
-        lengths = [row.length for row in sample.rows]
-        alone = lengths
-        if len(record.conversations) > 1:
-            alone = [row.length for row in flat.build(record).rows]
-        turns = [[asdict(turn) for turn in talk] for talk in record.conversations]
-        row = (
-            record.id, kind_of(record), turns, record.images, sample.text_tokens, lengths, alone,
-        )  # fmt: skip
-        for name, value in zip(_SAMPLES.names, row, strict=True):
-            columns[name].append(value)
+    rows = (_row(record, branched, flat) for record in records)
+    batches = []
+    while chunk := list(itertools.islice(rows, BATCH)):
+        batches.append(pa.RecordBatch.from_pylist(chunk, schema=_SAMPLES))
     part = _part(folder, file, text_rules(config, text))
-    write_table(folder, pa.table(columns, schema=_SAMPLES), part.stem)
+    write_table(folder, pa.Table.from_batches(batches, schema=_SAMPLES), part.stem)
     return []
+
+
+def _row(record: Record, branched: SampleBuilder, flat: SampleBuilder) -> dict[str, Any]:
+    sample = branched.build(record)
+    alone = flat.build(record) if len(record.conversations) > 1 else sample
+    return {
+        "id": record.id,
+        "kind": kind_of(record),
+        "turns": [[asdict(turn) for turn in talk] for talk in record.conversations],
+        "images": record.images,
+        "text_tokens": sample.text_tokens,
+        "lengths": [row.length for row in sample.rows],
+        "flat_lengths": [row.length for row in alone.rows],
+    }
 
 
 def _state_table(entries: Sequence[Entry]) -> pa.Table:

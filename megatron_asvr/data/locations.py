@@ -13,6 +13,7 @@ import os
 import re
 from functools import lru_cache
 from glob import glob
+from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
@@ -122,8 +123,8 @@ def state(file: str) -> State:
         status = os.stat(file)
         return status.st_size, status.st_mtime_ns
     files, path = _remote(file)
-    token = files.ukey(path)  # from the store's times and check sums
-    return int(files.info(path)["size"]), int(str(token)[:15], 16)
+    token = sha256(str(files.ukey(path)).encode()).hexdigest()  # the store's times and check sums
+    return int(files.info(path)["size"]), int(token[:15], 16)
 
 
 def open_file(file: str) -> IO[bytes]:

@@ -148,7 +148,9 @@ def test_packing_builds_only_the_samples_of_its_rank(made, monkeypatch):
     from megatron_asvr.data.collate import View
 
     folder, sources, text = made
-    cfg = settings(folder, sources, data__packing=True, train__global_batch=20)
+    cfg = settings(
+        folder, sources, data__packing=True, data__prefetch_batches=0, train__global_batch=20
+    )
     build(cfg, sources, text, device=CPU)
     built = []
     plain = Loader._built
@@ -184,9 +186,9 @@ def test_only_what_changed_is_done_again(made, monkeypatch):
         scanned.append(Path(file).name)
         return plain_scan(source, file)
 
-    def look(self, path):
+    def look(self, path, state):
         checked.append(Path(path).name)
-        return plain_look(self, path)
+        return plain_look(self, path, state)
 
     monkeypatch.setattr(index_module, "records_of", scan)
     monkeypatch.setattr(images_module.ImageChecker, "_look", look)
@@ -280,7 +282,7 @@ def test_a_killed_index_goes_on(made, monkeypatch):
     monkeypatch.setattr(
         images_module.ImageChecker,
         "_look",
-        lambda self, path: (looked.append(path), plain(self, path))[1],
+        lambda self, path, state: (looked.append(path), plain(self, path, state))[1],
     )
     build(cfg, sources, text, device=CPU)
     assert 0 < len(looked) <= 3000 - 3 * 64

@@ -1,0 +1,34 @@
+"""Work over processes comes back in order, with its errors; launchers are understood."""
+
+import operator
+import sys
+
+import pytest
+
+from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch.pool import workers
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_results_are_in_order(number):
+    with workers(number) as run:
+        assert list(run(operator.neg, range(20))) == [-n for n in range(20)]
+
+
+def test_an_error_of_a_process_ends_the_call():
+    with pytest.raises(ZeroDivisionError), workers(2) as run:
+        list(run(operator.floordiv, [4, 4, 4], [2, 0, 1]))
+
+
+def test_ranks_of_another_launcher_are_refused(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=r"torchrun started 2 processes.*--workers"), workers(2):
+        pass
+
+
+def test_mpi_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "3")
+    monkeypatch.setitem(sys.modules, "mpi4py.futures", None)
+    with pytest.raises(LaunchError, match=r"megatron_asvr\[mpi\]"), workers(2):
+        pass
