@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -89,14 +90,16 @@ def with_layout(config: Config, text: str) -> tuple[Config, int]:
     Raises:
         ConfigError: a name is unknown or a value is wrong.
     """
-    settings = [part.strip() for part in text.split(",") if part.strip()]
+    # A comma inside brackets, as of stages=[2,2], separates no settings.
+    settings = [part.strip() for part in re.split(r",(?![^\[]*\])", text) if part.strip()]
     degrees = [part.removeprefix("dp=") for part in settings if part.startswith("dp=")]
     if any(not degree.isdecimal() or int(degree) < 1 for degree in degrees):
         raise ConfigError(f"--layout={text}: dp must be a whole number of at least 1")
     others = [f"parallel.{part}" for part in settings if not part.startswith("dp=")]
     layout = load(overrides=others).parallel
     stages = config.parallel.stages
-    if stages is not None and len(stages) == layout.pp * (layout.vpp or 1):
+    given = layout.stages is not None
+    if not given and stages is not None and len(stages) == layout.pp * (layout.vpp or 1):
         layout = replace(layout, stages=stages)
     if layout.pp > 1 and layout.head_alone is None:
         layout = replace(layout, head_alone=config.parallel.head_alone)

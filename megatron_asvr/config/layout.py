@@ -102,9 +102,12 @@ def _against_alone(config: Config) -> Iterator[str]:
         yield f"needs parallel.pp >= 2, got {config.parallel.pp}"
     if not config.loss.visual_weight:
         yield "needs a visual head, and loss.visual_weight=0 has none"
-    if config.model.language.tied_embeddings:
-        # megatron-core sums a tied weight's gradients over the first and the last stage.
-        yield "needs an LM head of its own, and model.language.tied_embeddings=true has none"
+    if config.model.language.tied_embeddings and config.parallel.pp == 2 and config.parallel.vpp:
+        # megatron-core sums a tied weight's gradients over two stages, not over two chunks of one.
+        yield (
+            "needs parallel.pp >= 3 or no parallel.vpp with model.language.tied_embeddings=true: "
+            "the LM head would be on the stage of the embedding, in another chunk"
+        )
 
 
 def _tensor(config: Config) -> Iterator[str]:

@@ -217,6 +217,14 @@ class LanguageModel(GPTModel):
             elif ".experts." in name:
                 sharding.mark_expert(parameter)
 
+    def _is_in_embd_group(self) -> bool:
+        """Never: the two copies of a tied weight need no exchange to start equal.
+
+        megatron-core would exchange them on the first and the last stage only, and the LM head may
+        end an earlier one. Both copies are drawn or loaded under one name.
+        """
+        return False
+
     def init_std(self, name: str) -> float:
         """Standard deviation that the matrix called ``name`` is initialised with.
 

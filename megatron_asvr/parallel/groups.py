@@ -94,6 +94,8 @@ def initialize(plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0) -
         expert_model_parallel_size=plan.ep,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        # Where the two copies of a tied weight are: with the embedding and with the LM head.
+        get_embedding_ranks=lambda ranks: sorted({ranks[0], ranks[-1 - plan.head_alone]}),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Groups(

@@ -28,6 +28,7 @@ from megatron_asvr.parallel import record
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.precision.routing import balanced
 from megatron_asvr.train import probes
 from megatron_asvr.train.assemble import (
     Data,
@@ -45,6 +46,7 @@ from megatron_asvr.train.step import (
     backward,
     loss_function,
     reduce_gradients,
+    run_schedule,
     train_step,
 )
 from megatron_asvr.train.verdict import Facts, Measurement, Verdict, judge, plain, save_gradient
@@ -224,6 +226,12 @@ def measure(config: Config, folder: str, samples: Sequence[str], collectives: bo
         agreement = agree(batches, stop=False, groups=groups)
         loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
         with (
+            # Before the recorder: its counting pass is not one of the step's.
+            balanced(
+                wrapped,
+                lambda: run_schedule(wrapped, batches, loss, forward_only=True),
+                group=groups.tp_cp_dp,
+            ),
             probes.Recorder(chunks=chunks, groups=groups, samples=samples) as recorder,
             _completed(chunks) as parameters,
         ):

@@ -213,7 +213,11 @@ def reduce_gradients(chunks: Chunks, *, groups: Groups, whole: bool = False) -> 
         groups: process groups of the layout.
         whole: every rank gets all of the sum, also where its optimizer needs only a share.
     """
-    finalize_model_grads(list(chunks), None, force_all_reduce=whole)
+    # megatron-core looks for a tied weight in the first chunk of a stage in the middle; a middle
+    # stage with an LM head has it in its last one.
+    middle_head = groups.has_text_loss and not (groups.is_first_stage or groups.is_last_stage)
+    ordered = list(reversed(chunks)) if middle_head else list(chunks)
+    finalize_model_grads(ordered, None, force_all_reduce=whole)
     partial = [p for chunk in chunks for p in chunk.module.partial_grad_parameters()]
     sum_in_place([p.main_grad for p in partial], group=groups.tp)
 

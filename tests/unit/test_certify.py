@@ -298,6 +298,8 @@ def test_a_layout_is_read_from_text():
     assert got.parallel == ParallelConfig(tp=2, pp=2, sp=True, stages=(20, 12))
     assert dp == 3
     assert with_layout(config, "cp=2")[0].parallel == ParallelConfig(cp=2)
+    stages = ParallelConfig(pp=2, stages=(4, 0))
+    assert with_layout(config, "stages=[4, 0],pp=2,dp=3") == (replace(config, parallel=stages), 3)
     together = override(config, ["parallel={pp: 2, head_alone: false}"])
     assert with_layout(together, "pp=4")[0].parallel == ParallelConfig(pp=4, head_alone=False)
     alone, _ = with_layout(together, "pp=4,head_alone=true")

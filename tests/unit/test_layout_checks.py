@@ -41,7 +41,11 @@ def refused(world, *overrides):
             [ALONE, "loss.visual_weight=0", "train.trainable=[projector]"],
             ["head_alone=true", "visual_weight=0 has none"],
         ),
-        (None, [ALONE, "model.language.tied_embeddings=true"], ["tied_embeddings=true"]),
+        (
+            None,
+            ["parallel={pp: 2, vpp: 2, head_alone: true}", "model.language.tied_embeddings=true"],
+            ["tied_embeddings=true", "parallel.pp >= 3 or no parallel.vpp"],
+        ),
         (None, [ALONE, "parallel.stages=[31, 1]"], ["[31, 1]", "must end with 0"]),
         (None, ["parallel.stages=[]"], ["0 numbers", "need 1 numbers"]),
         (None, ["parallel.tp=3"], ["tp=3", "num_heads=32", "width=2048", "1, 2, 4, 8, 16, 32"]),

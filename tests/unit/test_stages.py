@@ -154,7 +154,8 @@ def test_the_visual_head_is_alone_where_that_is_cheaper_and_possible():
     assert (chosen.head_alone, together.head_alone) == (True, False)
     assert chosen.layers[-1] == 0
     assert max(together.costs) > 1.05 * max(chosen.costs)
-    assert not split(tied=True).head_alone
+    assert split(tied=True).head_alone
+    assert not split("parallel={tp: 1, pp: 2, vpp: 2}", tied=True).head_alone
 
 
 def test_a_form_that_is_asked_for_wins():

@@ -17,6 +17,7 @@ from tests.run_data import make_files
 from tests.world.test_certify import ask
 from tests.world.test_train_layouts import (
     LAYOUTS,
+    TIED,
     layout_config,
     load_run,
     results,
@@ -32,6 +33,7 @@ ALONE: dict[str, tuple[int, dict[str, Any]]] = {
     "pp3": (3, {"pp": 3, "stages": (1, 3, 0)}),
     "pp4_no_layer_beside_the_lm_head": (4, {"pp": 4, "stages": (2, 2, 0, 0)}),
     "pp2_vpp2": (2, {"pp": 2, "vpp": 2, "stages": (1, 2, 1, 0)}),
+    "pp4_vpp2": (4, {"pp": 4, "vpp": 2, "stages": (1, 1, 1, 1, 0, 0, 0, 0)}),
     "tp2_sp_pp2": (4, {"tp": 2, "sp": True, "pp": 2}),
     "cp2_pp2": (4, {"cp": 2, "pp": 2}),
 }
@@ -52,6 +54,11 @@ def test_every_layout_takes_the_same_steps(layout: str) -> None:
 )
 def test_frozen_parts_on_either_side_take_the_same_steps(trained: tuple[str, ...]) -> None:
     same_steps("alone_pp2_vpp2", (("train__trainable", trained),))
+
+
+@pytest.mark.parametrize("layout", ["alone_pp2", "alone_pp3", "alone_pp4_vpp2"])
+def test_tied_embeddings_take_the_same_steps(layout: str) -> None:
+    same_steps(layout, TIED)
 
 
 MIXTURE = (
