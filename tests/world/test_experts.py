@@ -233,6 +233,25 @@ def test_a_checkpoint_does_not_know_where_the_experts_were(
         assert all(torch.equal(loaded[name], stored[name]) for name in weights)
 
 
+TALL = {"tp": 2, "sp": True, "pp": 2, "vpp": 2, "stages": [1, 1, 1, 1]}
+WIDE = {"cp": 2, "ep": 2}  # and dp=2
+
+
+@pytest.mark.parametrize(("first", "second"), [(TALL, WIDE), (WIDE, TALL)], ids=["to", "fro"])
+def test_a_checkpoint_goes_to_a_layout_that_differs_in_every_degree(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    changes = {"model__language__num_layers": 4}
+    wanted, weights = run_ranks(continued_run, (None, {}, changes), 1, timeout_s=240)
+    path = str(folder(tmp_path).root)
+    run_ranks(saved_run, (path, first, changes), 4, timeout_s=240)
+    got, loaded = run_ranks(continued_run, (path, second, changes), 4, timeout_s=240)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    _, get = read_run(path)
+    assert all(torch.equal(loaded[name], get(name)) for name in weights)
+
+
 def answered_run(degrees: dict[str, Any]) -> Tensor:
     """Logits in evaluation mode, where tensor parallelism goes without sequence parallelism."""
     run = mixture("qwen3_moe", degrees)
