@@ -36,7 +36,7 @@ def run_index(args: argparse.Namespace) -> None:
     """Make the index of both splits, or bring it up to date."""
     from megatron_asvr.platforms import select
 
-    from megatron_asvr.data.index import BAD_SAMPLES, build, index_folder
+    from megatron_asvr.data.index import build
     from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.launch.pool import workers
 
@@ -48,17 +48,19 @@ def run_index(args: argparse.Namespace) -> None:
             start = time.monotonic()
             manifest = build(config, sources, text, device=device, run=run)
             _print(split, manifest)
-            folder = index_folder(config, sources)
-            print(f"{time.monotonic() - start:.1f} s; bad samples: {folder / BAD_SAMPLES}")
+            took_s = time.monotonic() - start
+            print(f"{took_s:.1f} s; bad samples are named in {manifest['bad_samples']}")
 
 
 def run_show(args: argparse.Namespace) -> None:
     """Print the manifests."""
     from megatron_asvr.data.index import index_folder, open_index
+    from megatron_asvr.data.text import TextTokenizer
 
     config = check(load(args.config, args.overrides))
+    text = TextTokenizer(str(config.model.text_tokenizer))
     for split, sources in _splits(config).items():
-        index = open_index(config, sources)
+        index = open_index(config, sources, text)
         if index is None:
             folder = index_folder(config, sources)
             raise DataError(f"data.{split} has no index in {folder}; run `asvr data index` first")

@@ -1,10 +1,11 @@
 """What is known about every sample before a run: made once by `asvr data index`, mapped by loaders.
 
     <cache>/index-<sources and image rules>/
-        <hash>.arrow       one a data file: id, kind, turns, images, lengths of each sample
-        <hash>.arrow       content key and state of every image, in the order of the samples
-        manifest.json      counts, and which files are the index; written last, so it is whole
-        bad_samples.jsonl  each bad sample and why
+        samples-<hash>.arrow   one a data file: id, kind, turns, images, lengths of each sample
+        <hash>.arrow           content key and state of every image, in the order of the samples
+        <tokenizer, template, lengths>/
+            manifest.json      counts, and which files are the index; written last, so it is whole
+            bad_samples.jsonl  each bad sample and why
 
 A data file whose size and time are as before keeps its table, and an image that is known in
 its present state is not read again (data/images.py): making the index again, or going on after a
@@ -162,7 +163,9 @@ def build(
         lines += [
             {"source": source.name or source.path, **line} for found in bad for _, line in found
         ]
-    write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(x) + "\n" for x in lines).encode())
+    own_folder = folder / rules[:16]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_atomically(own_folder / BAD_SAMPLES, text.encode())
     manifest = {
         "version": VERSION,
         "lengths": rules,
@@ -170,9 +173,10 @@ def build(
         "files": [[file.path, *file.state] for file in files],
         "parts": [part.name for part in parts],
         "images": state.name,
+        "bad_samples": str(own_folder / BAD_SAMPLES),
     }
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    _forget(folder, manifest)
+    write_atomically(own_folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    _forget(folder, manifest["files"])
     return manifest
 
 
@@ -248,19 +252,29 @@ class Lengths(Sequence[list[int]]):
         return self._values[end - self._counts[number] : end].tolist()
 
 
-def open_index(config: Config, sources: Sequence[SourceConfig]) -> Index | None:
+def open_index(
+    config: Config, sources: Sequence[SourceConfig], tokenizer: TextTokenizer | None = None
+) -> Index | None:
     """The index of some sources, or None when there is none.
+
+    Args:
+        config: the run's configuration.
+        sources: what was indexed.
+        tokenizer: the index made with it is preferred, for its lengths; any other has the records.
 
     Raises:
         DataError: data files changed since it was made, or it is damaged.
     """
     folder = index_folder(config, sources)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
+    found = sorted(folder.glob(f"*/{MANIFEST}"))
+    if not found:
         return None
+    rules = text_rules(config, tokenizer) if tokenizer is not None else ""
+    path = next((path for path in found if path.parent.name == rules[:16]), found[0])
+    try:
+        manifest = json.loads(path.read_bytes())
     except ValueError as error:
-        raise DataError(f"{folder / MANIFEST} is damaged; run `asvr data index` again") from error
+        raise DataError(f"{path} is damaged; run `asvr data index` again") from error
     now = {file.path: list(file.state) for file in list_files(sources)}
     then = {path: state for path, *state in manifest["files"]}
     changed = sorted(path for path in now.keys() | then.keys() if now.get(path) != then.get(path))
@@ -364,9 +378,18 @@ def _open(path: Path) -> pa.Table:
     return table
 
 
-def _forget(folder: Path, manifest: dict[str, Any]) -> None:
-    """Remove the tables of an older index; who has mapped them keeps them."""
-    kept = {*manifest["parts"], manifest["images"]}
+def _forget(folder: Path, files: list[list[Any]]) -> None:
+    """Remove what was made of the files as they were; who has mapped a table keeps it."""
+    kept = set()
+    for path in folder.glob(f"*/{MANIFEST}"):
+        try:
+            manifest = json.loads(path.read_bytes())
+        except ValueError:
+            manifest = {"files": None}
+        if manifest["files"] == files:
+            kept |= {*manifest["parts"], manifest["images"]}
+        else:
+            path.unlink()
     for path in folder.glob("*.arrow"):
         if path.name not in kept:
             path.unlink(missing_ok=True)

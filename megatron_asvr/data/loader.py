@@ -79,11 +79,13 @@ class Loader:
         self._view = view
         self._codes = codes
         device = device or select()[0].device
-        self._sources = Sources(config, getattr(config.data, split), device=device)
+        self._sources = Sources(
+            config, getattr(config.data, split), device=device, tokenizer=tokenizer
+        )
         if split == "train" and config.loss.mode == "official":
             _check_official(self._sources)
         self._builder = SampleBuilder(config, tokenizer, branches=branches)
-        self._lengths = self._sources.lengths(tokenizer, branches=branches)
+        self._lengths = self._sources.lengths(branches=branches)
         self._collator = Collator.from_config(
             config,
             tokenizer.pad_id,

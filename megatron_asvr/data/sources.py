@@ -31,6 +31,7 @@ class Sources:
         config: the run's configuration.
         sources: where the samples are.
         device: where images are test-decoded.
+        tokenizer: of the text, where lengths are asked for.
 
     Attributes:
         records: all records, in order; bad ones included, so that indices do not depend on them.
@@ -42,12 +43,18 @@ class Sources:
     """
 
     def __init__(
-        self, config: Config, sources: Sequence[SourceConfig], *, device: torch.device
+        self,
+        config: Config,
+        sources: Sequence[SourceConfig],
+        *,
+        device: torch.device,
+        tokenizer: TextTokenizer | None = None,
     ) -> None:
         self._config = config
         self._policy = config.data.on_bad_sample
         self._device = device
-        self._index = open_index(config, sources)
+        self._tokenizer = tokenizer
+        self._index = open_index(config, sources, tokenizer)
         self._entries: dict[str, Entry] = {}
         self.records: Sequence[Record]
         self._images: Sequence[Sequence[str]]
@@ -89,11 +96,12 @@ class Sources:
         if self._bad and (self._policy == "error" or all_bad):
             self._refuse(all_bad)
 
-    def lengths(self, tokenizer: TextTokenizer, *, branches: bool) -> Lengths | None:
+    def lengths(self, *, branches: bool) -> Lengths | None:
         """Lengths of every sample's rows, or None when no index has them."""
-        if self._index is None:
+        if self._index is None or self._tokenizer is None:
             return None
-        found = self._index.lengths(text_rules(self._config, tokenizer), branches=branches)
+        rules = text_rules(self._config, self._tokenizer)
+        found = self._index.lengths(rules, branches=branches)
         if found is None:
             logger.warning(
                 "the index %s was made for another tokenizer, template or length: samples are "

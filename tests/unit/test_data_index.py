@@ -19,7 +19,7 @@ from megatron_asvr.config.load import save
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.data import images as images_module
 from megatron_asvr.data import index as index_module
-from megatron_asvr.data.index import BAD_SAMPLES, Index, build, index_folder, open_index
+from megatron_asvr.data.index import Index, build, index_folder, open_index
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.records import read_records
 from megatron_asvr.data.text import TextTokenizer
@@ -105,7 +105,7 @@ def test_manifest_counts_and_names_every_bad_sample(made):
     assert first["bad_samples"] == 4
     assert (shard["caption-free"], shard["bad_samples"]) == (5, 1)
     assert (pics["caption-free"], pics["bad_samples"]) == (2, 0)
-    lines = (index_folder(cfg, sources) / BAD_SAMPLES).read_text().splitlines()
+    lines = Path(manifest["bad_samples"]).read_text().splitlines()
     found = {line["id"]: line["reason"] for line in map(json.loads, lines)}
     assert set(found) == {"truncated.jpg", "payload.png", "gone", "long", "x"}
     assert found["gone"] == "missing file"
@@ -165,14 +165,25 @@ def test_packing_builds_only_the_samples_of_its_rank(made, monkeypatch):
     assert 0 < len(set(built)) == len({i for b in batches for i in b.sample_ids}) < 12
 
 
-def test_lengths_of_another_template_are_not_used(made, caplog):
+def test_every_template_has_its_own_lengths(made, caplog):
     folder, sources, text = made
-    build(settings(folder, sources), sources, text, device=CPU)
-    other = settings(folder, sources, data__template="plain")
+    cfg, other = settings(folder, sources), settings(folder, sources, data__template="plain")
+    build(cfg, sources, text, device=CPU)
     with loader(other, text) as found:
         assert found._lengths is None
         assert "run `asvr data index` again" in caplog.text
-        assert found.step(0)
+        wanted = flat(found.step(0))
+    build(other, sources, text, device=CPU)
+    for settled in (cfg, other):
+        with loader(settled, text) as found:
+            assert found._lengths is not None
+            assert (flat(found.step(0)) == wanted) == (settled is other)
+    (folder / "pics" / "new.jpg").write_bytes(GOOD[15][1])
+    build(cfg, sources, text, device=CPU)  # the other is of files that are no more
+    left = list(index_folder(cfg, sources).glob(f"*/{index_module.MANIFEST}"))
+    assert len(left) == 1
+    with loader(other, text) as found:
+        assert found._lengths is None
 
 
 def test_only_what_changed_is_done_again(made, monkeypatch):
