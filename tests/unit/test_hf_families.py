@@ -4,6 +4,7 @@ The folder is written by transformers from its own random model; what goes out m
 bytes under the same names.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -168,3 +169,116 @@ def test_scaling_is_a_setting_of_a_run():
         check(override(Config(), ["train.steps=1", wrong]))
     with pytest.raises(ConfigError, match="'longrope' is not allowed"):
         override(Config(), ["model.language.rope_scaling.rope_type=longrope"])
+
+
+SHAPE = {"hidden_act": "silu", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 99}
+SHAPE |= {"num_attention_heads": 4, "num_hidden_layers": 2, "rms_norm_eps": 1e-5}
+PUBLISHED = {  # what published config.json files say beyond sizes, and what we read from it
+    "vicuna": (
+        {"model_type": "llama", "max_sequence_length": 4096, "num_key_value_heads": 4},
+        {"rope_theta": 1e4, "tied_embeddings": False, "sliding_window": None},
+    ),
+    "llama31": (
+        {
+            "model_type": "llama",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "num_key_value_heads": 1,
+            "rope_theta": 500000.0,
+            "eos_token_id": [1, 2],
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+        },
+        {
+            "rope_theta": 5e5,
+            "num_kv_heads": 1,
+            "rope_scaling": RopeScalingConfig(
+                rope_type="llama3", factor=8.0, original_max_position_embeddings=8192
+            ),
+        },
+    ),
+    "mistral_v1": (
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 4096},
+        {"sliding_window": 4096},
+    ),
+    "mistral_v2": (
+        {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+        {"sliding_window": None},
+    ),
+    "qwen25": (
+        {
+            "model_type": "qwen2",
+            "max_window_layers": 28,
+            "num_key_value_heads": 2,
+            "rope_theta": 1000000.0,
+            "sliding_window": 131072,
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+            },
+        },
+        {
+            "sliding_window": None,
+            "tied_embeddings": True,
+            "rope_scaling": replace(YARN, original_max_position_embeddings=32768),
+        },
+    ),
+    "qwen3": (
+        {
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "head_dim": 32,
+            "max_window_layers": 36,
+            "num_key_value_heads": 2,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "sliding_window": None,
+            "use_sliding_window": False,
+        },
+        {"head_dim": 32, "rope_theta": 1e6, "rope_scaling": RopeScalingConfig()},
+    ),
+    "qwen3_moe": (
+        {
+            "model_type": "qwen3_moe",
+            "decoder_sparse_step": 1,
+            "head_dim": 32,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "num_key_value_heads": 2,
+            "router_aux_loss_coef": 0.001,
+        },
+        {"num_experts": 8, "experts_per_token": 3, "expert_ffn": 24, "norm_topk_prob": True},
+    ),
+    "mixtral": (
+        {
+            "model_type": "mixtral",
+            "num_experts_per_tok": 2,
+            "num_key_value_heads": 2,
+            "num_local_experts": 8,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+        },
+        {"num_experts": 8, "expert_ffn": 96, "router_aux_loss_coef": 0.0, "rope_theta": 1e6},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_understood(name, tmp_path):
+    given, wanted = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE | given))
+    found = stock.language_config_from_hf(tmp_path)
+    assert found.family == given["model_type"]
+    assert {key: getattr(found, key) for key in wanted} == wanted
