@@ -75,6 +75,8 @@ def scan(source: SourceConfig, file: str) -> Iterator[Found]:
         yield from _READERS[source_format(source)](file, source)
     except OSError as error:
         raise DataError(f"data file {file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, ArithmeticError, pa.ArrowException) as error:
+        raise DataError(f"data file {file} is damaged: {error}; make or copy it again") from error
 
 
 def load_json(text: bytes | str, where: str) -> Any:

@@ -204,7 +204,10 @@ def _read_cell(file: str, row: int, column: str, item: str | None) -> bytes:
     group = next((g for g, start in enumerate(starts[1:]) if row < start), None)
     if group is None:
         raise OSError(None, f"the file has {starts[-1]} rows")
-    value = _row_group(file, stamp, group, column)[row - starts[group]].as_py()
+    try:
+        value = _row_group(file, stamp, group, column)[row - starts[group]].as_py()
+    except (ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(f"{file}: row {row}: column {column!r} is damaged: {error}") from error
     if item is not None and value is not None:
         value = value[int(item)] if int(item) < len(value) else None
     if isinstance(value, dict):  # a Hugging Face image: {"bytes": .., "path": ..}

@@ -1,16 +1,20 @@
 """Every format gives the same records, and the same bytes of every image, in any order."""
 
+import contextlib
 import io
 import json
 import tarfile
 from itertools import islice
+from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from megatron_asvr.batch import IGNORE
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.data import formats, locations
 from megatron_asvr.data.loader import Loader
@@ -242,3 +246,59 @@ def test_patterns():
     assert len(locations.expand("s3://b/{0..1}/{000..002}.tar")) == 6
     with pytest.raises(DataError, match="counts down"):
         locations.expand("{3..1}.tar")
+
+
+def test_damaged_files_are_refused_or_read(tmp_path):
+    """Whatever bytes change, nothing but a DataError comes out, or records with readable names."""
+    whole = {
+        "x.tar": Path(write_tar(tmp_path / "x.tar", [(n, d[:700]) for n, d in members()])),
+        "x.parquet": tmp_path / "part.parquet",
+    }
+    make_parquet(tmp_path, id=["a", "b"] * 8, image=[b"bytes", None] * 8, caption=["hi", ""] * 8)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for name, path in whole.items():
+        data = path.read_bytes()
+        for _ in range(100):
+            changed = bytearray(data)
+            start = 512 * int(rng.integers(len(data) // 512))
+            for place in rng.integers(start, min(start + 512, len(data)), 3):
+                changed[place] = rng.integers(256)
+            (tmp_path / name).write_bytes(changed)
+            try:
+                for record in read_records([SourceConfig(path=str(tmp_path / name))]):
+                    for image in record.images:
+                        with contextlib.suppress(OSError, DataError):
+                            locations.read(image)
+            except DataError:
+                refused += 1
+    assert 20 < refused < 200
+
+
+def test_text_that_is_no_text_is_named(tmp_path):
+    column = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    source = make_parquet(tmp_path, image=[b"x"], caption=column)
+    with pytest.raises(DataError, match=r"part\.parquet is damaged.*utf-8"):
+        read_records([source])
+
+
+def test_images_alone_train_the_visual_loss_only(tmp_path):
+    text = TextTokenizer.train(TEXTS, tmp_path / "tokenizer.model", vocab_size=420)
+    shard = write_tar(tmp_path / "only.tar", FILES)
+    talks = tmp_path / "talks"
+    talks.mkdir()
+    captioned = make_shards(talks)
+    counts = []
+    for sources in ([shard], [shard, captioned.path]):
+        settings = config(
+            data__train=[{"path": path} for path in sources],
+            data__cache_dir=str(tmp_path / "cache"),
+            train__global_batch=len(FILES) * len(sources),
+        )
+        with Loader(settings, text, split="train", device=torch.device("cpu")) as loader:
+            loader.prepare()
+            batches = loader.step(0)
+        words = sum(int((b.text_targets_BS != IGNORE).sum()) for b in batches)
+        counts.append((words, sum(b.num_visual_targets for b in batches)))
+    answers = sum(len(text.encode(talk[1]["value"], at_start=False)) + 1 for talk in TALKS)
+    assert counts == [(0, 4 * len(FILES)), (answers, 8 * len(FILES))]
