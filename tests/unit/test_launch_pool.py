@@ -1,6 +1,8 @@
 """Work over processes comes back in order, with its errors; launchers are understood."""
 
 import operator
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -32,3 +34,17 @@ def test_mpi_without_its_package_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py.futures", None)
     with pytest.raises(LaunchError, match=r"megatron_asvr\[mpi\]"), workers(2):
         pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mpiexec") is None, reason="needs mpiexec: pip install mpich")
+def test_processes_of_mpi_share_the_work():
+    script = (
+        "from megatron_asvr.launch.pool import workers\n"
+        "with workers(1) as run:\n"
+        "    if run is not None:\n"
+        "        print(list(run(abs, range(-5, 0))))\n"
+    )
+    command = ["mpiexec", "-n", "3", sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines() == ["[5, 4, 3, 2, 1]"]  # from one of the three
