@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_asvr.config.schema import Config, ParallelConfig
 from megatron_asvr.errors import ConfigError
@@ -18,11 +19,12 @@ def check_layout(config: Config, world: int | None = None) -> None:
         ConfigError: every problem, a single one on one line.
     """
     problems = list(_degrees(config.parallel))
-    if not problems:  # the other checks divide by the degrees
-        for found in (_pipeline, _head_alone, _tensor, _experts, _sequence, _official):
-            problems += found(config)
-        if world is not None:
-            problems += _world(config, world)
+    if problems:  # the others are looked for as if these degrees were 1
+        config, world = replace(config, parallel=_possible(config.parallel)), None
+    for found in (_pipeline, _head_alone, _tensor, _experts, _sequence, _official):
+        problems += found(config)
+    if world is not None:
+        problems += _world(config, world)
     if len(problems) == 1:
         raise ConfigError(problems[0])
     if problems:
@@ -62,6 +64,11 @@ def _degrees(p: ParallelConfig) -> Iterator[str]:
             yield f"parallel.{name}={getattr(p, name)} must be at least 1"
     if p.vpp is not None and p.vpp < 2:
         yield f"parallel.vpp={p.vpp} must be at least 2; leave it unset for one chunk a stage"
+
+
+def _possible(p: ParallelConfig) -> ParallelConfig:
+    vpp = p.vpp if p.vpp is None or p.vpp > 1 else None
+    return replace(p, tp=max(p.tp, 1), pp=max(p.pp, 1), cp=max(p.cp, 1), ep=max(p.ep, 1), vpp=vpp)
 
 
 def _pipeline(config: Config) -> Iterator[str]:

@@ -101,6 +101,13 @@ def test_all_problems_are_listed_at_once():
         assert sum(words in problem for problem in problems) == 1, message
 
 
+def test_an_impossible_degree_hides_no_other_problem():
+    message = refused(4, "parallel={tp: 0, pp: 40, vpp: 1, ep: 2}")
+    assert "4 problems" in message
+    for words in ("tp=0 must be", "vpp=1 must be", "40 chunks", "ep=2"):
+        assert words in message, message
+
+
 @pytest.mark.parametrize(
     ("world", "overrides"),
     [
