@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron_asvr.platforms import select
 
 import torch
+import torch.distributed as dist
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.cache import CodeCache
@@ -16,6 +17,7 @@ from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.collectives import barrier, broadcast_object
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, make_groups, open_data
+from megatron_asvr.train.metrics import show_log
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,8 @@ def encode_all(config: Config) -> dict[str, object]:
     Raises:
         ConfigError: the configuration needs no cache.
     """
+    if dist.get_rank() == 0:
+        show_log("stderr")
     groups = make_groups(config)
     data = open_data(config, groups=groups)
     if data.codes is None:

@@ -5,6 +5,7 @@ the questions, and the results come back on every rank in the order of the quest
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train.generate import Prompt
 from megatron_asvr.train.inference import Answerer, inference_config
+from megatron_asvr.train.metrics import show_log
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +193,8 @@ def open_run(
     rounded_to: torch.dtype | None = None,
 ) -> tuple[Answerer, Groups]:
     """A run's model in this process's layout, and the layout's groups; see ``Answerer``."""
+    if dist.get_rank() == 0:
+        show_log("stderr")
     config = inference_config(run, overrides)
     groups = initialize(make_plan(config, dist.get_world_size()))
     answerer = Answerer(
@@ -202,15 +206,17 @@ def open_run(
 def _answer(answerer: Answerer, prompts: Sequence[Prompt], groups: Groups) -> list[str]:
     """This rank's answers as text, with a progress line now and then."""
     texts: list[str] = []
-    started = last = time.monotonic()
+    started = time.monotonic()
+    last = -math.inf  # the first line comes as soon as there is something to tell
     for start in range(0, len(prompts), ASKED_AT_ONCE):
         answers = answerer.answers(prompts[start : start + ASKED_AT_ONCE])
         texts += [answerer.text.decode(answer).strip() for answer in answers]
         now = time.monotonic()
-        if groups.rank == 0 and now - last > PROGRESS_S:
-            last, share = now, len(texts) / len(prompts)
-            left = (now - started) * (1 - share) / share
-            logger.info("answered %.0f %% of the questions, %.0f s left", 100 * share, left)
+        if groups.rank == 0 and now - last > PROGRESS_S and len(texts) < len(prompts):
+            last = now
+            left = (now - started) * (len(prompts) / len(texts) - 1)
+            num = (len(texts), len(prompts))
+            logger.info("answered %d of %d questions of this rank, %.0f s left", *num, left)
     return texts
 
 

@@ -25,8 +25,8 @@ from megatron_asvr.train.metrics import (
     Window,
     clock,
     last_values,
-    log_to_stdout,
     progress_line,
+    show_log,
 )
 from megatron_asvr.train.optim import learning_rate
 from megatron_asvr.train.saving import Saver
@@ -58,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
             the last checkpoint cannot be written, or a newer start of the run is at work.
         AsvrError: a loss or gradient is not finite.
     """
-    log_to_stdout()
+    show_log("stdout")
     groups = make_groups(config)
     with contextlib.closing(open_data(config, groups=groups)) as data:
         run = start(config, data, groups=groups)

@@ -203,22 +203,31 @@ def _start_wandb(folder: RunFolder, config: Config) -> Any:
     )
 
 
-def log_to_stdout() -> None:
-    """Send this package's log lines to standard output, unless the caller has set them up."""
+def show_log(stream: str) -> None:
+    """Send this package's log lines to a standard stream, unless the caller has set them up.
+
+    Args:
+        stream: ``stdout``, or ``stderr`` where standard output is for results.
+    """
     root = logging.getLogger("megatron_asvr")
     if not root.handlers and not logging.getLogger().handlers:
-        root.addHandler(_StdoutHandler())
+        root.addHandler(_Handler(stream))
         root.setLevel(logging.INFO)
         logging.getLogger("megatron.core").setLevel(logging.ERROR)  # advice about its own future
 
 
-class _StdoutHandler(logging.Handler):
-    """Plain lines to whatever ``sys.stdout`` is at that moment."""
+class _Handler(logging.Handler):
+    """Plain lines to whatever the stream is at that moment: a rank's is replaced."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__()
+        self._stream = stream
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
         try:
-            sys.stdout.write(self.format(record) + "\n")
-            sys.stdout.flush()
+            stream = getattr(sys, self._stream)
+            stream.write(self.format(record) + "\n")
+            stream.flush()
         except OSError:  # a log on a full disk does not stop a run
             self.handleError(record)
