@@ -1,6 +1,7 @@
 """A small model, its tokenizer and synthetic micro-batches, for the tests of training."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +14,25 @@ from megatron_asvr.batch import IGNORE, MicroBatch, image_share
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.load import load_frozen, load_trained
 from megatron_asvr.checkpoint.meta import Meta, ResumeState
-from megatron_asvr.checkpoint.save import layout, save_checkpoint, save_frozen, trained_shapes
+from megatron_asvr.checkpoint.save import Save, layout, prune, save_frozen, trained_shapes
 from megatron_asvr.config.load import from_dict, to_dict
 from megatron_asvr.config.schema import Config, VisionConfig
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
-from megatron_asvr.model.sharding import named
+from megatron_asvr.model.sharding import full_state, named
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.context import partition
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
-from megatron_asvr.train.step import StepResult, agree, loss_function, train_step
+from megatron_asvr.train.step import (
+    LossFunction,
+    StepResult,
+    agree,
+    backward,
+    balancing,
+    loss_function,
+    reduce_gradients,
+    train_step,
+)
 
 CODEBOOK_SIZES = (7, 6, 5)
 IDENTITY = {"run.seed": 3}  # of the runs in ``save``
@@ -212,20 +222,32 @@ class Bench:
             done_steps=self.done_steps,
         )
 
-    def step(self, step: int) -> StepResult:
-        """Train on the batches of ``step``."""
-        batches = step_batches(self.run, step, self.groups)
-        agreement = agree(batches, stop=False, groups=self.groups)
-        result = train_step(
-            self.wrapped,
-            self.optimizer,
-            batches,
-            loss_function(self.run.loss, agreement, num_micro_batches=len(batches)),
-            step=step,
-            groups=self.groups,
-        )
+    def step(self, step: int, batches: Sequence[MicroBatch] | None = None) -> StepResult:
+        """Train on ``batches``, by default those of ``step``."""
+        batches = batches or step_batches(self.run, step, self.groups)
+        parts = (self.wrapped, self.optimizer, batches, self.loss(batches))
+        result = train_step(*parts, step=step, groups=self.groups)
         self.schedule.step(1)
         return result
+
+    def loss(self, batches: Sequence[MicroBatch]) -> LossFunction:
+        """From sums to the loss of a step with these batches."""
+        agreement = agree(batches, stop=False, groups=self.groups)
+        return loss_function(self.run.loss, agreement, num_micro_batches=len(batches))
+
+    def gradients(self, batches: Sequence[MicroBatch] | None = None) -> dict[str, Tensor]:
+        """Full gradients of the trained parameters, by default on the batches of step 0."""
+        batches, groups = batches or step_batches(self.run, 0, self.groups), self.groups
+        loss = self.loss(batches)
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        with balancing(self.wrapped, batches, loss, groups=groups):
+            backward(self.wrapped, batches, loss)
+        reduce_gradients(self.wrapped, groups=groups, whole=True)
+        found = full_state(
+            self.chunks, groups=groups, only=lambda _, p: p.requires_grad, of=lambda p: p.main_grad
+        )
+        return {name: gradient.clone() for name, gradient in found}  # a buffer is used again
 
     @property
     def model(self) -> AsvrModel:
@@ -236,6 +258,17 @@ class Bench:
     def weights(self) -> dict[str, Tensor]:
         """A copy of this rank's shards."""
         return {name: p.detach().clone() for name, p in named(self.chunks)}
+
+
+def assert_same_gradients(got: dict[str, Tensor], want: dict[str, Tensor], what: str = "") -> None:
+    """Within 1e-5 of the norm of each, or where that is tiny of 1e-3 of the whole gradient's."""
+    assert list(got) == list(want), what
+    floor = 1e-3 * float(torch.stack([g.norm() for g in want.values()]).norm())
+    errors = {
+        name: float((got[name] - grad).norm()) / max(float(grad.norm()), floor, 1e-30)
+        for name, grad in want.items()
+    }
+    assert {name: error for name, error in errors.items() if error > 1e-5} == {}, what
 
 
 def save(
@@ -250,16 +283,11 @@ def save(
         trained=trained_shapes(bench.chunks, groups=bench.groups),
         frozen=save_frozen(run_folder, bench.chunks, groups=bench.groups),
     )
-    failure = save_checkpoint(
-        run_folder,
-        bench.chunks,
-        bench.optimizer,
-        meta,
-        groups=bench.groups,
-        attempt=attempt,
-        keep=keep,
-    )
+    parts = (run_folder, bench.chunks, bench.optimizer, meta)
+    failure = Save(*parts, groups=bench.groups, attempt=attempt).publish()
     assert failure is None, failure
+    if bench.groups.rank == 0:
+        prune(run_folder, keep)
     return meta
 
 

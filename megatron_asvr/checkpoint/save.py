@@ -193,31 +193,6 @@ class Save:
         logger.info("saved %s in %.1f s", final, time.perf_counter() - self._started)
 
 
-def save_checkpoint(
-    folder: RunFolder,
-    chunks: Sequence[nn.Module],
-    optimizer: MegatronOptimizer,
-    meta: Meta,
-    *,
-    groups: Groups,
-    attempt: int,
-    keep: int,
-) -> str | None:
-    """Why there is no checkpoint of ``meta.resume.step``; None when it was written.
-
-    All ranks take part. Then the oldest ones beyond ``keep`` are deleted; the other arguments are
-    those of ``Save``.
-
-    Raises:
-        CheckpointError: a newer start of the same run is at work.
-    """
-    save = Save(folder, chunks, optimizer, meta, groups=groups, attempt=attempt)
-    failure = save.publish()
-    if failure is None and groups.rank == 0:
-        prune(folder, keep)
-    return failure
-
-
 def prune(folder: RunFolder, keep: int, keep_every: int = 0) -> None:
     """Delete the checkpoints that the policy of ``RunFolder.doomed`` lets go."""
     for step in folder.doomed(keep, keep_every):

@@ -330,9 +330,13 @@ def seeded_init(
         elif len(shape) == 1:
             full = torch.ones(shape)
         else:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            full = torch.randn(shape, generator=generator)
+            full = torch.randn(shape, generator=generator_of(f"{seed}:{name}"))
             full *= std(name) if callable(std) else std
         with torch.no_grad():
             parameter.copy_(_shard(full, parameter, groups))
+
+
+def generator_of(text: str) -> torch.Generator:
+    """A new generator on the CPU whose state is a function of ``text``."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

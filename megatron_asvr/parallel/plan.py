@@ -39,11 +39,6 @@ class ParallelPlan:
     ep: int = 1
     world: int = 1
 
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tp * self.pp * self.cp
-
     def describe(self) -> str:
         """One line for a person."""
         parts = [f"TP{self.tp}", f"PP{self.pp}", f"CP{self.cp}", f"DP{self.dp}"]

@@ -28,7 +28,6 @@ from megatron_asvr.parallel import record
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import make_plan
-from megatron_asvr.precision.routing import balanced
 from megatron_asvr.train import probes
 from megatron_asvr.train.assemble import (
     Data,
@@ -44,9 +43,9 @@ from megatron_asvr.train.shrink import shrink
 from megatron_asvr.train.step import (
     agree,
     backward,
+    balancing,
     loss_function,
     reduce_gradients,
-    run_schedule,
     train_step,
 )
 from megatron_asvr.train.verdict import Facts, Measurement, Verdict, judge, plain, save_gradient
@@ -227,11 +226,7 @@ def measure(config: Config, folder: str, samples: Sequence[str], collectives: bo
         loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
         with (
             # Before the recorder: its counting pass is not one of the step's.
-            balanced(
-                wrapped,
-                lambda: run_schedule(wrapped, batches, loss, forward_only=True),
-                group=groups.tp_cp_dp,
-            ),
+            balancing(wrapped, batches, loss, groups=groups),
             probes.Recorder(chunks=chunks, groups=groups, samples=samples) as recorder,
             _completed(chunks) as parameters,
         ):

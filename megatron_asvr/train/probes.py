@@ -9,7 +9,6 @@ What ranks of a tensor-parallel group hold alike is kept once for each of them a
 the reference on all.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from megatron_asvr.batch import NO_POSITION, MicroBatch
 from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.model.sharding import generator_of
 from megatron_asvr.parallel.groups import Groups
 
 TOKENS, TEXT_TARGETS, CODES = "tokens", "text targets", "target codes"
@@ -221,9 +221,7 @@ def probed(chunk: AsvrModel) -> Iterator[tuple[str, nn.Module]]:
 
 def direction(name: str, width: int) -> Tensor:
     """The fixed random vector fp64 [width] that a module's output is projected onto."""
-    digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.randn(width, generator=generator, dtype=torch.double)
+    return torch.randn(width, generator=generator_of(name), dtype=torch.double)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ group; all others bring zeros to the same sums over the world. So every rank kno
 and decides the same.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +191,20 @@ def run_schedule(
     )
 
 
+def balancing(
+    chunks: Chunks, batches: Sequence[MicroBatch], loss: LossFunction, *, groups: Groups
+) -> contextlib.AbstractContextManager[None]:
+    """Inside, ``backward`` of these micro-batches includes the experts' load-balancing loss.
+
+    The arguments are those of ``backward``.
+    """
+    return balanced(
+        chunks,
+        lambda: run_schedule(chunks, batches, loss, forward_only=True),
+        group=groups.tp_cp_dp,
+    )
+
+
 def to_device(batch: MicroBatch) -> MicroBatch:
     """The batch with all its tensors on this rank's device; on the CPU the batch itself."""
     platform, _ = select()
@@ -247,11 +262,7 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    with balanced(
-        chunks,
-        lambda: run_schedule(chunks, batches, loss, forward_only=True),
-        group=groups.tp_cp_dp,
-    ):
+    with balancing(chunks, batches, loss, groups=groups):
         parts = backward(chunks, batches, loss)
     totals, value = sum_parts(parts, depth=chunks[0].module.num_depths, groups=groups)
     if not (math.isfinite(value) and bool(totals.isfinite().all())):

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.load import find_resume
-from megatron_asvr.checkpoint.meta import Meta, ResumeState
 from megatron_asvr.checkpoint.reader import read_run
-from megatron_asvr.checkpoint.save import layout, save_checkpoint, save_frozen, trained_shapes
-from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
@@ -26,15 +23,17 @@ from megatron_asvr.parallel import groups as process_groups
 from megatron_asvr.parallel.collectives import gather_equal
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import make_plan
-from megatron_asvr.precision.routing import balanced
-from megatron_asvr.train.step import (
-    agree,
-    backward,
-    loss_function,
-    reduce_gradients,
-    run_schedule,
+from tests.run_cases import (
+    CODEBOOK_SIZES,
+    IDENTITY,
+    Bench,
+    assert_same_gradients,
+    config,
+    folder,
+    save,
+    step_batches,
+    tokenizer,
 )
-from tests.run_cases import CODEBOOK_SIZES, Bench, config, folder, step_batches, tokenizer
 
 pytestmark = pytest.mark.world
 
@@ -74,28 +73,11 @@ def start(run: Config) -> Groups:
     return process_groups.initialize(make_plan(run, dist.get_world_size(), CODEBOOK_SIZES))
 
 
-def first_gradients(bench: Bench) -> dict[str, Tensor]:
-    """Full gradients of the first step, the load-balancing loss included."""
-    groups, batches = bench.groups, step_batches(bench.run, 0, bench.groups)
-    agreement = agree(batches, stop=False, groups=groups)
-    loss = loss_function(bench.run.loss, agreement, num_micro_batches=len(batches))
-    for chunk in bench.wrapped:
-        chunk.zero_grad_buffer()
-    passes = functools.partial(run_schedule, bench.wrapped, batches, loss, forward_only=True)
-    with balanced(bench.wrapped, passes, group=groups.tp_cp_dp):
-        backward(bench.wrapped, batches, loss)
-    reduce_gradients(bench.wrapped, groups=groups, whole=True)
-    with torch.no_grad():
-        for _, param in sharding.named(bench.chunks):
-            param.copy_(param.main_grad if param.requires_grad else torch.zeros_like(param))
-    return dict(sharding.full_state(bench.chunks, groups=groups))
-
-
 def layout_run(family: str, degrees: dict[str, Any]) -> dict[str, Any]:
     run = mixture(family, degrees)
     groups = start(run)
-    grads = first_gradients(Bench(run, groups))
     bench = Bench(run, groups)
+    grads = bench.gradients()
     steps = [bench.step(step) for step in range(5)]
     for name, param in sharding.named(bench.chunks):
         if sharding.is_expert(param):
@@ -137,18 +119,10 @@ def test_every_layout_takes_the_same_steps(family: str, layout: str) -> None:
     degrees = LAYOUTS[layout][1]
     stages = 1 if layout == "pp2_bare" else degrees.get("pp", 1)
     assert got["held"] * degrees.get("ep", 1) * stages == want["held"]
-    same_gradients(got["grads"], want["grads"])
+    assert_same_gradients(got["grads"], want["grads"])
     # Measured at most: losses 7e-8, norms 2e-7 relative.
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-6)
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-6)
-
-
-def same_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert list(got) == list(want)
-    everything = torch.stack([g.norm() for g in want.values()]).norm()
-    for name, grad in want.items():
-        bound = 1e-5 * max(float(grad.norm()), 1e-3 * float(everything))
-        assert float((got[name] - grad).norm()) <= bound, name
 
 
 def one_sided_run(degrees: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
@@ -161,7 +135,7 @@ def one_sided_run(degrees: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
     for router in routers:
         torch.nn.init.zeros_(router.weight)
         router.register_forward_hook(lambda _, __, out: chosen.append(out[1].detach().sum(0)))
-    grads = first_gradients(bench)
+    grads = bench.gradients()
     process_groups.destroy()
     return grads, int(torch.stack(chosen)[:, :2].sum())
 
@@ -170,7 +144,7 @@ def test_a_rank_whose_experts_nobody_wants_takes_part() -> None:
     want, _ = run_ranks(one_sided_run, ({},), 1, timeout_s=240)
     got, others = run_ranks(one_sided_run, ({"ep": 2},), 2, timeout_s=240)
     assert others == 0
-    same_gradients(got, want)
+    assert_same_gradients(got, want)
     experts = "language_model.decoder.layers.0.mlp.experts.local_experts."
     assert got[f"{experts}0.linear_fc1.weight"].norm() == 0
     assert got[f"{experts}3.linear_fc1.weight"].norm() > 0
@@ -182,17 +156,7 @@ def saved_run(path: str, degrees: dict[str, Any], changes: dict[str, Any]) -> No
     bench = Bench(run, groups)
     for step in range(2):
         bench.step(step)
-    run_folder = RunFolder(Path(path))
-    meta = Meta(
-        resume=ResumeState(step=2),
-        config=to_dict(run),
-        identity={},
-        layout=layout(groups),
-        trained=trained_shapes(bench.chunks, groups=groups),
-        frozen=save_frozen(run_folder, bench.chunks, groups=groups),
-    )
-    parts = (run_folder, bench.chunks, bench.optimizer, meta)
-    save_checkpoint(*parts, groups=groups, attempt=0, keep=1)
+    save(bench, RunFolder(Path(path)), 2)
     process_groups.destroy()
 
 
@@ -207,7 +171,7 @@ def continued_run(path: str | None, degrees: dict[str, Any], changes: dict[str, 
     else:
         run_folder = RunFolder(Path(path))
         other_seed = dataclasses.replace(run, run=dataclasses.replace(run.run, seed=77))
-        meta = find_resume(run_folder, {}).meta
+        meta = find_resume(run_folder, IDENTITY).meta
         bench = Bench(other_seed, groups, resume=(run_folder, meta))
     weights = {n: x.clone() for n, x in sharding.full_state(bench.chunks, groups=groups)}
     steps = [bench.step(step) for step in (2, 3)]

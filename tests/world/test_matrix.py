@@ -12,17 +12,14 @@ from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process f
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.launch.local import run_ranks
-from megatron_asvr.model import sharding
 from megatron_asvr.parallel.groups import Groups, destroy
 from megatron_asvr.train.assemble import make_groups, open_data
 from megatron_asvr.train.codes import fill_codes
-from megatron_asvr.train.step import agree, backward, loss_function, reduce_gradients, train_step
 from tests.matrix import DEFAULT, LAYOUTS, MIXES, case_config, make_files, rows
-from tests.run_cases import Bench
+from tests.run_cases import Bench, assert_same_gradients
 
 pytestmark = pytest.mark.world
 
@@ -48,36 +45,13 @@ def steps(config: Config, groups: Groups) -> Result:
         found: Result = {"losses": [], "norms": [], "totals": []}
         for step in range(STEPS):
             batches = data.train.step(step)
-            agreement = agree(batches, stop=False, groups=groups)
-            loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
             if step == 0:
-                found["grads"] = gradients(bench, batches, loss, groups)
-            result = train_step(
-                bench.wrapped, bench.optimizer, batches, loss, step=step, groups=groups
-            )
-            bench.schedule.step(1)
+                found["grads"] = bench.gradients(batches)
+            result = bench.step(step, batches)
             found["losses"].append(result.loss)
             found["norms"].append(result.grad_norm)
             found["totals"].append(result.totals)
         return found
-
-
-def gradients(bench: Bench, batches: list, loss: Any, groups: Groups) -> dict[str, Tensor]:
-    """Full gradients by canonical name; the weights are left as they were."""
-    for chunk in bench.wrapped:
-        chunk.zero_grad_buffer()
-    backward(bench.wrapped, batches, loss)
-    reduce_gradients(bench.wrapped, groups=groups, whole=True)
-    trained = [(p, p.detach().clone()) for _, p in sharding.named(bench.chunks) if p.requires_grad]
-    with torch.no_grad():
-        for param, _ in trained:
-            param.copy_(param.main_grad)
-        full = {
-            name: x.float().clone() for name, x in sharding.full_state(bench.chunks, groups=groups)
-        }
-        for param, weight in trained:
-            param.copy_(weight)
-    return full
 
 
 @pytest.fixture(scope="module")
@@ -110,20 +84,10 @@ def on_layout(files: Path, layout: str, cases: list[dict[str, Any]], **more: Any
     return run_ranks(run_cases, (configs,), world, timeout_s=400)
 
 
-def overall(grads: dict[str, Tensor]) -> float:
-    return float(torch.stack([g.norm() for g in grads.values()]).norm())
-
-
 def assert_same(got: Result, want: Result, what: str) -> None:
     assert got["losses"] == pytest.approx(want["losses"], rel=1e-6), what
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-6), what
-    assert list(got["grads"]) == list(want["grads"]), what
-    floor = 1e-3 * overall(want["grads"])
-    worst = {
-        name: float((got["grads"][name] - grad).norm()) / max(float(grad.norm()), floor)
-        for name, grad in want["grads"].items()
-    }
-    assert {name: error for name, error in worst.items() if error > 1e-5} == {}, what
+    assert_same_gradients(got["grads"], want["grads"], what)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

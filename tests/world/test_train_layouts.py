@@ -10,7 +10,6 @@ from megatron_asvr.platforms import mcore  # noqa: F401
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.meta import read_meta
@@ -24,15 +23,14 @@ from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train.step import (
     StepResult,
     agree,
-    backward,
     loss_function,
-    reduce_gradients,
     train_step,
 )
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from tests.run_cases import (
     CODEBOOK_SIZES,
     Bench,
+    assert_same_gradients,
     config,
     folder,
     micro_batch,
@@ -77,8 +75,8 @@ def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     """Losses and norms of five steps, and the first step's gradients as full tensors."""
     run = layout_config(degrees, **changes)
     groups = start(run)
-    grads = first_gradients(Bench(run, groups), groups)
     bench = Bench(run, groups)
+    grads = bench.gradients()
     batches = step_batches(run, 0, groups)
     agreement = agree(batches, stop=False, groups=groups)
     cosine = gradient_cosine(bench.wrapped, batches, agreement, groups=groups)
@@ -94,20 +92,6 @@ def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
         "grads": grads,
         "cosine": cosine,
     }
-
-
-def first_gradients(bench: Bench, groups: Groups) -> dict[str, Tensor]:
-    batches = step_batches(bench.run, 0, groups)
-    agreement = agree(batches, stop=False, groups=groups)
-    loss = loss_function(bench.run.loss, agreement, num_micro_batches=len(batches))
-    for chunk in bench.wrapped:
-        chunk.zero_grad_buffer()
-    backward(bench.wrapped, batches, loss)
-    reduce_gradients(bench.wrapped, groups=groups, whole=True)
-    with torch.no_grad():
-        for _, param in sharding.named(bench.chunks):
-            param.copy_(param.main_grad if param.requires_grad else torch.zeros_like(param))
-    return dict(sharding.full_state(bench.chunks, groups=groups))
 
 
 def check_replicas(bench: Bench, groups: Groups) -> None:
@@ -133,11 +117,7 @@ def same_steps(layout: str, changes: tuple[tuple[str, Any], ...] = ()) -> None:
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-6)
     for mine, theirs in zip(got["totals"], want["totals"], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
-    everything = torch.stack([g.norm() for g in want["grads"].values()]).norm()
-    assert list(got["grads"]) == list(want["grads"])
-    for name, grad in want["grads"].items():
-        bound = 1e-5 * max(float(grad.norm()), 1e-3 * float(everything))
-        assert float((got["grads"][name] - grad).norm()) <= bound, name
+    assert_same_gradients(got["grads"], want["grads"])
     assert got["codes"] == want["codes"]
     if want["cosine"] is None:
         assert got["cosine"] is None
