@@ -294,5 +294,5 @@ def save(
 def folder(path: str | Path) -> RunFolder:
     """A run folder whose first attempt has started."""
     made = RunFolder(Path(path))
-    made.next_attempt()
+    made.claim_attempt()
     return made

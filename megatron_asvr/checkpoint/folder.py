@@ -139,11 +139,21 @@ class RunFolder:
                 return newest
 
     def last_attempt(self) -> int:
-        """Number of the newest start, -1 before the first."""
+        """Number of the newest folder ``attempts/K``, -1 before the first."""
+        return max(self._attempts(), default=-1)
+
+    def last_start(self) -> int:
+        """Number of the newest start that claimed the run, -1 before the first.
+
+        One that was refused before, for its settings say, takes the run from nobody.
+        """
+        claimed = (k for k in self._attempts() if (self.attempts / str(k) / _CLAIM).is_file())
+        return max(claimed, default=-1)
+
+    def _attempts(self) -> list[int]:
         if not self.attempts.is_dir():
-            return -1
-        numbers = [int(p.name) for p in self.attempts.iterdir() if p.name.isdecimal()]
-        return max(numbers, default=-1)
+            return []
+        return [int(p.name) for p in self.attempts.iterdir() if p.name.isdecimal()]
 
     def require_newest(self, attempt: int) -> None:
         """Return while ``attempt`` is the newest start.
@@ -151,7 +161,7 @@ class RunFolder:
         Raises:
             CheckpointError: another one has started since.
         """
-        newest = self.last_attempt()
+        newest = self.last_start()
         if newest > attempt:
             # A scheduler may start a job again while ranks of the old attempt are still alive.
             raise CheckpointError(

@@ -77,6 +77,17 @@ def find_resume(
     return Resume()
 
 
+def require_same_run(folder: RunFolder, identity: Mapping[str, Any]) -> None:
+    """Return when the newest readable checkpoint of a folder, if any, is of the run ``identity``.
+
+    Raises:
+        CheckpointError: it is another run's, or made with settings that change results.
+    """
+    for step in reversed(folder.candidates()):
+        if isinstance(_open(folder.step(step), identity), Meta):
+            return
+
+
 def _open(path: Path, identity: Mapping[str, Any]) -> Meta | str:
     """What the checkpoint says, or why it cannot be used."""
     try:

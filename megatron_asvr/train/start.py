@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
@@ -20,6 +21,7 @@ from megatron_asvr.checkpoint.load import (
     find_resume,
     load_frozen,
     load_trained,
+    require_same_run,
 )
 from megatron_asvr.checkpoint.meta import Meta, ResumeState
 from megatron_asvr.checkpoint.save import Save, layout, save_frozen, trained_shapes
@@ -29,7 +31,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
-from megatron_asvr.parallel.collectives import broadcast_object
+from megatron_asvr.parallel.collectives import broadcast_object, on_first
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, load_sources
 from megatron_asvr.train.codes import fill_codes
@@ -77,7 +79,7 @@ class Run:
     @property
     def is_superseded(self) -> bool:
         """Whether a newer start of the run is at work; known to rank 0 alone."""
-        return self.groups.rank == 0 and self.folder.last_attempt() > self.attempt
+        return self.groups.rank == 0 and self.folder.last_start() > self.attempt
 
     def begin_save(self, done: ResumeState, *, background: bool) -> Save:
         """The checkpoint of ``done``, to be published; all ranks take part."""
@@ -112,8 +114,10 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         CheckpointError: the folder belongs to another run, or a source of weights does not fit.
         ConfigError: a source of weights does not fit.
     """
-    folder, attempt = _open_folder(config, groups)
     facts = _identify(config, data)
+    folder = RunFolder(config.run.dir)
+    on_first(partial(require_same_run, folder, facts), group=groups.world)
+    attempt = _claim(folder, groups)
     resume = _resume(folder, attempt, facts, groups)
     checkpoint = resume.meta
 
@@ -168,15 +172,14 @@ def number_of_steps(config: Config, loader: Loader) -> int:
     return max(1, math.ceil(float(config.train.epochs or 0.0) * loader.steps))
 
 
-def _open_folder(config: Config, groups: Groups) -> tuple[RunFolder, int]:
-    """The run's folder, cleared of interrupted saves, and the number of this start."""
-    folder = RunFolder(config.run.dir)
+def _claim(folder: RunFolder, groups: Groups) -> int:
+    """The number of this start, which from now on is the run's only one; its folder is tidied."""
     attempt = 0
     if groups.rank == 0:
         attempt = folder.claim_attempt()
         folder.checkpoints.mkdir(exist_ok=True)
         folder.remove_partial()
-    return folder, broadcast_object(attempt, group=groups.world)
+    return broadcast_object(attempt, group=groups.world)
 
 
 def _resume(folder: RunFolder, attempt: int, facts: Mapping[str, Any], groups: Groups) -> Resume:

@@ -106,6 +106,7 @@ def start_again(config: Config) -> None:
     while not happening(folder, "step"):
         time.sleep(0.001)
     folder.next_attempt()
+    folder.claim_attempt()
 
 
 def test_an_older_start_stops_at_its_next_step() -> None:

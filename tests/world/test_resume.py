@@ -171,6 +171,7 @@ def test_another_run_is_refused_and_another_layout_is_not() -> None:
     ):
         with pytest.raises(LaunchError, match=message):
             run_ranks(train, (new_run("layout", **changes),), 2, timeout_s=240)
+        assert RunFolder(config.run.dir).last_start() == 0  # a start at work would go on
     one_rank = new_run("layout", parallel__tp=1)
     result = run_ranks(train, (one_rank,), 1, timeout_s=240)
     assert result["finished"]
