@@ -22,7 +22,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,21 @@ class RunFolder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "root", Path(self.root))
+
+    @contextlib.contextmanager
+    def being_written(self) -> Iterator[None]:
+        """Around the writing of something that a start cannot do without.
+
+        Raises:
+            CheckpointError: the file system refuses it.
+        """
+        try:
+            yield
+        except OSError as err:
+            raise CheckpointError(
+                f"{err.filename or self.root} cannot be written: {err.strerror}; make room or "
+                "give another run.dir. Checkpoints written before are untouched"
+            ) from err
 
     @property
     def config(self) -> Path:

@@ -43,7 +43,7 @@ def save_frozen(
         groups: process groups of the layout.
 
     Raises:
-        CheckpointError: a tensor cannot be written.
+        CheckpointError: a tensor or a file cannot be written.
     """
     files: dict[str, str] = {}
     for part in PARTS:
@@ -54,7 +54,8 @@ def save_frozen(
         names = full_shapes(chunks, groups=groups, only=frozen)
         tensors = full_state(chunks, groups=groups, only=frozen)
         if names and groups.rank == 0:
-            files[part] = write_frozen(folder.frozen, part, names, tensors)
+            with folder.being_written():
+                files[part] = write_frozen(folder.frozen, part, names, tensors)
         else:
             for _ in tensors:  # the gathers behind the iterator need every rank
                 pass

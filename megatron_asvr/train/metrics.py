@@ -108,8 +108,9 @@ class MetricsLog:
         self._file = None
         self._wandb: Any = None
         if active:
-            keep_lines(folder.metrics, done_steps)
-            self._file = folder.metrics.open("a", encoding="utf-8")
+            with folder.being_written():
+                keep_lines(folder.metrics, done_steps)
+                self._file = folder.metrics.open("a", encoding="utf-8")
             self._wandb = _start_wandb(folder, config)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:

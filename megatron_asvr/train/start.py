@@ -31,7 +31,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
-from megatron_asvr.parallel.collectives import broadcast_object, on_first
+from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, load_sources
 from megatron_asvr.train.codes import fill_codes
@@ -117,7 +117,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     facts = _identify(config, data)
     folder = RunFolder(config.run.dir)
     on_first(partial(require_same_run, folder, facts), group=groups.world)
-    attempt = _claim(folder, groups)
+    attempt = on_first(partial(_claim, folder), group=groups.world)
     resume = _resume(folder, attempt, facts, groups)
     checkpoint = resume.meta
 
@@ -160,7 +160,8 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         total_steps=total_steps,
     )
     if groups.rank == 0:
-        save_config(config, folder.config)
+        with folder.being_written():
+            save_config(config, folder.config)
     _announce(run, origins)
     return run
 
@@ -172,14 +173,13 @@ def number_of_steps(config: Config, loader: Loader) -> int:
     return max(1, math.ceil(float(config.train.epochs or 0.0) * loader.steps))
 
 
-def _claim(folder: RunFolder, groups: Groups) -> int:
+def _claim(folder: RunFolder) -> int:
     """The number of this start, which from now on is the run's only one; its folder is tidied."""
-    attempt = 0
-    if groups.rank == 0:
+    with folder.being_written():
         attempt = folder.claim_attempt()
         folder.checkpoints.mkdir(exist_ok=True)
         folder.remove_partial()
-    return broadcast_object(attempt, group=groups.world)
+    return attempt
 
 
 def _resume(folder: RunFolder, attempt: int, facts: Mapping[str, Any], groups: Groups) -> Resume:

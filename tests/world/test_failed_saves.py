@@ -143,3 +143,18 @@ def test_a_run_says_which_checkpoints_it_skipped() -> None:
     assert len(folder.damaged()) == 2
     again = weights(config)
     assert [name for name in copy if not torch.equal(copy[name], again[name])] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["attempts", "checkpoints", "frozen", "config.yaml", "metrics.jsonl"]
+)
+def test_a_folder_that_cannot_be_written_is_an_error_of_ours(name: str) -> None:
+    config = new_run(f"unwritable_{name}", train__trainable=("projector", "visual_head"))
+    path = RunFolder(config.run.dir).root / name
+    if "." in name:  # a folder where a file belongs, and the other way round
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with pytest.raises(LaunchError, match=rf"(CheckpointError|ConfigError): .*{name}.* cannot be"):
+        run_ranks(train, (config,), 2, timeout_s=240)
