@@ -24,6 +24,7 @@ _FREE = {
     "run.wandb_project",
     "data.eval",
     "data.cache_dir",
+    "data.encode_missing",
     "data.decode_threads",
     "data.prefetch_batches",
     "train.eval_every_steps",

@@ -215,6 +215,7 @@ class DataConfig:
     max_image_pixels: int = 50_000_000  # larger images are refused from their header
     codes: Literal["cache", "online"] = "cache"  # the tokenizer's codes: from disk, or every step
     cache_dir: str | None = None  # default: <run.dir>/../codes
+    encode_missing: bool = True  # codes not in the cache: computed before training, or an error
     decode_threads: int = 1
     prefetch_batches: int = 2
 

@@ -2,8 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 BLANK_KEY = sha256(b"image of the mean colour").hexdigest()
 ZERO_KEY = sha256(b"image of zeros after normalisation").hexdigest()
 
+PIXELS_VERSION = 1  # raised when the same file and settings give other pixels than before
+
 CACHE_BYTES = 256 * 2**20  # decoded pixels kept in memory: a small data set fits whole
 
 
@@ -29,6 +33,39 @@ _CHANGED = (
     "images of a training set are checked before: if files changed since, run `asvr data index` "
     "again where there is an index, or start again"
 )
+
+
+def image_key(digest: str, box: tuple[int, ...] | None = None) -> str:
+    """Key of an image, or of a part of it that is an image of its own.
+
+    Args:
+        digest: SHA-256 of the encoded bytes.
+        box: what tells the part; None: the whole image.
+    """
+    return digest if box is None else sha256(f"{digest} {box}".encode()).hexdigest()
+
+
+def pixel_facts(config: Config, device: str) -> dict[str, Any]:
+    """Everything beside its bytes that decides an image's pixels, by name.
+
+    Args:
+        config: image settings.
+        device: type of the device that decodes.
+    """
+    return {
+        "pixels version": PIXELS_VERSION,
+        "decoder": f"DALI {_dali_version()} on {device}",
+        "model.vision.image_size": config.model.vision.image_size,
+        "data.image_fit": config.data.image_fit,
+    }
+
+
+@lru_cache(maxsize=1)
+def _dali_version() -> str:
+    """Major and minor version of DALI, without importing it, which takes a second."""
+    names = ((dist.metadata["Name"] or "", dist.version) for dist in metadata.distributions())
+    found = [version for name, version in names if name.startswith("nvidia-dali-")]
+    return ".".join(found[0].split(".")[:2]) if found else "not installed"
 
 
 def image_decoder(config: Config, device: torch.device) -> "ImageDecoder":

@@ -31,6 +31,7 @@ from megatron_asvr.model.quantize import Codebooks, fit_codebooks, residual_code
 from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder
 
 FORMAT = 1  # of the folder
+CODES_VERSION = 1  # raised when the same weights and pixels give other codes than before
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "tokenizer.safetensors"
 
@@ -126,6 +127,21 @@ class VisualTokenizer(nn.Module):
         if self._fingerprint is None:
             self._fingerprint = _fingerprint(self.config, self.state_dict())
         return self._fingerprint
+
+    def facts(self, device: str) -> dict[str, Any]:
+        """Everything beside the pixels that decides the codes, by name.
+
+        Args:
+            device: type of the device that encodes.
+        """
+        encoder = self.encoder
+        return {
+            "codes version": CODES_VERSION,
+            "encoder dtype": None if encoder is None else str(encoder.dtype).split(".")[1],
+            "matmul precision": torch.get_float32_matmul_precision(),
+            "attention": None if encoder is None else f"{encoder.attention} on {device}",
+            "tokenizer": self.fingerprint,
+        }
 
     @torch.no_grad()
     def features(self, pixels_ICHW: Tensor) -> Tensor:

@@ -114,6 +114,11 @@ class SiglipEncoder(nn.Module):
         """Type of the weights, in which the forward pass computes."""
         return self.post_layernorm.weight.dtype
 
+    @property
+    def attention(self) -> str:
+        """Name of the attention kernel."""
+        return "torch scaled_dot_product_attention"
+
     def forward(self, pixels_ICHW: Tensor) -> Tensor:
         """Features [I, N, F] in the type of the weights.
 

@@ -19,7 +19,7 @@ from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.config.check import check
 from megatron_asvr.config.compare import differences
 from megatron_asvr.config.schema import PARTS, Config, ModelConfig
-from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
+from megatron_asvr.data.cache import CodeCache, cache_root, code_facts
 from megatron_asvr.data.collate import View
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.records import SHOWN
@@ -151,20 +151,29 @@ def _view(groups: Groups) -> View:
     )
 
 
-def _open_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
-    """The code cache of a run, whose folder exists."""
-    root = cache_root(config)
-    cache = CodeCache(
-        root,
-        code_fingerprint(config, tokenizer.fingerprint),
+def code_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
+    """The cache of the codes that this tokenizer gives with a configuration, on this device.
+
+    Raises:
+        DataError: its folder was made with other settings.
+    """
+    device = select()[0].device.type
+    return CodeCache(
+        cache_root(config),
+        code_facts(config, tokenizer.facts(device), device=device),
         num_patches=config.model.vision.num_patches,
         codebook_sizes=tokenizer.codebook_sizes,
     )
+
+
+def _open_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
+    """The code cache of a run, whose folder exists."""
+    cache = code_cache(config, tokenizer)
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(
-            f"data.cache_dir={str(root)!r} cannot be written: {err.strerror}; give another folder, "
+            f"data.cache_dir={str(cache.root)!r} cannot be written: {err.strerror}; give another folder, "
             "or set data.codes=online"
         ) from None
     return cache

@@ -13,7 +13,7 @@ from megatron_asvr.platforms import select
 
 from megatron_asvr.config.schema import PARTS, Config, SourceConfig
 from megatron_asvr.data import locations
-from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
+from megatron_asvr.data.cache import cache_root
 from megatron_asvr.data.images import ImageIndex
 from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY
@@ -21,7 +21,7 @@ from megatron_asvr.data.records import SHOWN, Record, read_records
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import AsvrError, ConfigError
 from megatron_asvr.model.tokenizer import VisualTokenizer
-from megatron_asvr.train.assemble import open_source
+from megatron_asvr.train.assemble import code_cache, open_source
 
 MAX_REPLACEMENTS = 20  # records tried in the place of one whose images are bad
 
@@ -158,12 +158,7 @@ def _check_codes(
     problems: list[str],
 ) -> None:
     """Note how many of the images have no codes."""
-    cache = CodeCache(
-        cache_root(config),
-        code_fingerprint(config, tokenizer.fingerprint),
-        num_patches=config.model.vision.num_patches,
-        codebook_sizes=tokenizer.codebook_sizes,
-    )
+    cache = code_cache(config, tokenizer)
     keys = [index.entries[path].key for record in chosen for path in record.images]
     if config.data.blank_images and keys:
         keys = [BLANK_KEY]
@@ -174,7 +169,7 @@ def _check_codes(
         problems.append(
             f"the code cache {cache.folder} has no codes of {len(missing)} of {len(set(keys))} "
             "images; add --prepare, run `asvr tokenizer encode` with this configuration, or set "
-            "data.codes=online"
+            f"data.codes=online{cache.differences()}"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from megatron_asvr.model.loss import read_totals
 from megatron_asvr.train.step import Agreement, StepResult
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_S = 10.0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,6 +95,42 @@ def clock(seconds: float) -> str:
     """``h:mm:ss`` of a duration."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole % 3600 // 60:02d}:{whole % 60:02d}"
+
+
+class Progress:
+    """Logs how far a long task is, every ``PROGRESS_S`` seconds, with the time that is left.
+
+    Args:
+        what: name of the task.
+        total: amount of work.
+        unit: what is counted.
+        done: amount that an earlier start has done.
+    """
+
+    def __init__(self, what: str, total: int, *, unit: str, done: int = 0) -> None:
+        self._what, self._total, self._unit = what, total, unit
+        self._before = self._done = done
+        self._start = self._last = time.monotonic()
+
+    def add(self, amount: int, note: str = "") -> None:
+        """Count work that is done; ``note`` is added to the line."""
+        self._done += amount
+        now = time.monotonic()
+        if now - self._last < PROGRESS_S:
+            return
+        self._last = now
+        left_s = (now - self._start) / max(1, self._done - self._before)
+        left_s *= self._total - self._done
+        line = "%s: %d of %d %s, ETA %s%s"
+        logger.info(
+            line,
+            self._what,
+            self._done,
+            self._total,
+            self._unit,
+            clock(left_s),
+            note and f", {note}",
+        )
 
 
 class MetricsLog:

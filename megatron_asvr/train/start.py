@@ -132,7 +132,8 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
             load_sources(chunks, config, facts=facts, groups=groups)
             _write_frozen_again(folder, damaged, checkpoint, chunks, groups)
         load_frozen(folder, checkpoint, chunks, groups=groups)
-    fill_codes(data, groups=groups)  # takes a while: after all that can be refused
+    # Takes a while: after all that can be refused.
+    fill_codes(data, groups=groups, encode=config.data.encode_missing)
     wrapped = wrap(chunks, config.train.optim)
     optimizer = make_optimizer(wrapped, config.train)
     if checkpoint is not None:

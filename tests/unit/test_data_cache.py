@@ -1,23 +1,32 @@
 """Codes come back as written; damaged and foreign parts are noticed."""
 
+import json
+
 import numpy as np
 import pytest
 
-from megatron_asvr.data.cache import CodeCache, cache_root, code_fingerprint
-from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY
+from megatron_asvr.data.cache import CodeCache, cache_root, code_facts
+from megatron_asvr.data.parts import Part
+from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, image_key
 from megatron_asvr.errors import DataError
 from tests.unit.data_corpus import config
 
 SIZES = (64, 16, 300)
 KEYS = [BLANK_KEY, ZERO_KEY, "ab" * 32]
+FACTS = {"tokenizer": "t1", "encoder dtype": "float32"}
 
 
-def cache(root, sizes=SIZES, name="f" * 64):
-    return CodeCache(root, name, num_patches=5, codebook_sizes=sizes)
+def cache(root, sizes=SIZES, facts=FACTS):
+    return CodeCache(root, facts, num_patches=5, codebook_sizes=sizes)
 
 
 def codes(seed=0, images=3, sizes=SIZES):
     return np.random.default_rng(seed).integers(0, sizes, (images, 5, len(sizes)))
+
+
+def only_part(folder):
+    (part,) = folder.glob("*.codes")
+    return part
 
 
 def test_codes_come_back_in_two_bytes_and_to_other_processes(tmp_path):
@@ -31,8 +40,17 @@ def test_codes_come_back_in_two_bytes_and_to_other_processes(tmp_path):
         for each in (first, other, again):
             np.testing.assert_array_equal(each.get(key), codes()[place])
     assert again.get(KEYS[0]).dtype == np.uint16
-    (part,) = again.folder.iterdir()
-    assert part.stat().st_size == 256 + 3 * (32 + 5 * len(SIZES) * 2)
+    assert only_part(again.folder).stat().st_size == 256 + 3 * (32 + 4 + 5 * len(SIZES) * 2)
+
+
+def test_an_image_of_the_paper_takes_11_7_kb(tmp_path):
+    paper = CodeCache(tmp_path, FACTS, num_patches=729, codebook_sizes=[16384] * 8)
+    keys = [f"{number:064x}" for number in range(40)]
+    paper.write(keys, np.zeros((40, 729, 8), np.int64))
+    paper.write_index()
+    size = sum(file.stat().st_size for file in paper.folder.iterdir()) / 40
+    assert 729 * 8 * 2 == 11_664
+    assert 11_664 + 36 < size < 11_800
 
 
 def test_large_codebooks_take_four_bytes(tmp_path):
@@ -44,20 +62,95 @@ def test_large_codebooks_take_four_bytes(tmp_path):
     assert cache(tmp_path / "b", (65536, 2)).dtype == np.uint16
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "header", "empty"])
-def test_damaged_parts_are_left_out_counted_and_written_again(tmp_path, damage):
+@pytest.mark.parametrize("damage", ["cut", "header", "key", "empty"])
+def test_damaged_parts_are_set_aside_counted_and_written_again(tmp_path, damage):
     cache(tmp_path).write(KEYS[:2], codes(images=2))
-    (part,) = cache(tmp_path).folder.iterdir()
+    part = only_part(cache(tmp_path).folder)
     cache(tmp_path).write(KEYS[2:], codes(1, images=1))
     data = bytearray(part.read_bytes())
-    data[-1 if damage == "flipped" else 3] ^= 1
+    data[260 if damage == "key" else 3] ^= 1
     part.write_bytes(data[: {"cut": len(data) - 10, "empty": 0}.get(damage, len(data))])
     found = cache(tmp_path)
-    assert found.damaged == {part.name}
+    assert list(found.damaged) == [part.name]
     assert found.missing(KEYS) == KEYS[:2]
     found.write(KEYS[:2], codes(images=2))
     assert found.missing(KEYS) == []
-    assert cache(tmp_path).damaged == set()
+    np.testing.assert_array_equal(found.get(KEYS[1]), codes(images=2)[1])
+    assert cache(tmp_path).damaged == {}
+    assert part.with_name(part.name + ".damaged").exists()
+
+
+def test_a_flipped_bit_is_never_used(tmp_path):
+    cache(tmp_path).write(KEYS, codes())
+    part = only_part(cache(tmp_path).folder)
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    opened = cache(tmp_path)
+    np.testing.assert_array_equal(opened.get(KEYS[0]), codes()[0])
+    with pytest.raises(DataError, match="check sum of image 2 differs; the file was set aside"):
+        opened.get(KEYS[2])
+    assert cache(tmp_path).missing(KEYS) == KEYS
+    cache(tmp_path).write(KEYS, codes())
+    assert cache(tmp_path).check() == {}
+    part.write_bytes(data)
+    assert "image 2" in cache(tmp_path).check(0, 2)[part.name]
+    assert cache(tmp_path).missing(KEYS) == KEYS
+
+
+def test_a_part_with_the_rows_of_others_is_damaged(tmp_path):
+    """A row's check sum covers its key, so that rows cannot change places."""
+    target = cache(tmp_path)
+    target.write(KEYS, codes())
+    part = only_part(target.folder)
+    data = bytearray(part.read_bytes())
+    row = 5 * len(SIZES) * 2
+    first, last = data[-3 * row : -2 * row], data[-row:]
+    data[-3 * row : -2 * row], data[-row:] = last, first
+    part.write_bytes(data)
+    with pytest.raises(DataError, match="check sum of image 0"):
+        cache(tmp_path).get(KEYS[0])
+
+
+def test_opening_reads_an_index_and_no_part(tmp_path, monkeypatch):
+    target = cache(tmp_path)
+    keys = [f"{number:064x}" for number in np.random.default_rng(0).permutation(60)]
+    for start in range(0, 60, 10):
+        target.write(keys[start : start + 10], codes(start, images=10))
+    target.write(keys[:7], codes(0, images=10)[:7])  # another job encoded these too
+    target.write_index()
+    opened = []
+    init = Part.__init__
+    monkeypatch.setattr(Part, "__init__", lambda *args: (opened.append(args[1]), init(*args))[1])
+    again = cache(tmp_path)
+    assert len(again) == 60
+    assert again.missing([*keys, "ff" * 32]) == ["ff" * 32]
+    assert opened == []
+    np.testing.assert_array_equal(again.get(keys[33]), codes(30, images=10)[3])
+    assert len(opened) == 1
+    target.write(["ff" * 32], codes(images=1))
+    assert cache(tmp_path).missing(["ff" * 32]) == []  # an index of fewer parts is not used
+    target.write_index()
+    assert len(list(target.folder.glob("index-*"))) == 1
+
+
+def test_a_damaged_index_is_deleted(tmp_path):
+    target = cache(tmp_path)
+    target.write(KEYS, codes())
+    target.write_index()
+    (index,) = target.folder.glob("index-*")
+    data = index.read_bytes()
+    raw = bytes.fromhex(KEYS[2])
+    assert data.count(raw) == 1
+    index.write_bytes(data.replace(raw, raw[:-1] + b"\x00"))
+    broken = cache(tmp_path)
+    assert broken.missing(KEYS) == [KEYS[2]]  # encoded again at worst
+    with pytest.raises(DataError, match="index of .* was damaged and is deleted"):
+        broken.get("ab" * 31 + "00")
+    assert cache(tmp_path).missing(KEYS) == []
+    target.write_index()
+    index.write_bytes(data[:100])
+    assert cache(tmp_path).missing(KEYS) == []
 
 
 def test_wrong_codes_are_refused(tmp_path):
@@ -71,15 +164,53 @@ def test_wrong_codes_are_refused(tmp_path):
     assert not target.folder.exists()
 
 
-def test_fingerprint_follows_preprocessing_and_tokenizer():
-    base = code_fingerprint(config(), "t1")
-    assert base == code_fingerprint(config(train__global_batch=8), "t1")
-    changed = (
-        code_fingerprint(config(), "t2"),
-        code_fingerprint(config(data__image_fit="pad"), "t1"),
-        code_fingerprint(config(model__vision__image_size=24), "t1"),
-    )
-    assert len({base, *changed}) == 4
+def test_another_fingerprint_is_another_cache_and_the_difference_is_told(tmp_path):
+    mine, other = cache(tmp_path), cache(tmp_path, facts={**FACTS, "encoder dtype": "bfloat16"})
+    mine.write(KEYS, codes())
+    assert other.missing(KEYS) == KEYS
+    with pytest.raises(DataError, match="encoder dtype 'float32' instead of 'bfloat16'") as error:
+        other.get(KEYS[0])
+    assert "tokenizer" not in str(error.value).partition("made with")[2]
+
+
+def test_a_folder_that_is_not_what_its_name_says_is_refused(tmp_path):
+    mine = cache(tmp_path)
+    mine.write(KEYS, codes())
+    manifest = mine.folder / "manifest.json"
+    assert json.loads(manifest.read_text()) == FACTS
+    manifest.write_text(json.dumps({**FACTS, "tokenizer": "t2"}))
+    with pytest.raises(DataError, match="made with tokenizer 't2' instead of 't1'"):
+        cache(tmp_path)
+
+
+TOKENIZER = {"tokenizer": "t1", "encoder dtype": "float32", "attention": "sdpa on cpu"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokenizer", "device", "named"),
+    [
+        ({}, {"tokenizer": "t2"}, "cpu", {"tokenizer"}),
+        ({}, {"encoder dtype": "bfloat16"}, "cpu", {"encoder dtype"}),
+        ({}, {"attention": "flash on cuda"}, "cpu", {"attention"}),
+        ({}, {}, "cuda", {"decoder"}),
+        ({"data__image_fit": "pad"}, {}, "cpu", {"data.image_fit"}),
+        ({"model__vision__image_size": 24}, {}, "cpu", {"model.vision.image_size"}),
+        ({"train__global_batch": 8, "data__max_length": 99}, {}, "cpu", set()),
+    ],
+)
+def test_facts_follow_preprocessing_and_tokenizer(changes, tokenizer, device, named):
+    base = code_facts(config(), TOKENIZER, device="cpu")
+    other = code_facts(config(**changes), {**TOKENIZER, **tokenizer}, device=device)
+    assert {"format", "pixels version", "decoder"} < base.keys()
+    assert {name for name in base if base[name] != other[name]} == named
+
+
+def test_a_part_of_an_image_has_a_key_of_its_own():
+    digest = "ab" * 32
+    keys = {image_key(digest), image_key(digest, (0, 0, 384, 384)), image_key(digest, (0, 0, 1, 1))}
+    assert len(keys) == 3
+    assert image_key(digest) == digest
+    assert all(len(bytes.fromhex(key)) == 32 for key in keys)
 
 
 def test_default_folder_lies_beside_the_run():

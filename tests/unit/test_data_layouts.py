@@ -89,7 +89,7 @@ def corpus(tmp_path_factory):
 
 
 def cache(folder):
-    return CodeCache(folder / "codes", "c" * 64, num_patches=N, codebook_sizes=(99, 99))
+    return CodeCache(folder / "codes", {"name": "c"}, num_patches=N, codebook_sizes=(99, 99))
 
 
 def loader(folder, view, *, codes, split="train", branches=True, **changes):

@@ -208,7 +208,7 @@ def test_image_keys_and_codes(clean, tokenizer, tmp_path):
         keys = made.image_keys()
         assert len(keys) == len(set(keys)) == NUM - NUM // 4
         assert torch.equal(made.pixels([2, 0]), made.pixels_of([keys[2], keys[0]]))
-    cache = CodeCache(tmp_path, "c" * 64, num_patches=4, codebook_sizes=(99, 99))
+    cache = CodeCache(tmp_path, {"name": "c"}, num_patches=4, codebook_sizes=(99, 99))
     table = np.random.default_rng(0).integers(0, 99, (len(keys), 4, 2))
     cache.write(keys, table)
     with loader(clean, tokenizer, codes=cache) as made:
@@ -219,7 +219,7 @@ def test_image_keys_and_codes(clean, tokenizer, tmp_path):
                 number = int(sample[1:])
                 index = number - 1 - number // 4
                 assert batch.codes_PD[4 * place : 4 * place + 4].tolist() == table[index].tolist()
-    empty = CodeCache(tmp_path, "d" * 64, num_patches=4, codebook_sizes=(99, 99))
+    empty = CodeCache(tmp_path, {"name": "d"}, num_patches=4, codebook_sizes=(99, 99))
     with (
         loader(clean, tokenizer, codes=empty) as made,
         pytest.raises(DataError, match="no codes for the image"),

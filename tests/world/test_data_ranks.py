@@ -143,7 +143,7 @@ def count_micro_batches(folder: str) -> None:
 def fill_cache(folder: str) -> None:
     """Runs on every rank: each writes the codes of its share of the images."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    cache = CodeCache(folder, "f" * 64, num_patches=2, codebook_sizes=(7, 7))
+    cache = CodeCache(folder, {"name": "f"}, num_patches=2, codebook_sizes=(7, 7))
     keys = [f"{number:064x}" for number in range(10)]
     missing = cache.missing(keys)
     assert missing == keys

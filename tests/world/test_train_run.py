@@ -64,6 +64,12 @@ def test_codes_are_encoded_once_and_equal_the_online_ones() -> None:
     first = run_ranks(encode_all, (config,), 2, timeout_s=240)
     assert (first["encoded"], first["cached"]) == (12, 12)
     assert run_ranks(encode_all, (config,), 2, timeout_s=240)["encoded"] == 0
+    part = next(Path(first["folder"]).glob("*.codes"))
+    damaged = bytearray(part.read_bytes())
+    damaged[-1] ^= 1
+    part.write_bytes(damaged)
+    again = run_ranks(encode_all, (config,), 2, timeout_s=240)
+    assert (again["encoded"], again["cached"], list(again["damaged_parts"])) == (6, 12, [part.name])
     run_ranks(train, (config,), 2, timeout_s=240)
     online = run_config(files(), folder / "online", data__codes="online", **settings)
     run_ranks(train, (online,), 2, timeout_s=240)
@@ -80,6 +86,17 @@ def test_codes_are_encoded_once_and_equal_the_online_ones() -> None:
         assert losses(folder / "stages", kind) == pytest.approx(want, rel=1e-5)  # measured 3e-7
 
 
+def test_codes_that_are_missing_can_be_an_error_that_says_what_differs(tmp_path: Path) -> None:
+    codes = {"data__cache_dir": str(tmp_path / "codes")}
+    run_ranks(encode_all, (run_config(files(), tmp_path / "a", **codes),), 1, timeout_s=240)
+    settings = {**codes, "data__encode_missing": False, "data__image_fit": "pad"}
+    with pytest.raises(LaunchError) as error:
+        run_ranks(train, (run_config(files(), tmp_path / "b", **settings),), 1, timeout_s=240)
+    message = str(error.value)
+    assert "no codes of 12 of 12 images, and data.encode_missing=false" in message
+    assert "was made with data.image_fit 'square' instead of 'pad'" in message
+
+
 def fill_seen_by_one(config: Config) -> tuple[int, list[int]]:
     """Rank 1 still sees the codes of another job, which are gone; what was encoded, and held."""
     groups = make_groups(config)
@@ -88,9 +105,10 @@ def fill_seen_by_one(config: Config) -> tuple[int, list[int]]:
             keys = data.train.image_keys()
             shape = (len(keys), data.codes.num_patches, data.codes.depth)
             data.codes.write(keys, np.zeros(shape, dtype=np.int64))
+            data.codes.refresh()
             for part in data.codes.folder.glob("*.codes"):
                 part.unlink()
-            assert data.codes.missing(keys) == []
+            assert len(data.codes) == len(keys)
         barrier(group=groups.world)
         encoded = fill_codes(data, groups=groups)
         written = len(list(data.codes.folder.glob("*.codes")))
