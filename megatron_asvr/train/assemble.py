@@ -173,8 +173,8 @@ def _open_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
         cache.folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(
-            f"data.cache_dir={str(cache.root)!r} cannot be written: {err.strerror}; give another folder, "
-            "or set data.codes=online"
+            f"data.cache_dir={str(cache.root)!r} cannot be written: {err.strerror}; give another "
+            "folder, or set data.codes=online"
         ) from None
     return cache
 

@@ -145,7 +145,7 @@ def test_a_damaged_index_is_deleted(tmp_path):
     index.write_bytes(data.replace(raw, raw[:-1] + b"\x00"))
     broken = cache(tmp_path)
     assert broken.missing(KEYS) == [KEYS[2]]  # encoded again at worst
-    with pytest.raises(DataError, match="index of .* was damaged and is deleted"):
+    with pytest.raises(DataError, match=r"index of .* was damaged and is deleted"):
         broken.get("ab" * 31 + "00")
     assert cache(tmp_path).missing(KEYS) == []
     target.write_index()
