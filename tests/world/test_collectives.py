@@ -54,7 +54,7 @@ def split_mlp_matches(world: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_split_network_has_the_gradients_of_the_whole(world):
-    run_ranks(split_mlp_matches, (world,), world, timeout_s=60)
+    run_ranks(split_mlp_matches, (world,), world, timeout_s=300)
 
 
 def gathered_rows_match(world: int, sizes: tuple[int, ...]) -> None:
@@ -79,7 +79,7 @@ def gathered_rows_match(world: int, sizes: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("sizes", [(3,), (2, 3), (0, 2), (0, 0), (1, 0, 4, 2)])
 def test_gathered_images_have_the_gradients_of_one_process(sizes):
-    run_ranks(gathered_rows_match, (len(sizes), sizes), len(sizes), timeout_s=60)
+    run_ranks(gathered_rows_match, (len(sizes), sizes), len(sizes), timeout_s=300)
 
 
 def wrong_sizes() -> None:
@@ -210,7 +210,7 @@ def the_environment_asks_for_checks() -> None:
     ],
 )
 def test_every_rank_agrees(fn, world):
-    run_ranks(fn, (), world, timeout_s=60)
+    run_ranks(fn, (), world, timeout_s=300)
 
 
 def places(plan: ParallelPlan) -> None:
@@ -244,7 +244,7 @@ def places(plan: ParallelPlan) -> None:
     ids=ParallelPlan.describe,
 )
 def test_every_rank_finds_its_place(plan):
-    run_ranks(places, (plan,), plan.world, timeout_s=60)
+    run_ranks(places, (plan,), plan.world, timeout_s=300)
 
 
 def refuses_other_worlds() -> None:
@@ -258,5 +258,5 @@ def refuses_without_a_job() -> None:
 
 
 def test_a_plan_that_does_not_fit_the_job_is_refused():
-    run_ranks(refuses_other_worlds, (), 2, timeout_s=60)
+    run_ranks(refuses_other_worlds, (), 2, timeout_s=300)
     run_ranks(refuses_without_a_job, (), 1, timeout_s=60, init=False)

@@ -171,4 +171,4 @@ def test_ranks_have_as_many_micro_batches_when_data_run_out(tmp_path):
 
 
 def test_ranks_fill_one_code_cache(tmp_path):
-    run_ranks(fill_cache, (str(tmp_path),), world_size=3, timeout_s=60)
+    run_ranks(fill_cache, (str(tmp_path),), world_size=3, timeout_s=300)

@@ -81,7 +81,7 @@ def every_kind() -> list[list[Entry]]:
 
 
 def test_messages_rooted_and_uneven_collectives_are_recorded() -> None:
-    by_rank = run_ranks(every_kind, (), 2, timeout_s=60)
+    by_rank = run_ranks(every_kind, (), 2, timeout_s=300)
     assert compare_schedules(by_rank) == []
     assert [(entry.op, entry.peer) for entry in by_rank[0]] == [
         ("send", 1),
@@ -98,7 +98,7 @@ def test_messages_rooted_and_uneven_collectives_are_recorded() -> None:
 
 
 def one_rank_stays_away(folder: str) -> None:
-    group = dist.new_group(timeout=datetime.timedelta(seconds=1))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=10))
     with Recorder() as recorder:
         collectives.all_reduce_sum(torch.ones(1), group=group)
         if dist.get_rank() != 1:
@@ -108,7 +108,7 @@ def one_rank_stays_away(folder: str) -> None:
 
 
 def test_what_a_rank_waits_for_in_vain_is_recorded(tmp_path: Path) -> None:
-    run_ranks(one_rank_stays_away, (str(tmp_path),), 2, timeout_s=60)
+    run_ranks(one_rank_stays_away, (str(tmp_path),), 2, timeout_s=300)
     by_rank = [pickle.loads((tmp_path / str(rank)).read_bytes()) for rank in range(2)]
     (finding,) = compare_schedules(by_rank)
     assert "rank 0: barrier" in finding

@@ -1,12 +1,13 @@
 """Runs that are killed or stopped, and end with the bits of an undisturbed run."""
 
 import functools
+import itertools
 import json
 import os
 import signal
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_asvr.checkpoint import save, write
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.train import loop
 from megatron_asvr.train.loop import train
 from tests.run_data import make_files, run_config
 
@@ -85,31 +88,36 @@ def same(config: Config, other: Config) -> None:
     assert metrics(config) == metrics(other)
 
 
-def train_watched(config: Config, rank: int, when: str, number: int) -> dict[str, Any]:
-    """Train while a thread of one rank waits to send a signal to its own process."""
-    if dist.get_rank() == rank:
-        threading.Thread(target=watch, args=(config, when, number), daemon=True).start()
+def train_disturbed(config: Config, rank: int, when: str, number: int) -> dict[str, Any]:
+    """Train; one rank sends itself a signal inside its fifth step, or inside its second save."""
+    send = functools.partial(os.kill, os.getpid(), number)
+    if dist.get_rank() == rank and when == "step":
+        loop.train_step = before_call(5, send, loop.train_step)
+    elif dist.get_rank() == rank:
+        file = write.HashingFile
+
+        def begin() -> None:  # what was opened is left with nothing, or with a part of it
+            file.write = before_call(2, send, file.write)
+
+        save.write = before_call(2, begin, save.write)
     return train(config)
 
 
-def watch(config: Config, when: str, number: int) -> None:
-    folder = RunFolder(config.run.dir)
-    while not happening(folder, when):
-        time.sleep(0.001)
-    time.sleep(0.0 if when == "save" else 0.02)  # somewhere inside the fifth or sixth step
-    os.kill(os.getpid(), number)
+def before_call(count: int, action: Callable[[], None], fn: Callable[..., Any]) -> Any:
+    """``fn``, with something done before one of its calls, counted from 1."""
+    calls = itertools.count(1)
 
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            action()
+        return fn(*args, **kwargs)
 
-def happening(folder: RunFolder, when: str) -> bool:
-    if when == "save":  # files of the second checkpoint are being written
-        return any(folder.checkpoints.glob(".partial_step_6_*/__0_0.distcp"))
-    done = '{"step": 4, "kind": "eval"'
-    return folder.metrics.exists() and done in folder.metrics.read_text()
+    return called
 
 
 def wait_until_nothing_uses(folder: str) -> None:
     """Fail when a process that a killed rank left behind still holds files of the run."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while users := [str(p) for p in Path("/proc").glob("[0-9]*/fd/*") if target(p, folder)]:
         assert time.monotonic() < deadline, users
         time.sleep(0.1)
@@ -126,7 +134,7 @@ def target(link: Path, folder: str) -> bool:
 def test_killed_at_any_point_it_ends_with_the_same_bits(rank: int, when: str) -> None:
     config = new_run(f"killed_{rank}_{when}")
     with pytest.raises(LaunchError, match="SIGKILL"):
-        run_ranks(train_watched, (config, rank, when, signal.SIGKILL), 2, timeout_s=240)
+        run_ranks(train_disturbed, (config, rank, when, signal.SIGKILL), 2, timeout_s=240)
     assert RunFolder(config.run.dir).latest() == 3
     wait_until_nothing_uses(config.run.dir)
     result = run_ranks(train, (config,), 2, timeout_s=240)
@@ -139,7 +147,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bits(rank: int, when: str) ->
 def test_told_to_stop_it_saves_and_goes_on_later(world: int) -> None:
     config = new_run(f"stopped_{world}")
     first = run_ranks(
-        train_watched, (config, world - 1, "step", signal.SIGTERM), world, timeout_s=240
+        train_disturbed, (config, world - 1, "step", signal.SIGTERM), world, timeout_s=240
     )
     assert not first["finished"]
     assert 4 < first["step"] < 8
@@ -151,7 +159,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(world: int) -> None:
 def test_a_bf16_run_goes_on_with_the_same_bits() -> None:
     whole, config = (new_run(f"bf16_{name}", train__precision="bf16") for name in ("whole", "cut"))
     assert run_ranks(train, (whole,), 2, timeout_s=240)["finished"]
-    first = run_ranks(train_watched, (config, 0, "step", signal.SIGTERM), 2, timeout_s=240)
+    first = run_ranks(train_disturbed, (config, 0, "step", signal.SIGTERM), 2, timeout_s=240)
     assert not first["finished"]
     assert run_ranks(train, (config,), 2, timeout_s=240)["finished"]
     assert {x.dtype for x in weights(whole).values()} == {torch.bfloat16}
@@ -162,7 +170,7 @@ def test_a_bf16_run_goes_on_with_the_same_bits() -> None:
 
 def test_another_run_is_refused_and_another_layout_is_not() -> None:
     config = new_run("layout")
-    first = run_ranks(train_watched, (config, 0, "step", signal.SIGTERM), 2, timeout_s=240)
+    first = run_ranks(train_disturbed, (config, 0, "step", signal.SIGTERM), 2, timeout_s=240)
     assert not first["finished"]
     for changes, message in (
         ({"run__seed": 4}, "run.seed: checkpoint has 3, this run has 4"),
@@ -199,7 +207,7 @@ def test_killed_it_goes_on_in_another_layout(first: str, second: str) -> None:
     name = f"{first}_then_{second}"
     killed, config = (new_run(name, **LAYOUTS[layout]) for layout in (first, second))
     with pytest.raises(LaunchError, match="SIGKILL"):
-        run_ranks(train_watched, (killed, 1, "step", signal.SIGKILL), 2, timeout_s=240)
+        run_ranks(train_disturbed, (killed, 1, "step", signal.SIGKILL), 2, timeout_s=240)
     assert RunFolder(config.run.dir).latest() == 3
     wait_until_nothing_uses(config.run.dir)
     assert run_ranks(train, (config,), 2, timeout_s=240)["finished"]
