@@ -7,11 +7,10 @@ after that is an error, never a reason to replace a sample on one rank only.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import torch
@@ -19,31 +18,50 @@ from torch.distributed import ProcessGroup
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data import locations
+from megatron_asvr.data.decode import Decoder
 from megatron_asvr.data.files import fingerprint, read_table, write_table
-from megatron_asvr.data.gate import refusal
-from megatron_asvr.data.pixels import image_decoder
+from megatron_asvr.data.gate import look
 from megatron_asvr.errors import DataError
 from megatron_asvr.parallel.collectives import gather_objects
-
-if TYPE_CHECKING:
-    from megatron_asvr.data.dali.pipeline import ImageDecoder
 
 MISSING = "missing file"
 CHECK_BATCH_BYTES = 64 * 2**20  # encoded bytes that wait to be test-decoded together
 CHECK_BATCH = 64  # images that do
 PART_IMAGES = 4096  # images of one part file: what an interruption can cost
 
+# What is kept of every image, in the order of Entry's fields.
+STATE = {
+    "key": pa.binary(32),
+    "problem": pa.string(),
+    "kind": pa.string(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+}
+
 Run = Callable[..., Iterable]  # like map: applies a function to items, perhaps elsewhere
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One image: size and time of the file it is in, hash of its own bytes, and why it is bad."""
+    """One image.
+
+    Attributes:
+        size_bytes: of the file it is in.
+        mtime_ns: of that file.
+        key: hash of its own bytes.
+        problem: why it is bad, or None.
+        kind: as in ``gate.kind_of``; empty where no header can be read.
+        width: pixels, upright.
+        height: pixels, upright.
+    """
 
     size_bytes: int
     mtime_ns: int
     key: str
     problem: str | None
+    kind: str = ""
+    width: int = 0
+    height: int = 0
 
 
 class ImageIndex:
@@ -111,13 +129,11 @@ class ImageIndex:
         known = {}
         for part in sorted(self.folder.glob("*.arrow")):
             table = read_table(part)
-            columns = table.to_pydict() if table is not None else {"path": []}
-            if set(columns) >= {"path", "size", "changed", "key", "problem"}:
-                for path, size, changed, key, problem in zip(
-                    *(columns[name] for name in ("path", "size", "changed", "key", "problem")),
-                    strict=True,
-                ):
-                    known[path, size, changed] = Entry(size, changed, key.hex(), problem)
+            columns = table.to_pydict() if table is not None else {}
+            if set(columns) >= {"path", "size", "changed", *STATE}:
+                states = state_entries(columns, columns["size"], columns["changed"])
+                for path, entry in zip(columns["path"], states, strict=True):
+                    known[path, entry.size_bytes, entry.mtime_ns] = entry
         return known
 
     def _save(self, entries: dict[str, Entry]) -> None:
@@ -129,11 +145,38 @@ class ImageIndex:
                 "path": pa.array([locations.absolute(path) for path in entries], pa.string()),
                 "size": pa.array([entry.size_bytes for entry in values], pa.int64()),
                 "changed": pa.array([entry.mtime_ns for entry in values], pa.int64()),
-                "key": pa.array([bytes.fromhex(entry.key) for entry in values], pa.binary(32)),
-                "problem": pa.array([entry.problem for entry in values], pa.string()),
+                **state_columns(values),
             }
         )
         write_table(self.folder, table)
+
+
+def state_columns(entries: Sequence[Entry]) -> dict[str, pa.Array]:
+    """Columns of a table with everything about images but the files they are in."""
+    keys = [bytes.fromhex(entry.key) if entry.key else None for entry in entries]
+    return {
+        "key": pa.array(keys, pa.binary(32)),
+        **{
+            name: pa.array([getattr(entry, name) for entry in entries], kind)
+            for name, kind in STATE.items()
+            if name != "key"
+        },
+    }
+
+
+def state_entries(
+    columns: Mapping[str, Sequence], sizes: Iterable[int], times: Iterable[int]
+) -> Iterator[Entry]:
+    """The entries of such columns.
+
+    Args:
+        columns: as plain values.
+        sizes: bytes of the files they are in.
+        times: times of those files.
+    """
+    values = zip(*(columns[name] for name in STATE), strict=True)
+    for size, changed, (key, *rest) in zip(sizes, times, values, strict=False):
+        yield Entry(size, changed, key.hex() if key is not None else "", *rest)
 
 
 class ImageChecker:
@@ -147,7 +190,7 @@ class ImageChecker:
     def __init__(self, config: Config, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._decoder: ImageDecoder | None = None
+        self._decoder = Decoder(config, device)
 
     def check(self, paths: Sequence[str]) -> dict[str, Entry]:
         """What is found about each of some images."""
@@ -180,15 +223,12 @@ class ImageChecker:
         except DataError as error:
             return Entry(0, 0, "", str(error)), None
         data = self._config.data
-        problem = refusal(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit)
-        entry = Entry(size, changed, hashlib.sha256(encoded).hexdigest(), problem)
-        return entry, encoded if problem is None else None
+        seen = look(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit)
+        key = hashlib.sha256(encoded).hexdigest()
+        entry = Entry(size, changed, key, seen.problem, seen.kind, seen.width, seen.height)
+        return entry, encoded if seen.problem is None else None
 
     def _decode(self, waiting: list[tuple[str, bytes]], found: dict[str, Entry]) -> None:
-        if not waiting:
-            return
-        if self._decoder is None:
-            self._decoder = image_decoder(self._config, self._device)
         bad = self._decoder.find_bad([encoded for _, encoded in waiting])
         for number, problem in bad.items():
             path = waiting[number][0]
@@ -198,7 +238,14 @@ class ImageChecker:
 def image_rules(config: Config) -> str:
     """Hash of the settings that decide which images are bad."""
     data = config.data
-    return fingerprint({"version": 2, "max_pixels": data.max_image_pixels, "fit": data.image_fit})
+    return fingerprint(
+        {
+            "version": 3,
+            "max_pixels": data.max_image_pixels,
+            "fit": data.image_fit,
+            "pil_kinds": sorted(data.pil_kinds),
+        }
+    )
 
 
 _checker_of_this_process = lru_cache(maxsize=1)(ImageChecker)

@@ -32,13 +32,20 @@ from megatron_asvr.data.cache import cache_root
 from megatron_asvr.data.conversation import Turn
 from megatron_asvr.data.files import fingerprint, read_table, write_atomically, write_table
 from megatron_asvr.data.formats import data_files, source_format
-from megatron_asvr.data.images import Entry, ImageIndex, Run, image_rules
+from megatron_asvr.data.images import (
+    Entry,
+    ImageIndex,
+    Run,
+    image_rules,
+    state_columns,
+    state_entries,
+)
 from megatron_asvr.data.records import Record, raise_problems, records_of
 from megatron_asvr.data.sample import SampleBuilder
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import DataError
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 OVERLONG = "nothing of it fits into data.max_length"
@@ -153,7 +160,7 @@ def build(
     images = [path for table in tables for path in pc.list_flatten(table["images"]).to_pylist()]
     checked = ImageIndex(config, folder=cache_root(config), device=device)
     checked.prepare(images, run=run)
-    state = write_table(folder, _state_table([checked.entries[path] for path in images]))
+    state = write_table(folder, pa.table(state_columns([checked.entries[path] for path in images])))
     counts, lines = [], []
     for number, source in enumerate(sources):
         own = [t for file, t in zip(files, tables, strict=True) if file.number == number]
@@ -201,13 +208,9 @@ class Index:
 
     def entries(self) -> dict[str, Entry]:
         """What was found about every image, by location."""
-        keys = self._states["key"].to_pylist()
-        problems = self._states["problem"].to_pylist()
         paths = (path for images in self.images for path in images)
-        return {
-            path: Entry(0, 0, key.hex() if key is not None else "", problem)
-            for path, key, problem in zip(paths, keys, problems, strict=True)
-        }
+        states = state_entries(self._states.to_pydict(), itertools.repeat(0), itertools.repeat(0))
+        return dict(zip(paths, states, strict=True))
 
     def lengths(self, rules: str, *, branches: bool) -> "Lengths | None":
         """Lengths of the rows of every sample, or None when they were made by other rules."""
@@ -335,16 +338,6 @@ def _row(record: Record, branched: SampleBuilder, flat: SampleBuilder) -> dict[s
         "lengths": [row.length for row in sample.rows],
         "flat_lengths": [row.length for row in alone.rows],
     }
-
-
-def _state_table(entries: Sequence[Entry]) -> pa.Table:
-    keys = [bytes.fromhex(entry.key) if entry.key else None for entry in entries]
-    return pa.table(
-        {
-            "key": pa.array(keys, pa.binary(32)),
-            "problem": pa.array([entry.problem for entry in entries], pa.string()),
-        }
-    )
 
 
 def _bad_samples(

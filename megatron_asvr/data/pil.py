@@ -1,14 +1,29 @@
-"""The reference of the image path in PIL and numpy; DALI's graph is tested against it."""
+"""The reference of the image path in PIL and numpy; DALI's graph is tested against it.
 
-import io
+Some kinds of images take it in earnest (``data/decode.py``): those that DALI cannot read, or reads
+otherwise. The rules are: EXIF turns the image upright; transparency lies on white, as a viewer
+shows it; 16 bits a channel keep their upper 8, as PIL does with 16-bit colour; of several pictures
+in a file the first counts; colour profiles are left alone.
+"""
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from megatron_asvr.data.gate import Fit
+from megatron_asvr.data.gate import MODES_16, Fit, open_header, orientation
 
 MEAN_COLOUR = 127  # LLaVA pads with int(255 * 0.5)
 PIXEL_MEAN = PIXEL_STD = 127.5  # SigLIP: [0, 255] to [-1, 1]
+WHITE = (255, 255, 255, 255)
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(encoded: bytes, *, image_size: int, fit: Fit) -> np.ndarray:
@@ -21,7 +36,7 @@ def decode(encoded: bytes, *, image_size: int, fit: Fit) -> np.ndarray:
 
     Source: LLaVA's expand2square; SigLIP's bicubic resize.
     """
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    image = upright(encoded)
     width, height = image.size
     if fit == "pad" and width != height:
         side = max(width, height)
@@ -30,6 +45,34 @@ def decode(encoded: bytes, *, image_size: int, fit: Fit) -> np.ndarray:
         image = square
     resized = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def upright(encoded: bytes) -> Image.Image:
+    """The whole image in RGB, turned upright; raises what PIL raises, also where bytes are missing.
+
+    Args:
+        encoded: the whole file.
+    """
+    image = open_header(encoded)
+    image.load()
+    turn = _TURNS.get(orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode in MODES_16:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def problem(encoded: bytes) -> str | None:
+    """Why PIL cannot decode the image completely, or None."""
+    try:
+        upright(encoded)
+    except Exception as error:  # a damaged file can raise anything
+        return f"cannot be decoded: PIL: {type(error).__name__}: {error}"
+    return None
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:

@@ -5,26 +5,24 @@ from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data import locations
-from megatron_asvr.data.gate import refusal
+from megatron_asvr.data.decode import Decoder
+from megatron_asvr.data.gate import look
 from megatron_asvr.data.pil import MEAN_COLOUR, PIXEL_MEAN, PIXEL_STD
 from megatron_asvr.errors import DataError
-
-if TYPE_CHECKING:
-    from megatron_asvr.data.dali.pipeline import ImageDecoder
 
 # Keys of images without a file. BLANK: every pixel is the mean colour (data.blank_images).
 # ZERO: zeros after normalisation, which the official code gives a sample without an image.
 BLANK_KEY = sha256(b"image of the mean colour").hexdigest()
 ZERO_KEY = sha256(b"image of zeros after normalisation").hexdigest()
 
-PIXELS_VERSION = 1  # raised when the same file and settings give other pixels than before
+PIXELS_VERSION = 2  # raised when the same file and settings give other pixels than before
 
 CACHE_BYTES = 256 * 2**20  # decoded pixels kept in memory: a small data set fits whole
 
@@ -57,6 +55,7 @@ def pixel_facts(config: Config, device: str) -> dict[str, Any]:
         "decoder": f"DALI {_dali_version()} on {device}",
         "model.vision.image_size": config.model.vision.image_size,
         "data.image_fit": config.data.image_fit,
+        "data.pil_kinds": sorted(config.data.pil_kinds),
     }
 
 
@@ -66,18 +65,6 @@ def _dali_version() -> str:
     names = ((dist.metadata["Name"] or "", dist.version) for dist in metadata.distributions())
     found = [version for name, version in names if name.startswith("nvidia-dali-")]
     return ".".join(found[0].split(".")[:2]) if found else "not installed"
-
-
-def image_decoder(config: Config, device: torch.device) -> "ImageDecoder":
-    """A decoder for the configuration's images; importing DALI takes a second, so only here."""
-    from megatron_asvr.data.dali.pipeline import ImageDecoder
-
-    return ImageDecoder(
-        image_size=config.model.vision.image_size,
-        fit=config.data.image_fit,
-        device=device,
-        threads=config.data.decode_threads,
-    )
 
 
 class PixelStore:
@@ -107,7 +94,7 @@ class PixelStore:
         self._size = config.model.vision.image_size
         self._capacity = cache_bytes // (3 * self._size**2)  # images
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
-        self._decoder: ImageDecoder | None = None
+        self._decoder = Decoder(config, device)
 
     def normalised(self, keys: Sequence[str], paths: dict[str, str]) -> Tensor:
         """float32 pixels in [-1, 1], [I, C, H, W].
@@ -149,8 +136,6 @@ class PixelStore:
     def _decode(self, wanted: dict[str, str]) -> Sequence[Tensor]:
         if not wanted:
             return ()
-        if self._decoder is None:
-            self._decoder = image_decoder(self._config, self._device)
         paths = list(wanted.values())
         encoded = [self._read(key, path) for key, path in wanted.items()]
         try:
@@ -168,7 +153,7 @@ class PixelStore:
             why = error.strerror or error
             raise DataError(f"image {path} cannot be read: {why}") from error
         data = self._config.data
-        problem = refusal(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit)
+        problem = look(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit).problem
         if problem is not None:
             raise DataError(f"image {path} cannot be used: {problem}; {_CHANGED}")
         if self._verify and sha256(encoded).hexdigest() != key:

@@ -1,5 +1,6 @@
 """Bad images are found before decoding or by it; good ones agree with the PIL reference."""
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -7,38 +8,70 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_asvr.data import images as images_module
 from megatron_asvr.data import pil
-from megatron_asvr.data.gate import refusal
+from megatron_asvr.data.decode import Decoder, takes_pil
+from megatron_asvr.data.gate import look
 from megatron_asvr.data.images import ImageIndex
-from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore, image_decoder
-from megatron_asvr.errors import DataError
+from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
+from megatron_asvr.errors import ConfigError, DataError
 from tests.unit.data_corpus import config
-from tools.make_dirty_images import bad_images, damaged_payload, encode, good_images, picture
+from tools.make_dirty_images import (
+    bad_images,
+    damaged_payload,
+    deep_png,
+    encode,
+    fuzzed,
+    good_images,
+    picture,
+)
 
 CPU = torch.device("cpu")
 GOOD, BAD = dict(good_images()), dict(bad_images())
-ONLY_DECODING_TELLS = "payload.png"
+ONLY_DECODING_TELLS = {
+    "payload.png",
+    "truncated.gif",
+    "truncated.tiff",
+    "truncated.bmp",
+    "lying_small.png",
+}
+
+
+def refusal(data, *, max_pixels=10**6, fit="square"):
+    return look(data, max_pixels=max_pixels, fit=fit).problem
 
 
 @pytest.fixture(scope="module")
 def decoder():
-    return image_decoder(config(), CPU)
+    return Decoder(config(), CPU)
 
 
 @pytest.mark.parametrize("fit", ["square", "pad"])
 def test_gate_passes_good_images_and_refuses_bad_ones(fit):
     for name, data in GOOD.items():
-        assert refusal(data, max_pixels=10**6, fit=fit) is None, name
+        assert refusal(data, fit=fit) is None, name
     for name, data in BAD.items():
-        refused = refusal(data, max_pixels=10**6, fit=fit) is not None
-        assert refused != (name == ONLY_DECODING_TELLS), name
+        refused = refusal(data, fit=fit) is not None
+        assert refused != (name in ONLY_DECODING_TELLS), name
+
+
+def test_kind_and_upright_size_are_known_from_the_header():
+    for name, data in GOOD.items():
+        kind, *_, size = name.rpartition(".")[0].split("-")
+        width, height = map(int, size.split("x"))
+        if (
+            kind.endswith("turned") and name.split("-")[1] not in ("2", "3", "4")
+        ) or name.startswith("tiff-turned"):
+            width, height = height, width
+        seen = look(data, max_pixels=10**6, fit="square")
+        assert (seen.kind, seen.width, seen.height) == (kind, width, height), name
 
 
 def test_pixel_limit_counts_the_padded_square():
     data = encode(picture(np.random.default_rng(0), 200, 50), "PNG")
-    assert refusal(data, max_pixels=10_000, fit="square") is None
+    assert refusal(data, max_pixels=10_000) is None
     assert "200x50 pixels padded to a square" in refusal(data, max_pixels=10_000, fit="pad")
     assert refusal(data, max_pixels=40_000, fit="pad") is None
 
@@ -47,20 +80,92 @@ def test_bombs_cost_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("bomb.png", "lying_header.png"):
-            assert "pixels" in refusal(BAD[name], max_pixels=50_000_000, fit="square")
+            assert "pixels" in refusal(BAD[name], max_pixels=50_000_000)
 
 
 @pytest.mark.parametrize("fit", ["square", "pad"])
 @pytest.mark.parametrize("size", [48, 224])
 def test_dali_agrees_with_pil(fit, size):
     """Decoding is bit-exact; the two bicubic filters differ in rounding only."""
-    dali = image_decoder(config(model__vision__image_size=size, data__image_fit=fit), CPU)
-    ours = dali.decode(list(GOOD.values())).numpy().astype(int)
+    decoder = Decoder(config(model__vision__image_size=size, data__image_fit=fit), CPU)
+    ours = decoder.decode(list(GOOD.values())).numpy().astype(int)
     for name, got in zip(GOOD, ours, strict=True):
         want = pil.decode(GOOD[name], image_size=size, fit=fit).astype(int)
         difference = np.abs(got - want)
-        assert difference.max() <= 16, name  # of 255; measured 11 over 5 seeds of this corpus
-        assert difference.mean() <= 0.3, name  # measured 0.192; without antialiasing over 0.5
+        if takes_pil(name.partition("-")[0].partition(".")[0]):
+            assert difference.max() == 0, name
+        # Measured over 3 seeds of this corpus; without antialiasing the mean is over 0.5. Two
+        # colours, dithered, are all edges; of 16 bits DALI rounds where PIL cuts.
+        bounds = {"bits-": (32, 2.2), "palette": (19, 0.26), "16bit": (11, 0.6)}
+        worst, mean = next((b for part, b in bounds.items() if part in name), (11, 0.2))
+        assert difference.max() <= 1.3 * worst, name
+        assert difference.mean() <= 1.3 * mean, name
+
+
+def test_pil_takes_what_dali_reads_otherwise():
+    """Every kind that is kept from DALI has its reason."""
+    dali = Decoder(config(), CPU).dali
+    for name, data in GOOD.items():
+        kind = name.partition("-")[0].partition(".")[0]
+        if kind.endswith(("alpha", "cmyk_unmarked")):
+            want = pil.decode(data, image_size=16, fit="square").astype(int)
+            got = 0 if kind.startswith(("gif", "avif")) else dali.decode([data])[0].numpy()
+            assert takes_pil(kind)
+            assert np.abs(got - want).max() > 16, name
+
+
+def test_pil_kinds_are_decoded_exactly_and_have_to_exist():
+    data = [data for name, data in GOOD.items() if name.startswith("jpeg_cmyk-")]
+    exact = Decoder(config(data__pil_kinds=["jpeg_cmyk"]), CPU).decode(data)
+    want = [pil.decode(each, image_size=16, fit="square") for each in data]
+    assert np.array_equal(exact, want)
+    assert not np.array_equal(Decoder(config(), CPU).decode(data), want)
+    for wrong in ("jpg", "png_deep"):
+        with pytest.raises(ConfigError, match=rf"data\.pil_kinds names '{wrong}'.*cmyk_unmarked"):
+            Decoder(config(data__pil_kinds=[wrong]), CPU)
+
+
+def test_16_bits_are_scaled_and_not_clipped():
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8, 1)
+    for channels in (1, 3):
+        got = np.asarray(pil.upright(deep_png(ramp.repeat(channels, axis=2))))
+        assert np.abs(got.astype(int) - ramp / 257).max() <= 1
+        assert got.min() == 0
+        assert got.max() == 255
+
+
+def test_transparency_lies_on_white():
+    colour, alpha = np.array([200, 10, 60]), 64
+    pixels = np.tile(np.array([*colour, alpha], dtype=np.uint8), (8, 8, 1))
+    want = colour * alpha / 255 + 255 * (1 - alpha / 255)
+    for kind in ("PNG", "TIFF", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        got = pil.decode(encode(Image.fromarray(pixels), kind, **options), image_size=4, fit="pad")
+        assert np.abs(got - want[:, None, None]).max() <= 1, kind
+
+
+def test_turned_images_stand_upright():
+    image = picture(np.random.default_rng(2), 60, 40)
+    stored = image.transpose(Image.Transpose.ROTATE_90)  # EXIF 6: turn it back
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "TIFF", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encode(stored, kind, exif=exif, **options)
+        assert np.array_equal(pil.upright(data), image), kind
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fuzzed_images_never_crash_and_what_passes_is_decoded(seed, decoder):
+    rng = np.random.default_rng(seed)
+    some = {name: fuzzed(data, rng) for name, data in GOOD.items() if "64x64" in name}
+    passed = [data for data in some.values() if refusal(data) is None]
+    bad = decoder.find_bad(passed)
+    good = [data for number, data in enumerate(passed) if number not in bad]
+    assert len(good) < len(some)
+    assert len(decoder.decode(good)) == len(good)
+    for data in good:
+        Image.open(io.BytesIO(data)).load()
 
 
 def test_same_size_image_is_bit_exact(decoder):
@@ -140,9 +245,9 @@ def test_index_is_kept_and_only_changed_files_are_read_again(folder, monkeypatch
 
     def noting(encoded, **limits):
         read.append(encoded)
-        return refusal(encoded, **limits)
+        return look(encoded, **limits)
 
-    monkeypatch.setattr(images_module, "refusal", noting)
+    monkeypatch.setattr(images_module, "look", noting)
     again = ImageIndex(config(), folder=folder / "cache", device=CPU)
     again.prepare(paths)
     assert not read
@@ -155,6 +260,7 @@ def test_index_is_kept_and_only_changed_files_are_read_again(folder, monkeypatch
     third.prepare(paths)
     assert read == [data, data]
     assert third.entries[str(larger)].problem is None
+    assert third.entries[str(larger)].kind == "jpeg"
     stricter = ImageIndex(config(data__max_image_pixels=10), folder=folder / "cache", device=CPU)
     stricter.prepare(paths)
     assert all(entry.problem for entry in stricter.entries.values())

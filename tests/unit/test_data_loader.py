@@ -160,7 +160,7 @@ def test_an_image_that_breaks_later_names_step_rank_and_samples(tokenizer, tmp_p
         (folder / "5.img").write_bytes(b"")
         with pytest.raises(DataError, match=r"step 0, data-parallel rank 0, samples .*r5.*5\.img"):
             made.step(0)
-        (folder / "5.img").write_bytes(dict(good_images())["png_64x64.png"])
+        (folder / "5.img").write_bytes(dict(good_images())["png-64x64.png"])
         with pytest.raises(DataError, match=r"5\.img is not the one that was checked"):
             made.step(0)
         (folder / "5.img").write_bytes(whole)
