@@ -5,7 +5,7 @@ tokens are already expanded to one position per patch, targets are already shift
 attention rule is two integers per position. The model only computes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -57,6 +57,7 @@ class MicroBatch:
         codes_PD: int64 codes of every patch of all images from the cache, or None when the
             tokenizer is online.
         sample_ids: each document's sample, for messages.
+        image_keys: content key of every image.
         context: this rank's place among those that share the sequences, and their number.
     """
 
@@ -77,6 +78,7 @@ class MicroBatch:
     visual_patches_M: Tensor
     codes_PD: Tensor | None
     sample_ids: list[str]
+    image_keys: list[str] = field(default_factory=list)
     context: tuple[int, int] = (0, 1)
 
     def own(self, x_BS: Tensor) -> Tensor:

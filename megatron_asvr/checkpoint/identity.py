@@ -25,6 +25,8 @@ _FREE = {
     "data.eval",
     "data.cache_dir",
     "data.encode_missing",
+    "data.codes_verify_fraction",
+    "data.codes_max_flip",
     "data.decode_threads",
     "data.prefetch_batches",
     "train.eval_every_steps",

@@ -170,6 +170,14 @@ def _check_data(config: Config) -> None:
     _not_negative(config.run, "run", ("seed",))
     _positive(d, "data", ("max_length", "pack_length", "max_image_pixels", "decode_threads"))
     _not_negative(d, "data", ("prefetch_batches",))
+    for name, shares in (
+        ("codes_verify_fraction", (d.codes_verify_fraction,)),
+        ("codes_max_flip", d.codes_max_flip),
+    ):
+        _require(
+            bool(shares) and all(0 <= share <= 1 for share in shares),
+            f"data.{name}={getattr(d, name)} must be from 0 to 1",
+        )
     _require(
         d.max_length <= positions,
         f"data.max_length={d.max_length} exceeds model.language.max_positions={positions}; use at "

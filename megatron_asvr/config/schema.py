@@ -217,6 +217,8 @@ class DataConfig:
     codes: Literal["cache", "online"] = "cache"  # the tokenizer's codes: from disk, or every step
     cache_dir: str | None = None  # default: <run.dir>/../codes
     encode_missing: bool = True  # codes not in the cache: computed before training, or an error
+    codes_verify_fraction: float = 0.001  # of a step's images: cached codes are computed again
+    codes_max_flip: tuple[float, ...] = (0.02,)  # share that may differ: of all depths, or of each
     decode_threads: int = 1
     prefetch_batches: int = 2
 

@@ -179,6 +179,7 @@ class Collator:
             visual_patches_M=visual[1],
             codes_PD=self._codes(images.keys, codes),
             sample_ids=[document.sample_id for document in documents],
+            image_keys=images.keys,
             context=(self.view.cp_rank, self.cp),
         )
 

@@ -29,6 +29,7 @@ from megatron_asvr.train.metrics import (
     show_log,
 )
 from megatron_asvr.train.optim import learning_rate
+from megatron_asvr.train.recheck import CodeCheck
 from megatron_asvr.train.saving import Saver
 from megatron_asvr.train.signals import StopRequest
 from megatron_asvr.train.start import Run, start
@@ -53,7 +54,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         ConfigError: a setting cannot work.
-        DataError: the data cannot be used.
+        DataError: the data cannot be used, or cached codes are not what this run computes.
         CheckpointError: the run's folder belongs to another run, a source of weights does not fit,
             the last checkpoint cannot be written, or a newer start of the run is at work.
         AsvrError: a loss or gradient is not finite.
@@ -61,6 +62,7 @@ def train(config: Config) -> dict[str, Any]:
     show_log("stdout")
     groups = make_groups(config)
     with contextlib.closing(open_data(config, groups=groups)) as data:
+        check = CodeCheck(config, data, groups=groups)
         run = start(config, data, groups=groups)
         with (
             StopRequest() as stop,
@@ -69,11 +71,13 @@ def train(config: Config) -> dict[str, Any]:
             ) as log,
         ):
             saver = Saver(run, log)
-            done = run_steps(run, saver, log, stop)
+            done = run_steps(run, saver, log, stop, check)
         return {**summary(run, done), "failed_saves": saver.failures}
 
 
-def run_steps(run: Run, saver: Saver, log: MetricsLog, stop: StopRequest) -> ResumeState:
+def run_steps(
+    run: Run, saver: Saver, log: MetricsLog, stop: StopRequest, check: CodeCheck
+) -> ResumeState:
     """Where the run stands after its last step, or after the step in which it was told to stop.
 
     Args:
@@ -81,6 +85,7 @@ def run_steps(run: Run, saver: Saver, log: MetricsLog, stop: StopRequest) -> Res
         saver: writes its checkpoints.
         log: where metrics go.
         stop: tells when this rank was asked to stop.
+        check: computes some of the cached codes again.
     """
     config, groups, data, settings = run.config, run.groups, run.data, run.config.train
     done, window, usage = run.done, Window(**run.done.window), CodeUsage(data.codebook_sizes)
@@ -91,7 +96,8 @@ def run_steps(run: Run, saver: Saver, log: MetricsLog, stop: StopRequest) -> Res
 
         with naming(step, batches, groups):
             told = stop.reason is not None or run.is_superseded
-            agreement = agree(batches, stop=told, groups=groups)
+            counts = check.counts(step, batches)
+            agreement = agree(batches, stop=told, groups=groups, recounted=counts)
             if due(step, settings.cosine_every_steps):
                 cosine = gradient_cosine(run.wrapped, batches, agreement, groups=groups)
                 log.write(step + 1, "cosine", {"gradient_cosine": cosine})
@@ -110,6 +116,7 @@ def run_steps(run: Run, saver: Saver, log: MetricsLog, stop: StopRequest) -> Res
             values = {**window.values(), "lr": rate, **usage.values(groups=groups)}
             log.write(done.step, "train", values)
             tell(groups, progress_line(values, step=done.step, total_steps=run.total_steps))
+            check.judge(window.recount)
             window = Window()
 
         if data.held_out and (last or due(done.step, settings.eval_every_steps)):

@@ -25,6 +25,25 @@ logger = logging.getLogger(__name__)
 PROGRESS_S = 10.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recount:
+    """Cached codes that were computed again (train/recheck.py).
+
+    Attributes:
+        images: how many images.
+        positions: how many patches they have.
+        flips: codes of every depth that were different.
+    """
+
+    images: int
+    positions: int
+    flips: tuple[int, ...]
+
+    def shares(self) -> list[float]:
+        """Share of different codes of every depth."""
+        return [flips / max(1, self.positions) for flips in self.flips]
+
+
 @dataclass(kw_only=True, slots=True)
 class Window:
     """The steps since the last logged line; it is saved with a checkpoint, so lines survive it.
@@ -37,6 +56,7 @@ class Window:
         num_tokens: positions without padding.
         data_s: seconds spent waiting for data.
         train_s: seconds spent in the steps, waiting included.
+        recounted: sum of ``Agreement.recounted``.
     """
 
     steps: int = 0
@@ -46,6 +66,7 @@ class Window:
     num_tokens: int = 0
     data_s: float = 0.0
     train_s: float = 0.0
+    recounted: list[int] = field(default_factory=list)
 
     def add(
         self, result: StepResult, agreement: Agreement, *, data_s: float, train_s: float
@@ -59,10 +80,21 @@ class Window:
         self.num_tokens += agreement.num_tokens
         self.data_s += data_s
         self.train_s += train_s
+        if counts := agreement.recounted:
+            before = self.recounted or [0] * len(counts)
+            self.recounted = [a + b for a, b in zip(before, counts, strict=True)]
+
+    @property
+    def recount(self) -> Recount:
+        """Cached codes that were computed again."""
+        images, positions, *flips = self.recounted or (0, 0)
+        return Recount(images=images, positions=positions, flips=tuple(flips))
 
     def values(self) -> dict[str, float]:
         """Means over the window: losses per target, the rest per step or second."""
         totals: Tensor = torch.tensor(self.totals, dtype=torch.float64)
+        recount = self.recount
+        checked = {f"code_flips_{d}": share for d, share in enumerate(recount.shares())}
         return {
             "loss": self.loss / self.steps,
             **read_totals(totals),
@@ -70,6 +102,7 @@ class Window:
             "tokens_per_s": self.num_tokens / self.train_s,
             "step_s": self.train_s / self.steps,
             "data_wait": self.data_s / self.train_s,
+            **({"codes_checked_images": recount.images, **checked} if recount.images else {}),
         }
 
 
@@ -87,6 +120,10 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
         line += f" visual {values['visual_loss']:.4f} [{' '.join(f'{v:.3f}' for v in depths)}]"
     line += f" lr {values['lr']:.2e} gnorm {values['grad_norm']:.3f}"
     line += f" tok/s {values['tokens_per_s']:,.0f}"
+    if "codes_checked_images" in values:
+        shares = (v for key, v in values.items() if key.startswith("code_flips_"))
+        line += f" codes of {values['codes_checked_images']} images checked, flips"
+        line += f" [{' '.join(f'{v:.1%}' for v in shares)}]"
     line += f" ETA {clock((total_steps - step) * values['step_s'])}"
     return f"{line} data {values['data_wait']:.0%}"
 

@@ -47,12 +47,14 @@ class Agreement:
         visual_count: positions with a visual target, in the global batch.
         num_tokens: positions of the global batch, without padding.
         stop: some rank was asked to stop after this step.
+        recounted: sums of ``CodeCheck.counts`` (train/recheck.py).
     """
 
     text_count: int
     visual_count: int
     num_tokens: int
     stop: bool
+    recounted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +94,16 @@ def contributes(groups: Groups) -> bool:
     return (groups.has_text_loss or groups.is_last_stage) and groups.tp_rank == 0
 
 
-def agree(batches: Sequence[MicroBatch], *, stop: bool, groups: Groups) -> Agreement:
+def agree(
+    batches: Sequence[MicroBatch], *, stop: bool, groups: Groups, recounted: Sequence[int] = ()
+) -> Agreement:
     """Counts of the whole global batch and the joint decision to stop: one small all-reduce.
 
     Args:
         batches: this rank's micro-batches of the step.
         stop: this rank was asked to stop.
         groups: process groups of the layout.
+        recounted: numbers of every rank to be summed too, as many on each.
     """
     counts = [0, 0, 0]
     if contributes(groups):
@@ -107,11 +112,15 @@ def agree(batches: Sequence[MicroBatch], *, stop: bool, groups: Groups) -> Agree
             sum(b.num_visual_targets for b in batches),
             groups.is_last_stage * sum(int((b.own(b.document_BS) >= 0).sum()) for b in batches),
         ]
-    mine = torch.tensor([*counts, int(stop)], device=select()[0].device)
+    mine = torch.tensor([*counts, int(stop), *recounted], device=select()[0].device)
     values = all_reduce_sum(mine, group=groups.world)
-    text_count, visual_count, num_tokens, stops = values.tolist()
+    text_count, visual_count, num_tokens, stops, *sums = values.tolist()
     return Agreement(
-        text_count=text_count, visual_count=visual_count, num_tokens=num_tokens, stop=stops > 0
+        text_count=text_count,
+        visual_count=visual_count,
+        num_tokens=num_tokens,
+        stop=stops > 0,
+        recounted=tuple(sums),
     )
 
 

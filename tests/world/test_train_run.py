@@ -18,6 +18,7 @@ from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.load import load
 from megatron_asvr.config.schema import PARTS, Config
+from megatron_asvr.data.parts import Part, RowForm, write_part
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
@@ -95,6 +96,51 @@ def test_codes_that_are_missing_can_be_an_error_that_says_what_differs(tmp_path:
     message = str(error.value)
     assert "no codes of 12 of 12 images, and data.encode_missing=false" in message
     assert "was made with data.image_fit 'square' instead of 'pad'" in message
+
+
+def checked_run(name: str, *, ranks: int = 1, **settings: Any) -> list[dict[str, Any]]:
+    """The logged lines of a run that computes half of its codes again."""
+    fixed = {"data__cache_dir": str(files().parent / "checked"), "data__eval": []}
+    fixed |= {"train__steps": 4, "data__codes_verify_fraction": 0.5}
+    config = run_config(files(), files().parent / name, **{**fixed, **settings})
+    run_ranks(train, (config,), ranks, timeout_s=240)
+    lines = map(json.loads, RunFolder(files().parent / name).metrics.open())
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def test_a_share_of_the_codes_is_computed_again_and_changes_nothing() -> None:
+    quiet = checked_run("quiet", data__codes_verify_fraction=0.0)
+    checked = checked_run("checked_1")
+    assert [line["loss"] for line in checked] == [line["loss"] for line in quiet]
+    one, two = (read_run(files().parent / name)[1] for name in ("quiet", "checked_1"))
+    for name in ("projector.linear_2.weight", "visual_head.heads.1.weight"):
+        assert torch.equal(one(name), two(name))
+    assert not any(name.startswith("code_flips") for line in quiet for name in line)
+    numbers = [line["codes_checked_images"] for line in checked]
+    assert 2 < sum(numbers) < 14  # of 16 samples, one in 13 without an image
+    assert all(line[f"code_flips_{depth}"] == 0 for line in checked for depth in range(3))
+    layout = {"parallel__tp": 2, "parallel__pp": 2}
+    split = checked_run("checked_4", ranks=4, **layout)
+    assert [line["codes_checked_images"] for line in split] == numbers
+
+
+def test_codes_that_this_machine_does_not_compute_stop_the_run() -> None:
+    checked_run("made", train__steps=1)
+    (folder,) = (files().parent / "checked").glob("*/manifest.json")
+    (part,) = folder.parent.glob("*.codes")
+    form = RowForm(num_patches=4, depth=3, dtype=np.dtype("<u2"))
+    written = Part(part, form)
+    keys = [key.tobytes().hex() for key in written.keys]
+    codes = np.stack([written.row(row) for row in range(len(keys))])
+    codes[:, 1, 2] = (codes[:, 1, 2] + 1) % 5  # one patch in four, at the last depth
+    write_part(files().parent / "changed" / folder.parent.name, keys, codes, form)
+    changed = {"data__cache_dir": str(files().parent / "changed")}
+    with pytest.raises(LaunchError, match=r"images, depth 2: 25.00% of \d+ codes \(limit 2.00%\)"):
+        checked_run("refused", **changed)
+    lines = checked_run("allowed", data__codes_max_flip=[0.0, 0.0, 0.3], **changed)
+    assert next(line["code_flips_2"] for line in lines if "code_flips_2" in line) == 0.25
+    with pytest.raises(LaunchError, match="codes_max_flip gives 2 limits for codes of 3 depths"):
+        checked_run("wrong", data__codes_max_flip=[0.0, 0.0], **changed)
 
 
 def fill_seen_by_one(config: Config) -> tuple[int, list[int]]:
