@@ -78,6 +78,8 @@ class QuickStart:
                 "verify",
                 self._run("stage2"),
                 str(self.out / "hf"),
+                "--verify",
+                "full",
                 *self._questions("test"),
                 "--samples",
                 "24",

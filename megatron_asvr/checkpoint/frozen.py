@@ -8,14 +8,14 @@ in at the end (the format allows trailing spaces in it).
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_asvr.checkpoint.folder import fsync
+from megatron_asvr.checkpoint.tensors import Stored, open_safetensors
 from megatron_asvr.errors import CheckpointError
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -66,19 +66,18 @@ def write_frozen(
     return path.name
 
 
-def open_frozen(path: Path) -> dict[str, Callable[[], Tensor]]:
-    """Every tensor of a frozen file by its canonical name, read when called.
+def open_frozen(path: Path) -> dict[str, Stored]:
+    """Every tensor of a frozen file by its canonical name.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     try:
-        handle = safe_open(path, framework="pt")
-        return {name: lambda name=name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as err:
+        return open_safetensors(path, CheckpointError)
+    except CheckpointError as err:
         raise CheckpointError(
-            f"{path} cannot be read: {err}. It holds weights that this run does not train; restore "
-            "it, or start again in a new run.dir"
+            f"{err}. It holds weights that this run does not train; restore it, or start again in "
+            "a new run.dir"
         ) from None
 
 

@@ -135,7 +135,7 @@ def load_frozen(
         tensors |= open_frozen(folder.frozen / name)
     missing = load_weights(
         chunks,
-        lambda name: tensors[name]() if name in tensors else None,
+        lambda name: tensors[name].read() if name in tensors else None,
         groups=groups,
         strict=False,
     )

@@ -27,9 +27,9 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(takes_overrides=True)
 
 
-def add_questions(parser: argparse.ArgumentParser) -> None:
+def add_questions(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add what `eval` and `verify` ask, and where their report goes."""
-    parser.add_argument("--data", required=True, help="LLaVA-format JSON with the questions")
+    parser.add_argument("--data", required=required, help="LLaVA-format JSON with the questions")
     parser.add_argument("--images", help="folder of its images (default: the JSON's)")
     parser.add_argument("--max-new-tokens", type=positive, default=32)
     parser.add_argument("--out", help="JSON file for the report")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from megatron_asvr.cli.common import (
     add_overrides,
@@ -31,14 +32,29 @@ def add(commands: argparse._SubParsersAction) -> None:
         default="llava",
         help="LlavaForConditionalGeneration (default), or the language model alone",
     )
+    export.add_argument(
+        "--no-verify", action="store_true", help="do not compare what was written with the run"
+    )
     export.set_defaults(run=run_export)
-    verify = actions.add_parser("verify", help="compare an export with its run on real images")
-    verify.add_argument("model", metavar="RUN", help="run folder or checkpoint")
-    verify.add_argument("folder", help="the exported folder")
-    add_questions(verify)
-    verify.add_argument("--samples", type=positive, default=16, help="questions to compare")
-    add_overrides(verify)
-    verify.set_defaults(run=run_verify)
+    _add_verify(actions.add_parser("verify", help="prove that a folder holds what it came from"))
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="RUN", help="run folder or checkpoint; of an import, its source"
+    )
+    parser.add_argument("folder", help="the folder that an export or an import wrote")
+    parser.add_argument(
+        "--verify",
+        choices=("weights", "full"),
+        default="weights",
+        help="compare every byte of the weights (default), or also logits and greedy answers with "
+        "those of transformers on the images of --data",
+    )
+    add_questions(parser, required=False)
+    parser.add_argument("--samples", type=positive, default=16, help="questions to compare")
+    add_overrides(parser)
+    parser.set_defaults(run=run_verify)
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +107,49 @@ def run_export(args: argparse.Namespace) -> None:
     """Export a run's newest checkpoint."""
     from megatron_asvr.hf.run import export_run
 
-    print(f"wrote {export_run(args.model, args.out, dtype=args.dtype, kind=args.kind)}")
+    report = export_run(
+        args.model, args.out, dtype=args.dtype, kind=args.kind, verify=not args.no_verify
+    )
+    proof = "not verified"
+    if report is not None:
+        number, size = report["num_tensors_equal"], report["num_bytes_compared"]
+        proof = f"verified, {number} tensors with {size:,} bytes equal those of {args.model}"
+    print(f"wrote {args.out}: {proof}")
 
 
 def run_verify(args: argparse.Namespace) -> None:
     """Print the report of the comparison; fail when it found a difference."""
+    from megatron_asvr.hf.run import verify_weights
+    from megatron_asvr.launch.job import place
+
+    full = args.verify == "full"
+    if full != (args.data is not None):
+        raise ConversionError(
+            "--data is what --verify full asks about: give both to compare logits and answers, or "
+            "neither to compare the weights"
+        )
+    here = place()
+    report = None
+    if here is None or here.rank == 0:
+        overrides = () if full else args.overrides
+        report = verify_weights(args.model, args.folder, overrides=overrides)
+    if full and (report is None or report["ok"]):
+        behaviour = _behaviour(args)
+        report = None if behaviour is None else behaviour | {"weights": report}
+    if report is None:  # on the other ranks of a launched job
+        return
+    if args.out:
+        write_report(args.out, report)
+    print(json.dumps(report, indent=2))
+    if not report["ok"]:
+        raise ConversionError(
+            f"{args.folder} does not hold what {args.model} does: {report['num_mismatches']} "
+            f"mismatches, the first: {report['mismatches'][0]}"
+        )
+
+
+def _behaviour(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The comparison of logits and answers, on the ranks of the run's layout."""
     from megatron_asvr.train.evaluate import Questions, verify_run
 
     config, world = run_config(args)
@@ -104,15 +158,6 @@ def run_verify(args: argparse.Namespace) -> None:
         limit=args.samples,
         max_new_tokens=args.max_new_tokens,
     )
-    request = (args.model, args.folder, questions, args.overrides)
-    report = start_ranks(verify_run, request, config, world)
-    if report is None:
-        return
-    if args.out:
-        write_report(args.out, report)
-    print(json.dumps(report, indent=2))
-    if not report["ok"]:
-        raise ConversionError(
-            f"{args.folder} does not behave as {args.model}: {report['num_mismatches']} "
-            f"mismatches, the first: {report['mismatches'][0]}"
-        )
+    return start_ranks(
+        verify_run, (args.model, args.folder, questions, args.overrides), config, world
+    )

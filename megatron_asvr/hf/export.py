@@ -4,25 +4,22 @@
 calls `finalize`, which renames it in one step (``hf/partial.py``).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import Config, ModelConfig
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.card import model_card
-from megatron_asvr.hf.files import (
-    check_finite,
-    read_json,
-    save_tensors,
-    sync,
-    write_json,
-)
+from megatron_asvr.hf.files import check_finite, read_json, write_json
 from megatron_asvr.hf.importer import HEAD_CONFIG, HEAD_FILE
 from megatron_asvr.hf.memory import in_memory
 from megatron_asvr.hf.partial import finalize, partial_folder, removed_on_error
@@ -37,11 +34,13 @@ from megatron_asvr.hf.processor import (
     tokenizer_loader,
 )
 from megatron_asvr.hf.shards import ShardWriter
+from megatron_asvr.hf.stream import flat_chunks, run_all
 
 __all__ = ["export", "finalize"]
 
-State = Iterable[tuple[str, Tensor]] | Callable[[str], Tensor | None]
+State = Mapping[str, Stored] | Iterable[tuple[str, Tensor]]
 SHARD_BYTES = 5_000_000_000
+CODEBOOKS = f"{tables.HEAD}codebooks."
 
 
 def export(
@@ -55,12 +54,13 @@ def export(
     kind: str = "llava",
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer_fingerprint: str | None = None,
+    beside: Iterable[Callable[[], None]] = (),
 ) -> Path:
     """The temporary folder that holds the exported model; pass it to `finalize`.
 
     Args:
-        state: pairs of our global name and full, unpadded tensor, or a function from name to
-            tensor (None when absent). Frozen codebooks may come as ``visual_head.codebooks.{d}``.
+        state: full, unpadded tensors on disk by our global name, or pairs of name and tensor.
+            Frozen codebooks may come as ``visual_head.codebooks.{d}``.
         config: the run that made the weights.
         tokenizer: SentencePiece model file.
         out: the folder to make; it must not exist yet when `finalize` is called.
@@ -70,6 +70,7 @@ def export(
             ``state`` are then left out).
         max_shard_bytes: largest size of one weights file.
         tokenizer_fingerprint: of the visual tokenizer whose codes the visual head predicts.
+        beside: called while the weights are written, such as checks of the files they come from.
 
     Raises:
         ConversionError: a tensor is missing, unexpected, misshaped, double or not finite, or the
@@ -80,15 +81,15 @@ def export(
         text = read_text(tokenizer, config.model.language.vocab_size)
         hf_config, architecture = _stock_config(config.model, text.ids, kind)
         rules = _checked_rules(config.model, hf_config, architecture)
-        pairs = _only(state, rules, config.model, kind)
-        head = _write_weights(pairs, rules, target, dtype, max_shard_bytes, kind)
-        if kind == "llava":
-            _write_head(head, config, target, dtype, tokenizer_fingerprint)
+        held = _held(state, kind)
+        body, head = _checked(held, rules, config)
+        _write_weights(held, body, head, target, dtype, max_shard_bytes, kind, beside)
+        if head:
+            _describe_head(held, config, target, tokenizer_fingerprint)
         _write_configs(hf_config, architecture, text.ids, dtype, target)
         _write_processor(text, config, kind, chat_template, target)
         card = model_card(config, kind=kind, dtype=dtype, has_head=bool(head))
         (target / "README.md").write_text(card, encoding="utf-8")
-        sync(target)
     return target
 
 
@@ -112,104 +113,99 @@ def _checked_rules(model: ModelConfig, config: Any, architecture: str) -> dict[s
     return {rule.name: rule for rule in rules}
 
 
-def _only(
-    state: State, rules: dict[str, tables.Rule], model: ModelConfig, kind: str
-) -> Iterator[tuple[str, Tensor]]:
-    """The pairs of ``state`` that belong into a folder of this kind."""
-    pairs = _called(state, rules, model) if callable(state) else state
+def _held(state: State, kind: str) -> dict[str, Stored]:
+    """The tensors of ``state`` that belong into a folder of this kind."""
     prefix = "" if kind == "llava" else tables.LM
-    return ((name, x) for name, x in pairs if name.startswith(prefix))
-
-
-def _called(
-    get: Callable[[str], Tensor | None], rules: dict[str, tables.Rule], model: ModelConfig
-) -> Iterator[tuple[str, Tensor]]:
-    names = list(rules)
-    if sizes := _head_sizes(get):
-        head = tables.visual_head_rules(model.visual_head, model.language.hidden_size, sizes)
-        names += [rule.name for rule in head]
-    for name in names:
-        x = get(name)
-        if x is not None:
-            yield name, x
-
-
-def _head_sizes(get: Callable[[str], Tensor | None]) -> tables.HeadSizes | None:
-    """What only the weights know of the visual head; None when there is no head."""
-    sizes = []
-    while (x := get(f"{tables.HEAD}heads.{len(sizes)}.weight")) is not None:
-        sizes.append(x.shape[0])
-    codes = get(f"{tables.HEAD}code_projection.weight")
-    if not sizes or codes is None:
-        return None
-    return tables.HeadSizes(
-        codebook_sizes=tuple(sizes),
-        code_width=codes.shape[-1],
-        with_codebooks=get(f"{tables.HEAD}codebooks.0") is not None,
-    )
-
-
-def _write_weights(
-    pairs: Iterator[tuple[str, Tensor]],
-    rules: dict[str, tables.Rule],
-    target: Path,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    kind: str,
-) -> dict[str, Tensor]:
-    """Write the stock model's weights; the visual head's tensors, by our names, come back."""
-    strip = "" if kind == "llava" else tables.HF_LM
-    shapes = tables.source_shapes(rules.values())
-    planned = {name.removeprefix(strip): (shape, dtype) for name, shape in shapes.items()}
-    writer = ShardWriter(target, planned, max_shard_bytes)
-    seen: dict[str, tuple[int, ...]] = {}
-    head: dict[str, Tensor] = {}
-    for name, x in pairs:
-        if name in seen or name in head:
+    held: dict[str, Stored] = {}
+    for name, x in state.items() if isinstance(state, Mapping) else state:
+        if name in held:
             raise ConversionError(f"{name} came twice")
-        check_finite(name, x)
-        if name.startswith(tables.HEAD):
-            head[name] = x.detach().cpu().clone()
-            continue
-        seen[name] = tuple(x.shape)
-        rule = rules.get(name)
-        if rule is not None and rule.shape == seen[name]:
-            for hf_name, part in rule.split(x):
-                writer.add(hf_name.removeprefix(strip), part.to(dtype))
-    tables.check_complete("export", seen, {name: rule.shape for name, rule in rules.items()})
-    writer.close()
-    return head
+        if name.startswith(prefix):
+            held[name] = x if isinstance(x, Stored) else Stored.of(x)
+    return held
 
 
-def _write_head(
-    head: dict[str, Tensor],
-    config: Config,
-    target: Path,
-    dtype: torch.dtype,
-    fingerprint: str | None,
-) -> None:
-    """Write the visual head's own file and its description, when the run has one."""
-    if not head and config.loss.visual_weight == 0:
-        return
-    sizes = _head_sizes(head.get)
-    if sizes is None:
+def _checked(
+    held: Mapping[str, Stored], rules: dict[str, tables.Rule], config: Config
+) -> tuple[list[tables.Rule], list[tables.Rule]]:
+    """The rules of the stock model and of the visual head, which ``held`` fills exactly."""
+    shapes = {name: x.shape for name, x in held.items() if not name.startswith(tables.HEAD)}
+    tables.check_complete("export", shapes, {name: rule.shape for name, rule in rules.items()})
+    got = {name: x.shape for name, x in held.items() if name.startswith(tables.HEAD)}
+    whole = tables.PROJECTOR + "linear_1.weight" in rules
+    if not got and (config.loss.visual_weight == 0 or not whole):
+        return list(rules.values()), []
+    settings, width = config.model.visual_head, config.model.language.hidden_size
+    head = tables.visual_head_rules(settings, width, _head_sizes(held))
+    tables.check_complete("export of the visual head", got, {r.name: r.shape for r in head})
+    return list(rules.values()), head
+
+
+def _head_sizes(held: Mapping[str, Stored]) -> tables.HeadSizes:
+    """What only the weights know of the visual head."""
+    sizes: list[int] = []
+    while x := held.get(f"{tables.HEAD}heads.{len(sizes)}.weight"):
+        sizes.append(x.shape[0])
+    codes = held.get(f"{tables.HEAD}code_projection.weight")
+    if not sizes or codes is None:
         raise ConversionError(
             "export: loss.visual_weight is not 0, but the weights hold no visual head "
             f"({tables.HEAD}heads.0.weight and {tables.HEAD}code_projection.weight)"
         )
-    settings, width = config.model.visual_head, config.model.language.hidden_size
-    rules = tables.visual_head_rules(settings, width, sizes)
-    got = {name: tuple(x.shape) for name, x in head.items()}
-    tables.check_complete("export of the visual head", got, {r.name: r.shape for r in rules})
-    frozen = tables.HEAD + "codebooks."  # searched in fp32, so kept in fp32
-    tensors = {
-        hf_name: part if rule.name.startswith(frozen) else part.to(dtype)
-        for rule in rules
-        for hf_name, part in rule.split(head[rule.name])
+    return tables.HeadSizes(
+        codebook_sizes=tuple(sizes),
+        code_width=codes.shape[-1],
+        with_codebooks=f"{tables.HEAD}codebooks.0" in held,
+    )
+
+
+def _write_weights(
+    held: Mapping[str, Stored],
+    body: Iterable[tables.Rule],
+    head: Iterable[tables.Rule],
+    target: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    kind: str,
+    beside: Iterable[Callable[[], None]],
+) -> None:
+    """Write the stock model's weights, and the visual head's into a file of their own."""
+    strip = "" if kind == "llava" else tables.HF_LM
+    planned = {
+        name.removeprefix(strip): (shape, dtype)
+        for name, shape in tables.source_shapes(body).items()
     }
-    save_tensors(target / HEAD_FILE, {k: v.contiguous() for k, v in tensors.items()})
-    described = asdict(sizes) | asdict(settings)
-    described["hidden_size"] = width
+    writer = ShardWriter(target, planned, max_shard_bytes)
+    tasks = [partial(_write, rule, held[rule.name], writer, dtype, strip) for rule in body]
+    writers = [writer]
+    if head:
+        # Codebooks are searched in fp32, so they stay that.
+        types = {rule: torch.float32 if CODEBOOKS in rule.name else dtype for rule in head}
+        planned = {rule.parts[0][0]: (rule.shape, types[rule]) for rule in head}
+        own = ShardWriter(target, planned, sys.maxsize, HEAD_FILE)
+        tasks += [partial(_write, r, held[r.name], own, types[r], "") for r in head]
+        writers.append(own)
+    run_all([*beside, *tasks])
+    for each in writers:
+        each.close()
+
+
+def _write(
+    rule: tables.Rule, tensor: Stored, writer: ShardWriter, dtype: torch.dtype, strip: str
+) -> None:
+    """Write the parts of one of our tensors."""
+    for start, (x,) in flat_chunks(tensor):
+        check_finite(rule.name, x)
+        converted = x.to(dtype)
+        for part, begin, place in rule.cut(start, start + x.numel()):
+            writer.put(part.removeprefix(strip), begin, converted[place])
+
+
+def _describe_head(
+    held: Mapping[str, Stored], config: Config, target: Path, fingerprint: str | None
+) -> None:
+    described = asdict(_head_sizes(held)) | asdict(config.model.visual_head)
+    described["hidden_size"] = config.model.language.hidden_size
     described["target_shift"] = config.loss.target_shift
     described["visual_tokenizer_fingerprint"] = fingerprint
     write_json(target / HEAD_CONFIG, described)

@@ -8,17 +8,13 @@ outside the folder is ever read, whatever an index or a link says.
 import json
 import os
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_asvr.checkpoint.tensors import Stored, open_safetensors
 from megatron_asvr.errors import ConversionError
 
 SINGLE = "model.safetensors"
@@ -26,36 +22,6 @@ INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLES = (".bin", ".pt", ".pth")
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor on disk.
-
-    Attributes:
-        shape: of the tensor.
-        dtype: of the tensor.
-        read: gives it, on the CPU.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
 
 
 def open_weights(path: Path, single: str = SINGLE) -> dict[str, Stored]:
@@ -140,51 +106,7 @@ def _check_index(path: Path, held: set[str], listed: set[str]) -> None:
 def _open_file(path: Path) -> dict[str, Stored]:
     if path.suffix in PICKLES:
         return _open_pickle(path)
-    try:
-        with safe_open(str(path), framework="pt"):
-            pass  # the library checks the header against the file
-        file = _File(path)
-        length = int.from_bytes(file.read(0, torch.empty(8, dtype=torch.uint8)).tolist(), "little")
-        header = json.loads(bytes(file.read(8, torch.empty(length, dtype=torch.uint8)).numpy()))
-    except (SafetensorError, OSError) as e:
-        raise ConversionError(f"{path} is not a complete safetensors file: {e}") from e
-    header.pop("__metadata__", None)
-    unknown = {entry["dtype"] for entry in header.values()} - _DTYPES.keys()
-    if unknown:
-        raise ConversionError(f"{path} holds numbers of unknown type {sorted(unknown)}")
-    tensors = {}
-    for name, entry in header.items():
-        shape, dtype = tuple(entry["shape"]), _DTYPES[entry["dtype"]]
-        start = 8 + length + entry["data_offsets"][0]
-        tensors[name] = Stored(shape, dtype, partial(_read, file, start, shape, dtype))
-    return tensors
-
-
-class _File:
-    """An open file, read anywhere. Unlike a mapped one, it takes no memory for what was read."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = -1
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def read(self, start: int, x: Tensor) -> Tensor:
-        """Return ``x`` after filling it with the bytes from ``start`` on."""
-        rest = memoryview(x.reshape(-1).view(torch.uint8).numpy())
-        while rest:
-            number = os.preadv(self._descriptor, [rest], start)
-            if number == 0:
-                raise ConversionError(f"{self.path} became shorter while it was read")
-            rest, start = rest[number:], start + number
-        return x
-
-
-def _read(file: _File, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return file.read(start, torch.empty(shape, dtype=dtype))
+    return open_safetensors(path, ConversionError)
 
 
 def _open_pickle(path: Path) -> dict[str, Stored]:
@@ -204,16 +126,7 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
         held = held["state_dict"]
     if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
         raise ConversionError(f"{path} holds no state dictionary: wanted tensors by name")
-    return {name: Stored(tuple(x.shape), x.dtype, partial(_itself, x)) for name, x in held.items()}
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file of contiguous tensors, marked as PyTorch's."""
-    save_file(tensors, str(path), {"format": "pt"})
+    return {name: Stored.of(x) for name, x in held.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

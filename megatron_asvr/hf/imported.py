@@ -5,19 +5,22 @@ that the weights belong to, and is a preset for runs that start from them. ``imp
 where all of it came from, and seals the folder.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.load import load, to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConversionError
-from megatron_asvr.hf.files import check_finite, open_weights, read_json, sync, write_json
+from megatron_asvr.hf.files import check_finite, open_weights, read_json, write_json
 from megatron_asvr.hf.partial import finalize, partial_folder, removed_on_error
 from megatron_asvr.hf.processor import TOKENIZER_FILE
 from megatron_asvr.hf.shards import ShardWriter
 from megatron_asvr.hf.source import SETTINGS, Source, matched, parts_of
+from megatron_asvr.hf.stream import flat_chunks, run_all
 from megatron_asvr.hf.tables import Rule
 from megatron_asvr.model.tokenizer import VisualTokenizer
 
@@ -51,10 +54,7 @@ def write_imported(
     with removed_on_error(target):
         plan = {name: (rule.shape, source.dtype(name)) for name, rule in source.rules.items()}
         writer = ShardWriter(target, plan, max_shard_bytes)
-        for name in plan:
-            x = source(name)
-            assert x is not None  # it is one of the source's own names
-            writer.add(name, check_finite(name, x))
+        run_all(partial(_copy, name, source.open(name), writer) for name in plan)
         writer.close()
         files = {"visual_tokenizer": TOKENIZER_FOLDER} if tokenizer is not None else {}
         if tokenizer is not None:
@@ -66,9 +66,13 @@ def write_imported(
         _write_settings(source, out, files, target)
         report = _report(source, writer.total_bytes)
         write_json(target / REPORT, report)
-        sync(target)
     finalize(target, out)
     return report
+
+
+def _copy(name: str, tensor: Stored, writer: ShardWriter) -> None:
+    for start, (x,) in flat_chunks(tensor):
+        writer.put(name, start, check_finite(name, x))
 
 
 def _report(source: Source, total_bytes: int) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import ModelConfig, VisualHeadConfig
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
-from megatron_asvr.hf.files import Stored, open_weights, read_json
+from megatron_asvr.hf.files import open_weights, read_json
 from megatron_asvr.hf.imported import REPORT, read_imported
 from megatron_asvr.hf.source import Source, drop_tied_copy, matched, sort_out
 from megatron_asvr.hf.stock import language_config_from_hf, vision_config_from_hf

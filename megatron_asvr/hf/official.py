@@ -9,6 +9,7 @@ the model nor its training targets need.
 Source: github.com/AlenjandroWang/ASVR at ea87c3e, asvr/model; github.com/songweii/DualToken.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.load import override
 from megatron_asvr.config.schema import Config, ModelConfig, VisionConfig, VisualHeadConfig
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
-from megatron_asvr.hf.files import Stored, check_finite, open_weights, read_json
+from megatron_asvr.hf.files import check_finite, open_weights, read_json
 from megatron_asvr.hf.source import Source, drop_tied_copy, matched, may_miss, sort_out
-from megatron_asvr.hf.tables import Rule, Shape
+from megatron_asvr.hf.tables import Rule, Run, Shape
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 
 KIND = "asvr-official"
@@ -71,6 +73,13 @@ class PerDepth:
         """The parts."""
         return [x.transpose(0, 1).flatten(1)]
 
+    def runs(self, shape: Shape, parts: list[Shape]) -> Iterator[Run]:
+        """Where our elements lie."""
+        depths, rows, columns = shape
+        for depth in range(depths):
+            for row in range(rows):
+                yield 0, (row * depths + depth) * columns, columns
+
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
@@ -84,6 +93,10 @@ class Stacked:
         """The parts."""
         return [x.flatten(0, 1)]
 
+    def runs(self, shape: Shape, parts: list[Shape]) -> Iterator[Run]:
+        """Where our elements lie."""
+        yield 0, 0, math.prod(shape)
+
 
 @dataclass(frozen=True, slots=True)
 class WithoutLast:
@@ -96,6 +109,10 @@ class WithoutLast:
     def split(self, x: Tensor) -> list[Tensor]:
         """The parts."""
         return [torch.cat([x, torch.zeros_like(x[:1])])]
+
+    def runs(self, shape: Shape, parts: list[Shape]) -> Iterator[Run]:
+        """Where our elements lie."""
+        yield 0, 0, math.prod(shape)
 
 
 def read_official(

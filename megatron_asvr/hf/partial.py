@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_asvr.errors import ConversionError
+from megatron_asvr.hf.files import sync
 
 
 def partial_folder(out: Path) -> Path:
@@ -36,13 +37,14 @@ def removed_on_error(partial: Path) -> Iterator[None]:
 
 
 def finalize(partial: str | Path, out: str | Path) -> Path:
-    """``out``, after ``partial`` was renamed to it in one step.
+    """``out``, after ``partial`` was forced to disk and renamed to it in one step.
 
     Raises:
         ConversionError: ``out`` exists; nothing is ever overwritten.
     """
     out = Path(out)
     _refuse_existing(out)
+    sync(Path(partial))
     Path(partial).rename(out)
     return out
 

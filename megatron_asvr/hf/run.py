@@ -9,14 +9,19 @@ import torch
 from megatron_asvr.checkpoint.identity import VISUAL_TOKENIZER
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
+from megatron_asvr.checkpoint.tensors import Stored
+from megatron_asvr.config.schema import Config
 from megatron_asvr.data.conversation import chat_template
 from megatron_asvr.errors import ConversionError
+from megatron_asvr.hf import stock
+from megatron_asvr.hf.equality import Origin, compare, origin_of, require_equal
 from megatron_asvr.hf.export import export, finalize
-from megatron_asvr.hf.files import sync
-from megatron_asvr.hf.imported import write_imported
-from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.hf.files import read_json
+from megatron_asvr.hf.imported import REPORT, TOKENIZER_FOLDER, write_imported
+from megatron_asvr.hf.importer import is_source, read_folder
 from megatron_asvr.hf.official import read_official, read_tokenizer
 from megatron_asvr.hf.partial import partial_folder, removed_on_error
+from megatron_asvr.hf.tables import LM
 from megatron_asvr.model.tokenizer import VisualTokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -67,28 +72,99 @@ def import_tokenizer(source: str, out: str, *, overrides: Sequence[str] = ()) ->
     with removed_on_error(partial):
         tokenizer = read_tokenizer(source, overrides=overrides)
         tokenizer.save(partial)
-        sync(partial)
     finalize(partial, out)
     return tokenizer.fingerprint
 
 
-def export_run(run: str, out: str, *, dtype: str = "fp32", kind: str = "llava") -> Path:
-    """The folder of a stock LLaVA model, or language model, with the weights of a run.
+def export_run(
+    run: str, out: str, *, dtype: str = "fp32", kind: str = "llava", verify: bool = True
+) -> dict[str, Any] | None:
+    """The report of the verification, after ``out`` got the weights of a run in stock form.
 
     Args:
         run: run folder or checkpoint.
         out: folder to write; it must not exist.
         dtype: fp32 or bf16.
         kind: "llava", or "text" for the language model alone.
+        verify: compare what was written with the run before ``out`` gets its name; else the report
+            is None.
 
     Raises:
-        CheckpointError: there is no complete checkpoint.
-        ConversionError: the folder exists, the conversion would be incomplete, or the visual
-            tokenizer is no longer the one that the run learned with.
+        CheckpointError: there is no complete checkpoint, or one of its files is damaged.
+        ConversionError: the folder exists, the conversion would be incomplete, the visual
+            tokenizer is no longer the one that the run learned with, or the verification failed,
+            after which nothing is left.
     """
-    config, get = read_run(run)
-    fingerprint, codebooks = None, {}
-    if config.loss.visual_weight and kind == "llava":
+    config, origin, fingerprint = _run_origin(run, kind)
+    partial = export(
+        origin.tensors,
+        config,
+        tokenizer=str(config.model.text_tokenizer),
+        out=out,
+        chat_template=chat_template(config.data.template),
+        dtype=DTYPES[dtype],
+        kind=kind,
+        tokenizer_fingerprint=fingerprint,
+        beside=origin.checks,
+    )
+    report = None
+    with removed_on_error(partial):
+        if verify:
+            report = compare(partial, origin, dtype=DTYPES[dtype])
+            require_equal(report, f"{out} was not written, because it would not hold {run}")
+            report["folder"] = out
+        finalize(partial, out)
+    return report
+
+
+def verify_weights(origin: str, folder: str, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The report of comparing a folder with what it was made from, weight by weight.
+
+    Args:
+        origin: run folder or checkpoint of an export; the source of an import; or any folder in
+            Hugging Face format that should hold the same weights.
+        folder: as `asvr convert export` or `asvr convert import` wrote it.
+        overrides: that the import of an official checkpoint was given.
+
+    Raises:
+        AsvrError: the origin cannot be read, or is damaged.
+    """
+    if (Path(folder) / REPORT).is_file():
+        return _verify_imported(origin, Path(folder), overrides)
+    if overrides:
+        raise ConversionError(f"{overrides[0]!r}: weights are compared as they are stored")
+    if is_source(origin):
+        return compare(folder, origin_of(read_folder(origin)))
+    architectures = read_json(Path(folder) / "config.json").get("architectures") or [None]
+    kind = "text" if architectures[0] in stock.TEXT_ARCHITECTURES.values() else "llava"
+    return compare(folder, _run_origin(origin, kind)[1])
+
+
+def _verify_imported(origin: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A report on a folder that `asvr convert import` wrote."""
+    said = read_json(folder / REPORT)
+    missing = said.get("missing", [])
+    if said.get("kind") != "asvr-official":
+        return compare(folder, origin_of(read_folder(origin, allow_missing=missing)))
+    own = [] if (folder / TOKENIZER_FOLDER).is_dir() else ["visual_tokenizer.*"]
+    source, tokenizer = read_official(origin, overrides=overrides, allow_missing=[*missing, *own])
+    report = compare(folder, origin_of(source))
+    if tokenizer is not None:
+        found = VisualTokenizer.load(folder / TOKENIZER_FOLDER).fingerprint
+        if found != tokenizer.fingerprint:
+            problem = f"{TOKENIZER_FOLDER} is {found[:16]}; wanted {tokenizer.fingerprint[:16]}"
+            report["mismatches"].append(problem)
+            report |= {"ok": False, "num_mismatches": report["num_mismatches"] + 1}
+    return report
+
+
+def _run_origin(run: str, kind: str) -> tuple[Config, Origin, str | None]:
+    """A run's configuration, what an export of it holds, and the visual tokenizer's fingerprint."""
+    config, weights = read_run(run)
+    tensors, fingerprint = dict(weights.stored), None
+    if kind == "text":
+        tensors = {name: x for name, x in tensors.items() if name.startswith(LM)}
+    elif config.loss.visual_weight:
         folder = str(config.model.visual_tokenizer)
         tokenizer = VisualTokenizer.load(folder)
         fingerprint = tokenizer.fingerprint
@@ -98,16 +174,7 @@ def export_run(run: str, out: str, *, dtype: str = "fp32", kind: str = "llava") 
                 f"{run}: its visual head learned the codes of tokenizer {learned_with[:16]}, but "
                 f"{folder} now holds {fingerprint[:16]}; restore that tokenizer's folder"
             )
-        tables = tokenizer.codebooks.tables()
-        codebooks = {f"visual_head.codebooks.{d}": table for d, table in enumerate(tables)}
-    partial = export(
-        lambda name: codebooks[name] if name in codebooks else get(name),
-        config,
-        tokenizer=str(config.model.text_tokenizer),
-        out=out,
-        chat_template=chat_template(config.data.template),
-        dtype=DTYPES[dtype],
-        kind=kind,
-        tokenizer_fingerprint=fingerprint,
-    )
-    return finalize(partial, out)
+        for depth, table in enumerate(tokenizer.codebooks.tables()):
+            tensors[f"visual_head.codebooks.{depth}"] = Stored.of(table)
+    checks = tuple(weights.checks)
+    return config, Origin(name=run, model=config.model, tensors=tensors, checks=checks), fingerprint

@@ -1,10 +1,13 @@
 """A folder of safetensors files that is laid out first and then filled, one tensor at a time.
 
 Names, shapes and types of everything are known before the first number is read, so headers and
-index can be written at once, every tensor has its place, and only one tensor is in memory.
+index can be written at once, and every part of a tensor has its place, whoever brings it when.
 """
 
 import json
+import os
+import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +16,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from megatron_asvr.checkpoint.tensors import DTYPE_NAMES
 from megatron_asvr.errors import ConversionError
-from megatron_asvr.hf.files import DTYPE_NAMES, INDEX, SINGLE, write_json
+from megatron_asvr.hf.files import INDEX, SINGLE, write_json
 from megatron_asvr.hf.tables import check_complete
 
 Shape = tuple[int, ...]
@@ -29,14 +33,18 @@ class _Place:
     shape: Shape
     dtype: torch.dtype
 
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
 
 class ShardWriter:
-    """Writes each of the announced tensors once, in any order.
+    """Writes each of the announced tensors once, in any order, from any thread.
 
     Args:
         folder: gets ``model.safetensors``, or shards and their index.
         tensors: shape and type of every tensor, in the order of the files.
         max_shard_bytes: largest size of a file; a larger tensor gets a file of its own.
+        single: name of the file if it is one.
     """
 
     def __init__(
@@ -44,15 +52,17 @@ class ShardWriter:
         folder: Path,
         tensors: Mapping[str, tuple[Shape, torch.dtype]],
         max_shard_bytes: int,
+        single: str = SINGLE,
     ) -> None:
         self.total_bytes = sum(_size(*what) for what in tensors.values())
         self._places: dict[str, _Place] = {}
-        self._written: set[str] = set()
+        self._written: Counter[str] = Counter()  # numbers
         self._open: dict[Path, IO[bytes]] = {}
+        self._lock = threading.Lock()
         shards = _divide(tensors, max_shard_bytes)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
-            file = SINGLE
+            file = single
             if len(shards) > 1:
                 file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             self._lay_out(folder / file, {name: tensors[name] for name in names})
@@ -90,18 +100,38 @@ class ShardWriter:
         Raises:
             ConversionError: it was not announced, or not like this, or comes twice.
         """
+        place = self._place(name, tuple(x.shape), x.dtype)
+        if tuple(x.shape) != place.shape:
+            raise ConversionError(f"{name} is {x.dtype} {list(x.shape)}; wanted {place}")
+        self.put(name, 0, x.detach().cpu().reshape(-1))
+
+    def put(self, name: str, start: int, x: Tensor) -> None:
+        """Write the flat part of a tensor that begins with element ``start``.
+
+        Raises:
+            ConversionError: it was not announced, or not with this type, or more came than it has.
+        """
+        place = self._place(name, tuple(x.shape), x.dtype)
+        total = torch.Size(place.shape).numel()
+        with self._lock:
+            if self._written[name] + x.numel() > total or (name in self._written and not total):
+                raise ConversionError(f"{name} came twice")
+            self._written[name] += x.numel()
+            if place.file not in self._open:
+                self._open[place.file] = open(place.file, "r+b")  # noqa: SIM115
+            file = self._open[place.file].fileno()
+        rest = memoryview(x.contiguous().view(torch.uint8).numpy())
+        at = place.offset + start * x.itemsize
+        while rest:
+            number = os.pwrite(file, rest, at)
+            rest, at = rest[number:], at + number
+
+    def _place(self, name: str, shape: Shape, dtype: torch.dtype) -> _Place:
         place = self._places.get(name)
-        if place is None or (tuple(x.shape), x.dtype) != (place.shape, place.dtype):
-            wanted = "no such tensor" if place is None else f"{place.dtype} {list(place.shape)}"
-            raise ConversionError(f"{name} is {x.dtype} {list(x.shape)}; wanted {wanted}")
-        if name in self._written:
-            raise ConversionError(f"{name} came twice")
-        self._written.add(name)
-        if place.file not in self._open:
-            self._open[place.file] = open(place.file, "r+b")  # noqa: SIM115 (closed by `close`)
-        file = self._open[place.file]
-        file.seek(place.offset)
-        file.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if place is None or dtype != place.dtype:
+            wanted = place or "no such tensor"
+            raise ConversionError(f"{name} is {dtype} {list(shape)}; wanted {wanted}")
+        return place
 
     def close(self) -> None:
         """Return when every tensor was written.
@@ -111,8 +141,9 @@ class ShardWriter:
         """
         for file in self._open.values():
             file.close()
+        self._open.clear()
         wanted = {name: place.shape for name, place in self._places.items()}
-        got = {name: shape for name, shape in wanted.items() if name in self._written}
+        got = {n: s for n, s in wanted.items() if self._written.get(n) == torch.Size(s).numel()}
         check_complete("written weights", got, wanted)
 
 

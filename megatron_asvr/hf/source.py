@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.compare import differences
 from megatron_asvr.config.schema import (
     PARTS,
@@ -22,7 +23,6 @@ from megatron_asvr.config.schema import (
     VisualHeadConfig,
 )
 from megatron_asvr.errors import ConversionError
-from megatron_asvr.hf.files import Stored
 from megatron_asvr.hf.tables import Rule, check_complete, source_shapes
 
 SETTINGS = {
@@ -83,6 +83,20 @@ class Source:
         """The full tensor called ``name`` in the dtype on disk, or None when it is not here."""
         rule = self.rules.get(name)
         return None if rule is None else rule.join(lambda part: self.stored[part].read())
+
+    def open(self, name: str) -> Stored:
+        """The tensor called ``name``, joined from its parts while it is read.
+
+        Raises:
+            ConversionError: its parts have several types.
+        """
+        rule = self.rules[name]
+
+        def fill(out: Tensor, start: int) -> None:
+            for part, begin, place in rule.cut(start, start + out.numel()):
+                self.stored[part].fill(out[place], begin)
+
+        return Stored(rule.shape, self.dtype(name), fill)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of the tensor called ``name``.

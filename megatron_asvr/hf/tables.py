@@ -8,6 +8,7 @@ text-only and vision-only folders are the same tensors under a shorter prefix. T
 no Hugging Face counterpart: in its own file it keeps our names without the prefix.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ from megatron_asvr.config.schema import LanguageConfig, ModelConfig, VisionConfi
 from megatron_asvr.errors import ConversionError
 
 Shape = tuple[int, ...]
+Run = tuple[int, int, int]  # part, its first element, number of elements
 Read = Callable[[str], Tensor | None]
 LM, HF_LM = "language_model.", "language_model."
 VISION, HF_VISION = "vision_encoder.", "vision_tower.vision_model."
@@ -38,6 +40,10 @@ class Layout(Protocol):
         """The parts of our tensor; ``join`` undoes it."""
         ...
 
+    def runs(self, shape: Shape, parts: list[Shape]) -> Iterator[Run]:
+        """Where the elements of our flat tensor lie in the flat parts, in the order of ours."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Same:
@@ -51,6 +57,10 @@ class Same:
         """The parts."""
         return [x]
 
+    def runs(self, shape: Shape, parts: list[Shape]) -> Iterator[Run]:
+        """Where our elements lie."""
+        yield 0, 0, math.prod(shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Halves:
@@ -63,6 +73,11 @@ class Halves:
     def split(self, x: Tensor) -> list[Tensor]:
         """The parts."""
         return list(x.chunk(2))
+
+    def runs(self, shape: Shape, parts: list[Shape]) -> Iterator[Run]:
+        """Where our elements lie."""
+        for number, part in enumerate(parts):
+            yield number, 0, math.prod(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +103,13 @@ class GroupedQkv:
         grouped = x.reshape(self.groups, (self.queries + 2) * self.width, *rest)
         parts = grouped.split([self.queries * self.width, self.width, self.width], dim=1)
         return [p.reshape(-1, *rest) for p in parts]
+
+    def runs(self, shape: Shape, parts: list[Shape]) -> Iterator[Run]:
+        """Where our elements lie."""
+        head = self.width * math.prod(shape[1:])
+        for group in range(self.groups):
+            for part, size in enumerate((self.queries * head, head, head)):
+                yield part, group * size, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +160,19 @@ class Rule:
     def split(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Hugging Face names and tensors of ``x``, which has ``self.shape``."""
         return zip((name for name, _ in self.parts), self.layout.split(x), strict=True)
+
+    def cut(self, start: int, end: int) -> Iterator[tuple[str, int, slice]]:
+        """Where the elements from ``start`` to ``end`` of our flat tensor lie.
+
+        Returns:
+            Hugging Face name, first element there, and place among the elements asked for.
+        """
+        at = 0
+        for part, begin, number in self.layout.runs(self.shape, [shape for _, shape in self.parts]):
+            low, high = max(start, at), min(end, at + number)
+            if low < high:
+                yield self.parts[part][0], begin + low - at, slice(low - start, high - start)
+            at += number
 
 
 def text_rules(language: LanguageConfig) -> list[Rule]:

@@ -194,7 +194,7 @@ def test_a_changed_setting_is_seen(copied, samples):
 def test_every_family_comes_back_byte_for_byte(family, dtype, tmp_path, tokenizer):
     cfg = hf_models.config(family)
     state = hf_models.state(cfg)
-    folder = run_export(tmp_path / "out", tokenizer, cfg, state.get, dtype=dtype)
+    folder = run_export(tmp_path / "out", tokenizer, cfg, state.items(), dtype=dtype)
     again = read_folder(folder)
     assert set(again.names) == set(state)
     for name, x in state.items():

@@ -129,11 +129,16 @@ def test_export_equals_the_run_and_a_changed_weight_is_noticed(trained, tmp_path
     _, files, run = trained
     out = tmp_path / "hf"
     assert main(["convert", "export", str(run), "--out", str(out), "--dtype", dtype]) == 0
-    verify = ["convert", "verify", str(run), str(out), *questions(files), "--samples", "3"]
+    weights = ["convert", "verify", str(run), str(out)]
+    verify = [*weights, "--verify", "full", *questions(files), "--samples", "3"]
     assert main([*verify, "--out", str(tmp_path / "v.json")]) == 0
     report = json.loads((tmp_path / "v.json").read_text())
     assert report["ok"]
     assert report["num_samples"] == report["num_ids_equal"] == report["num_answers_equal"] == 3
+    assert report["weights"]["ok"]
+    assert report["weights"]["share_compared"] == 1
+    assert main([*weights, "--out", str(tmp_path / "w.json")]) == 0
+    assert json.loads((tmp_path / "w.json").read_text())["num_tensors_equal"] > 90
     assert main(["convert", "export", str(run), "--out", str(out)]) == 1  # nothing is overwritten
     model, processor = load_stock(out)
     with torch.no_grad():
@@ -141,8 +146,10 @@ def test_export_equals_the_run_and_a_changed_weight_is_noticed(trained, tmp_path
     model.to(torch.bfloat16 if dtype == "bf16" else torch.float32).save_pretrained(out)
     assert processor is not None
     capsys.readouterr()
-    assert main(verify) == 1
-    assert "logits_max_abs" in capsys.readouterr().err
+    assert main(weights) == 1
+    assert "1 mismatches, the first: language_model.decoder.final_lay" in capsys.readouterr().err
+    assert main([*weights, "--verify", "full"]) == 1
+    assert "give both" in capsys.readouterr().err
 
 
 def test_questions_that_cannot_be_asked_are_refused_before_the_model_is_loaded(
