@@ -58,6 +58,8 @@ class MicroBatch:
             tokenizer is online.
         sample_ids: each document's sample, for messages.
         image_keys: content key of every image.
+        digest: sum of hashes of the documents' contents and places in the global batch; summed over
+            all micro-batches of a step it names the global batch, however that was split.
         context: this rank's place among those that share the sequences, and their number.
     """
 
@@ -79,6 +81,7 @@ class MicroBatch:
     codes_PD: Tensor | None
     sample_ids: list[str]
     image_keys: list[str] = field(default_factory=list)
+    digest: int = 0
     context: tuple[int, int] = (0, 1)
 
     def own(self, x_BS: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class ResumeState:
     text_targets: int = 0
     visual_targets: int = 0
     tokens: int = 0  # positions without padding
+    data_hash: str = ""  # of all global batches so far, in order
     train_s: float = 0.0  # seconds spent in steps, over all attempts
     window: dict[str, Any] = dataclasses.field(default_factory=dict)  # train/metrics.py
 

@@ -2,10 +2,10 @@
 
 A step is a pure function of (seed, step): the order names its records, bad ones are replaced by the
 next good one in file order (a decision every rank can make alone, because all know the same bad
-images after ``prepare``), and each data-parallel rank takes its contiguous part: of the samples,
-or, with packing, of the sequences that every rank plans for the whole global batch. All ranks have
-the same number of micro-batches; who runs out of data has empty ones. One worker thread reads,
-decodes and collates ahead of the training step; it alone touches the images.
+images after ``prepare``), and every rank plans the whole global batch from the lengths of its
+samples (plan.py) and takes its part. All ranks have the same number of micro-batches; who runs out
+of data has empty ones. One worker thread reads, decodes and collates ahead of the training step; it
+alone touches the images.
 """
 
 from collections import OrderedDict
@@ -25,22 +25,17 @@ from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.collate import WHOLE, Collator, Document, View
-from megatron_asvr.data.order import (
-    Item,
-    StepOrder,
-    blend,
-    micro_batches,
-    num_micro_batches,
-    rank_part,
-)
-from megatron_asvr.data.packing import pack
+from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
+from megatron_asvr.data.plan import Imbalance, Plan, Planner, RowFacts
 from megatron_asvr.data.sample import Sample, SampleBuilder
 from megatron_asvr.data.sources import Sources
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError, DataError
 
 AMOUNTS = ("cut_tokens", "lost_targets", "lost_first_patches", "repeated_images")
+NAMED = 32  # samples of a global batch in an error message
+PLANNED_STEPS = 32  # whose balance is told at the start
 SAMPLE_CACHE_POSITIONS = 2_000_000  # positions of tokenised samples kept in memory (28 bytes each)
 
 
@@ -55,6 +50,7 @@ class Loader:
         branches: whether attention keeps the conversations of one row apart; without it the
             images are repeated, one row a conversation.
         codes: cache of the visual tokenizer's codes; None when they are not needed or online.
+        codebook_sizes: of that tokenizer, for the cost of an image; empty without a visual head.
         device: where images are decoded and pixels live; default: the platform's.
 
     Raises:
@@ -72,6 +68,7 @@ class Loader:
         view: View = WHOLE,
         branches: bool = True,
         codes: CodeCache | None = None,
+        codebook_sizes: Sequence[int] = (),
         device: torch.device | None = None,
     ) -> None:
         self._config = config
@@ -92,6 +89,7 @@ class Loader:
             view=view,
             code_depth=codes.depth if codes is not None else 0,
         )
+        self._planner = Planner(config, codebook_sizes)
         self._store = PixelStore(config, device=device, verify=True)
         self._order = StepOrder(
             self._sources.sizes,
@@ -156,8 +154,17 @@ class Loader:
         return future.result()
 
     def sample_ids(self, step: int) -> list[str]:
-        """Ids of the records that this rank builds for a step (with packing: of all of them)."""
-        return [self._sources.records[index].id for index in self._indices(step)]
+        """Ids of the records of a global batch, in order; bad ones are not replaced here."""
+        return [self._sources.records[index].id for index in self._order.indices(step)]
+
+    def imbalance(self, first_step: int) -> Imbalance:
+        """How even the work of the data-parallel ranks is in the steps from ``first_step`` on.
+
+        From the index over ``PLANNED_STEPS``; without one over one step, whose samples are built.
+        """
+        steps = range(first_step, first_step + (PLANNED_STEPS if self._lengths is not None else 1))
+        future = self._worker.submit(lambda: [self._plan(self._numbers(step)) for step in steps])
+        return self._planner.imbalance(future.result(), self._view.dp)
 
     def image_keys(self) -> list[str]:
         """Content keys of the split's good images, each once; the same list on every rank."""
@@ -178,8 +185,9 @@ class Loader:
     def report(self) -> dict[str, Any]:
         """What was bad, replaced, cut, dropped or repeated, as plain values.
 
-        Counts of samples are of different samples that this rank has met so far; ``bad_images``
-        and ``bad_records`` are of the whole split. ``sequences``, ``fill`` (the share of positions
+        Counts of samples are of different samples that this rank has met so far, and each sample of
+        a step is counted by one data-parallel rank; ``bad_images`` and ``bad_records`` are of the
+        whole split. ``sequences``, ``fill`` (the share of positions
         that are no padding) and ``empty_micro_batches`` are of all steps that were prepared.
         """
         # Copies, because the worker may be counting meanwhile.
@@ -221,45 +229,36 @@ class Loader:
             size = self._collator.size(batches) if self._config.parallel.pp > 1 else None
             return [self._collate(rows, size) for rows in batches]
         except Exception as error:
+            ids = self.sample_ids(step)
+            more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
             raise DataError(
-                f"step {step}, data-parallel rank {self._view.dp_rank}, samples "
-                f"{', '.join(self.sample_ids(step))}: {error}"
+                f"step {step}, data-parallel rank {self._view.dp_rank}, samples of the global "
+                f"batch {', '.join(ids[:NAMED])}{more}: {error}"
             ) from error
 
-    def _indices(self, step: int) -> list[int]:
-        """Records whose samples this rank has to know."""
-        indices = self._order.indices(step)
-        if self._config.data.packing:
-            return indices
-        return rank_part(indices, self._view.dp_rank, self._view.dp)
+    def _numbers(self, step: int) -> list[int]:
+        """The records of a global batch, in order, bad ones replaced."""
+        found = [self._usable(index) for index in self._order.indices(step)]
+        return [number for number in found if number is not None]
+
+    def _plan(self, numbers: Sequence[int]) -> Plan:
+        """The plan looks at lengths; where an index has those, no sample is built for it."""
+        facts = []
+        for number in numbers:
+            images = len(self._sources.images[number]) or int(self._collator.official)
+            facts.append([RowFacts(length, images) for length in self._row_lengths(number)])
+        return self._planner.plan(facts)
 
     def _rows(self, step: int) -> list[list[list[Document]]]:
         """The documents of every row of this rank's micro-batches."""
-        found = [self._usable(index) for index in self._indices(step)]
-        numbers = [number for number in found if number is not None]
-        if not self._config.data.packing:
-            samples = [self._documents(number) for number in numbers]
-            groups = self._groups(samples, len(self._order.indices(step)))
-            return [[[d] for documents in group for d in documents] for group in groups]
-        # Packing looks at lengths; only this rank's samples are built, where an index has those.
-        rows = [(n, r, length) for n in numbers for r, length in enumerate(self._row_lengths(n))]
-        lengths = [self._collator.padded_length(length) for *_, length in rows]
-        limit = self._config.data.pack_length or self._config.data.max_length
-        packs = pack(lengths, self._collator.padded_length(limit), self._config.run.seed)
-        mine = rank_part(packs, self._view.dp_rank, self._view.dp)
-        chosen = [[self._documents(rows[i][0])[rows[i][1]] for i in indices] for indices in mine]
-        return self._groups(chosen, len(packs))
-
-    def _groups(self, items: list[Item], total: int) -> list[list[Item]]:
-        """This rank's items of ``total`` of the global batch in groups, as many as on any rank."""
-        train, parallel = self._config.train, self._config.parallel
-        count = num_micro_batches(
-            total,
-            self._view.dp,
-            train.micro_batch,
-            multiple=parallel.pp if parallel.vpp else 1,
-        )
-        return micro_batches(items, train.micro_batch, count)
+        numbers = self._numbers(step)
+        plan = self._plan(numbers)
+        batches = []
+        for group in self._planner.deal(plan, self._view.dp)[self._view.dp_rank]:
+            items = [[self._document(numbers, *row) for row in plan.items[i]] for i in group]
+            packed = self._config.data.packing
+            batches.append(items if packed else [[row] for item in items for row in item])
+        return batches
 
     def _collate(
         self, rows: Sequence[Sequence[Document]], size: tuple[int, int] | None
@@ -279,10 +278,12 @@ class Loader:
             self._sums[name] += amount
         return batch
 
-    def _documents(self, number: int) -> list[Document]:
-        sample = self._built(number)
+    def _document(self, numbers: Sequence[int], place: int, row: int) -> Document:
+        sample = self._built(numbers[place])
+        if row == 0:  # rows of one sample may come to several ranks
+            self._note(sample)
         keys = self._keys(sample)
-        return [Document(row=row, sample_id=sample.id, keys=keys) for row in sample.rows]
+        return Document(row=sample.rows[row], sample_id=sample.id, keys=keys, place=(place, row))
 
     def _keys(self, sample: Sample) -> list[str]:
         if self._config.data.blank_images:
@@ -300,7 +301,10 @@ class Loader:
             if self._sources.is_good(candidate) and len(self._row_lengths(candidate)) > 0:
                 return candidate
             kind = "replaced_samples" if self._split == "train" else "left_out_samples"
-            self._count(kind, self._sources.records[index].id)
+            if self._view.dp_rank == 0:  # all ranks know; who adds their reports counts it once
+                self._count(kind, self._sources.records[index].id)
+                if self._sources.is_good(candidate):
+                    self._count("dropped_samples", self._sources.records[candidate].id)
         if self._split == "eval":
             return None
         if not any(map(self._sources.is_good, own)):
@@ -325,7 +329,6 @@ class Loader:
             self._samples.move_to_end(index)
             return self._samples[index]
         sample = self._builder.build(self._sources.records[index])
-        self._note(sample)
         self._samples[index] = sample
         self._sample_positions += sum(row.length for row in sample.rows)
         while self._sample_positions > SAMPLE_CACHE_POSITIONS:
@@ -338,7 +341,6 @@ class Loader:
         for name, amount in (
             ("cut_tokens", sample.cut_tokens),
             ("dropped_rows", sample.dropped_rows),
-            ("dropped_samples", int(not sample.rows)),
             ("lost_targets", sample.lost_targets),
             ("lost_first_patches", self._collator.lost_first_patches(sample)),
             ("repeated_images", repeated),

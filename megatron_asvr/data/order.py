@@ -10,13 +10,10 @@ lists.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 
 from megatron_asvr.config.schema import SourceConfig
-
-Item = TypeVar("Item")
 
 
 def blend(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> list[int]:
@@ -107,28 +104,3 @@ def _permutation(number: int, seed: int, epoch: int, stream: int = 0) -> np.ndar
     # 64-bit key words: the seed is taken modulo 2**64, so that negative seeds work too.
     key = np.array([seed % 2**64, stream * 2**40 + epoch], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).permutation(number)
-
-
-def rank_part(items: Sequence[Item], dp_rank: int, dp: int) -> list[Item]:
-    """The contiguous, balanced part of a global batch that one data-parallel rank computes."""
-    count = len(items)
-    return list(items[count * dp_rank // dp : count * (dp_rank + 1) // dp])
-
-
-def num_micro_batches(num_items: int, dp: int, size: int, *, multiple: int = 1) -> int:
-    """Micro-batches of a step, the same on every data-parallel rank; at least one.
-
-    Args:
-        num_items: samples or packed sequences of the global batch.
-        dp: ranks that share them by ``rank_part``.
-        size: items of one micro-batch.
-        multiple: what the number must be a multiple of.
-    """
-    largest_part = -(-num_items // dp)
-    count = max(1, -(-largest_part // size))
-    return -(-count // multiple) * multiple
-
-
-def micro_batches(items: Sequence[Item], size: int, count: int) -> list[list[Item]]:
-    """``items`` in ``count`` groups of ``size``: the last ones are smaller, or empty."""
-    return [list(items[place * size : (place + 1) * size]) for place in range(count)]

@@ -35,6 +35,7 @@ class Sources:
 
     Attributes:
         records: all records, in order; bad ones included, so that indices do not depend on them.
+        images: locations of the images of every record.
         sizes: number of records of every source.
         paths: a location for every content key, after :meth:`prepare`.
 
@@ -57,14 +58,14 @@ class Sources:
         self._index = open_index(config, sources, tokenizer)
         self._entries: dict[str, Entry] = {}
         self.records: Sequence[Record]
-        self._images: Sequence[Sequence[str]]
+        self.images: Sequence[Sequence[str]]
         if self._index is not None:
-            self.records, self._images = self._index.records, self._index.images
+            self.records, self.images = self._index.records, self._index.images
             self.sizes = self._index.sizes
         else:
             parts = read_sources(sources)
             self.records = [record for part in parts for record in part]
-            self._images = [record.images for record in self.records]
+            self.images = [record.images for record in self.records]
             self.sizes = [len(part) for part in parts]
         self.paths: dict[str, str] = {}
         self._bad: dict[str, str] = {}
@@ -76,7 +77,7 @@ class Sources:
         Raises:
             DataError: images are bad and the policy is ``error``, or no record is good.
         """
-        wanted = list(dict.fromkeys(path for images in self._images for path in images))
+        wanted = list(dict.fromkeys(path for images in self.images for path in images))
         if self._index is not None:
             self._entries = self._index.entries()
         else:
@@ -88,7 +89,7 @@ class Sources:
         self._bad = {path: why for path, why in reasons if why is not None}
         self._bad_records = frozenset(
             number
-            for number, images in enumerate(self._images)
+            for number, images in enumerate(self.images)
             if any(path in self._bad for path in images)
         )
         self.paths = {self.key(path): path for path in wanted if path not in self._bad}
@@ -140,7 +141,7 @@ class Sources:
 
     def _refuse(self, all_bad: bool) -> None:
         owner: dict[str, int] = {}
-        for number, images in enumerate(self._images):
+        for number, images in enumerate(self.images):
             for path in images:
                 owner.setdefault(path, number)
         named = [

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_asvr.config.layout import can_stand_alone
-from megatron_asvr.config.schema import Config, LanguageConfig, VisionConfig
+from megatron_asvr.config.schema import Config
+from megatron_asvr.parallel.costs import LABELLED, rates
 
-TEXT_POSITIONS = 256  # of the typical sample, beside its one image; every second has a target
+TEXT_POSITIONS = 256  # of the typical sample, beside its one image
 WORTH_IT = 1.02  # the first form unless it costs more than this times the second
 
 
@@ -147,86 +148,25 @@ def _level(number: int, cost: float, loads: Sequence[float]) -> list[int]:
 def item_costs(config: Config, codebook_sizes: Sequence[int]) -> ItemCosts:
     """Operations of one typical sample, forward and backward, by item.
 
-    The sample is one image and ``TEXT_POSITIONS`` of text (as many as ``data.max_length`` leaves).
-    What nothing trained lies below needs no backward pass, what is frozen no weight gradient. The
-    ranks of a stage share everything evenly but images, which are encoded whole: where there are
-    fewer of them than ranks, the encoder costs more than its operations.
+    The sample is one image and ``TEXT_POSITIONS`` of text (as many as ``data.max_length`` leaves);
+    costs.py counts. The ranks of a stage share everything evenly but images, which are encoded
+    whole: where there are fewer of them than ranks, the encoder costs more than its operations.
 
     Args:
         config: the run.
         codebook_sizes: codes of every depth; empty without a visual head.
     """
-    lm, vision, trained = config.model.language, config.model.vision, config.train.trainable
-    patches, width = vision.num_patches, lm.hidden_size
+    patches = config.model.vision.num_patches
     text = max(0, min(TEXT_POSITIONS, config.data.max_length - patches))
-    layer = _layer(lm, patches + text)
-    projector = 2.0 * patches * width * (vision.hidden_size + width)
-    labels = 2.0 * text / 2 * width * lm.vocab_size
-    again = {"none": 0.0, "selective": layer[1], "full": sum(layer)}[config.train.recompute]
-    uneven = _uneven_images(config, patches + text)
-    encoder_trained, projector_trained, lm_trained = (
-        part in trained for part in ("vision_encoder", "projector", "language_model")
-    )
-    into_projector = encoder_trained or projector_trained
-    into_lm = into_projector or lm_trained
+    length = patches + text
+    found = rates(config, codebook_sizes, uneven=_uneven_images(config, length))
+    layers = found.position * length + found.pair * length**2
     return ItemCosts(
-        encoder=_both_passes(*_encoder(vision), encoder_trained, encoder_trained) * uneven
-        + _both_passes(projector, 0.0, projector_trained, into_projector),
-        layer=_both_passes(*layer, lm_trained, into_lm) + into_lm * again,
-        text_head=_both_passes(labels, 0.0, lm_trained, into_lm),
-        visual_head=_visual_head(config, codebook_sizes, into_lm, uneven) if codebook_sizes else 0,
+        encoder=found.image,
+        layer=layers / config.model.language.num_layers,
+        text_head=found.label * LABELLED * text,
+        visual_head=found.visual_head,
     )
-
-
-def _both_passes(linear: float, attention: float, trained: bool, backward: bool) -> float:
-    """Operations of both passes from those of the forward pass.
-
-    Args:
-        linear: with weights; the backward pass has one product for the input's gradient and, when
-            trained, one for the weight's.
-        attention: products of activations: two gradients.
-        trained: the weights are.
-        backward: the input needs a gradient.
-    """
-    return linear * (1 + trained + backward) + attention * (1 + 2 * backward)
-
-
-def _encoder(vision: VisionConfig) -> tuple[float, float]:
-    """Operations of the linears and of attention for one image."""
-    n, f = vision.num_patches, vision.hidden_size
-    linear = 2.0 * n * f * (4 * f + 2 * vision.ffn_hidden_size)
-    return linear * vision.num_feature_layers, 4.0 * n * n * f * vision.num_feature_layers
-
-
-def _layer(lm: LanguageConfig, positions: int) -> tuple[float, float]:
-    """Operations of one layer's linears and of its (causal) attention."""
-    queries, keys = lm.num_heads * lm.width_per_head, lm.kv_heads * lm.width_per_head
-    mlp = 3 * lm.ffn_hidden_size
-    if lm.is_mixture:
-        mlp = 3 * lm.expert_ffn * lm.experts_per_token + (lm.num_experts or 0)
-    weights = lm.hidden_size * (2 * queries + 2 * keys + mlp)
-    return 2.0 * positions * weights, 2.0 * positions**2 * queries
-
-
-def _visual_head(
-    config: Config, codebook_sizes: Sequence[int], below: bool, uneven: float
-) -> float:
-    """Operations of the visual head and, online, of the tokenizer, for one image."""
-    head, vision = config.model.visual_head, config.model.vision
-    e, patches, depth = head.width, vision.num_patches, len(codebook_sizes)
-    trained = "visual_head" in config.train.trainable
-    backward = below or trained
-    layers = 2.0 * patches * depth * head.num_layers * 8 * e * e
-    attention = 2.0 * patches * depth**2 * head.num_layers * e
-    around = config.model.language.hidden_size * e + e * e + e * sum(codebook_sizes)
-    around += (depth - 1) * vision.hidden_size * e
-    cost = _both_passes(layers + 2.0 * patches * around, attention, trained, backward)
-    if config.train.recompute_visual_head and backward:
-        cost += layers + attention
-    if config.data.codes == "online":
-        search = 2.0 * patches * vision.hidden_size * sum(codebook_sizes)
-        cost += (sum(_encoder(vision)) + search) * uneven
-    return cost
 
 
 def _uneven_images(config: Config, positions: int) -> float:

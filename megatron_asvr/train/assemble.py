@@ -128,6 +128,7 @@ def open_data(config: Config, *, groups: Groups) -> Data:
                 view=view,
                 branches=branches,
                 codes=cache,
+                codebook_sizes=tokenizer.codebook_sizes if tokenizer is not None else (),
             )
             splits[split].prepare(group=groups.world)
             if groups.rank == 0:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from hashlib import sha256
 from typing import Any
 
 from megatron_asvr.platforms import select
@@ -114,7 +115,7 @@ def run_steps(
 
         if last or due(done.step, settings.log_every_steps):
             values = {**window.values(), "lr": rate, **usage.values(groups=groups)}
-            log.write(done.step, "train", values)
+            log.write(done.step, "train", {**values, "data_hash": done.data_hash})
             tell(groups, progress_line(values, step=done.step, total_steps=run.total_steps))
             check.judge(window.recount)
             window = Window()
@@ -141,6 +142,7 @@ def advance(
         text_targets=done.text_targets + agreement.text_count,
         visual_targets=done.visual_targets + agreement.visual_count,
         tokens=done.tokens + agreement.num_tokens,
+        data_hash=sha256(f"{done.data_hash} {agreement.digest}".encode()).hexdigest()[:16],
         train_s=done.train_s + train_s,
     )
 

@@ -189,13 +189,13 @@ class MetricsLog:
                 self._file = folder.metrics.open("a", encoding="utf-8")
             self._wandb = _start_wandb(folder, config)
 
-    def write(self, step: int, kind: str, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, kind: str, values: Mapping[str, float | str | None]) -> None:
         """Add one line.
 
         Args:
             step: steps done.
             kind: ``train``, ``eval``, ``cosine`` or ``save``; a prefix of the names in wandb.
-            values: numbers by name; None is a number that does not exist at this step.
+            values: numbers by name, and hashes; None is a number that does not exist at this step.
         """
         if self._file is None:
             return

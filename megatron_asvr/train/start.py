@@ -235,4 +235,7 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
         logger.info("weights of %s from %s", part, origin)
     trained = sum(math.prod(shape) for shape in shapes.values())
     logger.info("%d parameters trained: %s", trained, ", ".join(run.config.train.trainable))
+    dp = run.groups.plan.dp
+    if dp > 1 and run.done.step < run.total_steps:
+        logger.info("%s", run.data.train.imbalance(run.done.step).describe(dp))
     logger.info("%d of %d steps done", run.done.step, run.total_steps)

@@ -46,6 +46,7 @@ class Agreement:
         text_count: text targets of the global batch.
         visual_count: positions with a visual target, in the global batch.
         num_tokens: positions of the global batch, without padding.
+        digest: of the samples of the global batch and their order (MicroBatch.digest, summed).
         stop: some rank was asked to stop after this step.
         recounted: sums of ``CodeCheck.counts`` (train/recheck.py).
     """
@@ -53,6 +54,7 @@ class Agreement:
     text_count: int
     visual_count: int
     num_tokens: int
+    digest: int
     stop: bool
     recounted: tuple[int, ...] = ()
 
@@ -105,20 +107,22 @@ def agree(
         groups: process groups of the layout.
         recounted: numbers of every rank to be summed too, as many on each.
     """
-    counts = [0, 0, 0]
+    counts = [0, 0, 0, 0]
     if contributes(groups):
         counts = [
             sum(b.num_text_targets for b in batches),
             sum(b.num_visual_targets for b in batches),
             groups.is_last_stage * sum(int((b.own(b.document_BS) >= 0).sum()) for b in batches),
+            (groups.is_last_stage and groups.cp_rank == 0) * sum(b.digest for b in batches),
         ]
     mine = torch.tensor([*counts, int(stop), *recounted], device=select()[0].device)
     values = all_reduce_sum(mine, group=groups.world)
-    text_count, visual_count, num_tokens, stops, *sums = values.tolist()
+    text_count, visual_count, num_tokens, digest, stops, *sums = values.tolist()
     return Agreement(
         text_count=text_count,
         visual_count=visual_count,
         num_tokens=num_tokens,
+        digest=digest,
         stop=stops > 0,
         recounted=tuple(sums),
     )

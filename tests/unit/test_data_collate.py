@@ -1,5 +1,7 @@
 """Micro-batches: padding, image positions, the shift of visual targets, the official dummy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -204,6 +206,29 @@ def test_length_is_a_multiple_under_sequence_parallelism(tokenizer, tmp_path):
     split, _ = micro_batch(tokenizer, tmp_path, parallel__tp=16, parallel__sp=True)
     assert split.tokens_BS.shape[1] % 16 == 0
     assert 0 <= split.tokens_BS.shape[1] - plain.tokens_BS.shape[1] < 16
+
+
+def test_the_digest_is_of_contents_and_places():
+    numbers = np.arange(6)
+    row = Row(
+        tokens_S=numbers,
+        targets_S=numbers + 1,
+        positions_S=numbers,
+        branch_S=np.zeros(6, dtype=np.int32),
+        image_starts=(1,),
+    )
+    document = Document(row=row, sample_id="a", keys=["k"], place=(3, 0))
+    changed = [
+        replace(document, keys=["l"]),
+        replace(document, place=(4, 0)),
+        replace(document, row=replace(row, targets_S=numbers)),
+        replace(document, row=replace(row, tokens_S=numbers[::-1])),
+        replace(document, row=replace(row, image_starts=(2,))),
+    ]
+    digests = {x.digest() for x in (document, *changed)}
+    assert len(digests) == 6
+    assert max(digests) < 2**48  # 32,768 of them add up within 63 bits
+    assert replace(document, sample_id="b").digest() == document.digest()
 
 
 def test_text_only_micro_batch_has_no_pixels(tokenizer, tmp_path, monkeypatch):

@@ -286,18 +286,19 @@ def test_packing_fills_few_sequences_and_cuts_no_document(corpus):
     report, before = packed.reports[0, 0, 0, 0], loose.reports[0, 0, 0, 0]
     assert (report["sequences"], before["sequences"]) == (4, 9)
     assert report["fill"] == pytest.approx((batch.document_BS >= 0).float().mean().item())
-    assert before["fill"] < 0.6 < 0.75 < report["fill"]
+    assert before["fill"] < 0.7 < 0.75 < report["fill"]
 
 
 def test_the_plan_of_sequences_does_not_depend_on_the_ranks(corpus):
     def sequences(layout, **more):
         ranks = Ranks(corpus, layout, data__packing=True, **more)
-        return [b.sample_ids for views in ranks.micro_batches() for b in [views[0, 0, 0]]]
+        found = [b.sample_ids for views in ranks.micro_batches() for b in [views[0, 0, 0]]]
+        return sorted(ids for ids in found if ids)
 
     alone = sequences(ALONE)
     assert len(alone) == 4
-    assert [ids for ids in sequences(Layout(dp=4)) if ids] == alone
-    assert [ids for ids in sequences(Layout(dp=2, pp=2, vpp=2)) if ids] == alone
+    assert sequences(Layout(dp=4)) == alone
+    assert sequences(Layout(dp=2, pp=2, vpp=2)) == alone
     assert sequences(ALONE, run__seed=1) != alone  # another order of the samples
 
 

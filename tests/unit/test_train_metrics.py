@@ -31,7 +31,7 @@ from tests.language_cases import one_rank
 from tests.run_cases import Bench, config, micro_batch, step_batches
 
 FULL, FIRST, LAST = 1, 2, 4  # kinds of LevelDB chunks
-COUNTS = Agreement(text_count=10, visual_count=4, num_tokens=100, stop=False)
+COUNTS = Agreement(text_count=10, visual_count=4, num_tokens=100, digest=7, stop=False)
 
 
 def result(loss: float, totals: list[float]) -> StepResult:

@@ -48,7 +48,7 @@ def test_official_mode_takes_the_mean_of_each_micro_batch() -> None:
     run = config()
     with one_rank() as groups:
         bench = Bench(run, groups)
-        agreement = Agreement(text_count=999, visual_count=999, num_tokens=1, stop=False)
+        agreement = Agreement(text_count=999, visual_count=999, num_tokens=1, digest=0, stop=False)
         sums = bench.model(micro_batch(run, 1))
         part = loss_function(LossConfig(mode="official"), agreement, num_micro_batches=2)(sums)
         assert float(part) == float(official_loss(sums, visual_weight=1.0)) / 2
