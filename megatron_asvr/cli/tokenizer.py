@@ -14,7 +14,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("tokenizer", help="the visual tokenizer and its codes")
     parser.set_defaults(takes_overrides=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    _add_fit(actions.add_parser("fit", help="fit residual codebooks on a frozen encoder"))
+    _add_fit(actions.add_parser("fit", help="fit residual codebooks on a frozen encoder; resumes"))
     encode = actions.add_parser("encode", help="compute and cache the codes of all images")
     add_config(encode)
     encode.set_defaults(run=run_encode)
@@ -41,31 +41,43 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         help="hidden state to quantise, or `pixels` (appearance only; default: -2)",
     )
     parser.add_argument("--image-fit", choices=("square", "pad"), default="square")
-    parser.add_argument("--max-images", type=positive, default=10_000)
+    parser.add_argument(
+        "--max-images", type=positive, default=10_000, help="images to read (default: 10000)"
+    )
+    parser.add_argument(
+        "--max-vectors",
+        type=positive,
+        help="patches to keep, over all ranks: 4 bytes x width each, in memory and in OUT until "
+        "the end (default: 64 a codeword, at least 65536)",
+    )
+    parser.add_argument("--ranks", type=positive, default=1, help="processes on this machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iters", type=positive, default=10, help="k-means iterations a level")
     parser.set_defaults(run=run_fit)
 
 
 def run_fit(args: argparse.Namespace) -> None:
-    """Fit, save and print the report."""
+    """Fit, save and print the report; an interrupted fit goes on."""
+    from megatron_asvr.launch.job import place, run
     from megatron_asvr.train.fit import FitRequest, fit_tokenizer
 
-    report = fit_tokenizer(
-        FitRequest(
-            vision=args.vision,
-            sources=(SourceConfig(path=args.data, images=args.images),),
-            out=args.out,
-            codebook_sizes=_sizes(args.codebook_size, args.depth),
-            kind=args.kind,
-            feature_layer=_layer(args.feature_layer),
-            image_fit=args.image_fit,
-            max_images=args.max_images,
-            seed=args.seed,
-            iters=args.iters,
-        )
+    request = FitRequest(
+        vision=args.vision,
+        sources=(SourceConfig(path=args.data, images=args.images),),
+        out=args.out,
+        codebook_sizes=_sizes(args.codebook_size, args.depth),
+        kind=args.kind,
+        feature_layer=_layer(args.feature_layer),
+        image_fit=args.image_fit,
+        max_images=args.max_images,
+        max_vectors=args.max_vectors,
+        seed=args.seed,
+        iters=args.iters,
     )
-    _print_report(report)
+    here = place()
+    report = run(fit_tokenizer, (request,), args.ranks if here is None else here.world_size)
+    if here is None or here.rank == 0:
+        _print_report(report)
 
 
 def run_encode(args: argparse.Namespace) -> None:
@@ -120,6 +132,7 @@ def _print_report(report: dict) -> None:
     print(
         f"{report['kind']} tokenizer {report['fingerprint'][:16]}: codebooks {sizes}; "
         f"width {report['width']}; fitted on {report['num_images']} images"
+        + (f", {report['num_vectors']} of their patches" if "num_vectors" in report else "")
     )
     for path, why in report["bad_images"].items():
         print(f"left out: {path}: {why}")

@@ -1,16 +1,11 @@
-"""Residual vector quantisation: search, reconstruction, fitting and its report.
+"""Residual vector quantisation: search, reconstruction and its report (model/kmeans.py fits).
 
 Level 0 quantises a feature, level q what is left after levels 0..q-1; the reconstruction is the
 sum of the chosen codewords. Everything here is fp32 whatever the type of the features: in bf16,
 11 to 49 % of the codes of the deeper levels would differ (measured on synthetic features).
-
-Codebooks are fitted by k-means, level by level. First codewords, and later those that attract no
-vector, are vectors drawn with a probability in proportion to their error, so duplicated vectors
-(plain background) neither crowd the first codewords nor keep later ones dead. With a process
-group the statistics are summed over its ranks, which hold different vectors and end with
-identical codebooks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from megatron_asvr.errors import ConfigError
 from megatron_asvr.parallel.collectives import gather_objects, sum_in_place
 
 MAX_SCORES = 2**24  # distances held at a time while searching (64 MiB)
@@ -106,58 +100,13 @@ def residual_codes(vectors_RC: Tensor, codebooks: Sequence[Tensor]) -> Tensor:
     return torch.stack(codes, 1)
 
 
-def fit_codebooks(
-    features: Iterable[Tensor],
-    sizes: Sequence[int],
-    *,
-    seed: int,
-    iters: int = 10,
-    max_vectors: int | None = None,
-    group: ProcessGroup | None = None,
-) -> list[Tensor]:
-    """Codebooks fitted by residual k-means, one fp32 [K_d, C] tensor per level.
-
-    Args:
-        features: batches of vectors [..., C] of this rank, read once; at least one.
-        sizes: number of codewords of each level.
-        seed: makes the result repeatable for one number of ranks.
-        iters: k-means iterations of each level.
-        max_vectors: vectors this rank keeps, a uniform sample of those it reads; by default 64
-            for each codeword of the largest level, and 65536 at least.
-        group: ranks that hold different vectors, or None.
-
-    Raises:
-        ConfigError: a codebook is larger than the number of vectors of all ranks.
-    """
-    rank = group.rank() if group is not None else 0
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
-    if max_vectors is None:
-        max_vectors = max(2**16, 64 * max(sizes))
-    residual_RC = _uniform_sample(features, max_vectors, generator)
-    held = torch.tensor(len(residual_RC), device=residual_RC.device)
-    sum_in_place([held], group=group)
-    if held < max(sizes):
-        raise ConfigError(
-            f"codebook_sizes={list(sizes)} of the visual tokenizer, but only {int(held)} vectors "
-            "to fit them; give more images or smaller codebooks"
-        )
-    codebooks = []
-    for size in sizes:
-        codebook_KC = _first_codewords(residual_RC, size, generator=generator, group=group)
-        for _ in range(iters):
-            codebook_KC = _lloyd_step(residual_RC, codebook_KC, generator=generator, group=group)
-        residual_RC = residual_RC - codebook_KC[nearest_codes(residual_RC, codebook_KC)]
-        codebooks.append(codebook_KC)
-    return codebooks
-
-
 def quantisation_report(
     features: Iterable[Tensor],
     codebooks: Sequence[Tensor],
     *,
     group: ProcessGroup | None = None,
 ) -> list[LevelReport]:
-    """One report per level over all vectors of all ranks.
+    """One report per level over all vectors of all ranks, whatever rank has which batch.
 
     Args:
         features: batches of vectors [..., C] of this rank, read once.
@@ -165,27 +114,28 @@ def quantisation_report(
         group: ranks that hold different vectors, or None.
     """
     device = codebooks[0].device
-    sums_D2 = torch.zeros(len(codebooks), 2, dtype=torch.float64, device=device)
+    sums: list[list[list[float]]] = []  # of each batch: cosine and squared error of each level
     histograms = [torch.zeros(len(book), dtype=torch.int64, device=device) for book in codebooks]
-    count = torch.zeros((), dtype=torch.int64, device=device)
     width = codebooks[0].shape[1]
     for batch in features:
         vectors_RC = batch.reshape(-1, width).float()
         codes_RD = residual_codes(vectors_RC, codebooks)
         rebuilt_RC = torch.zeros_like(vectors_RC)
+        sums.append([])
         for level, book in enumerate(codebooks):
             rebuilt_RC += book[codes_RD[:, level]]
-            sums_D2[level, 0] += F.cosine_similarity(vectors_RC, rebuilt_RC).double().sum()
-            sums_D2[level, 1] += (vectors_RC - rebuilt_RC).square().double().sum()
+            cosine = F.cosine_similarity(vectors_RC, rebuilt_RC).double().sum()
+            error = (vectors_RC - rebuilt_RC).square().double().sum()
+            sums[-1].append([float(cosine), float(error)])
             histograms[level] += torch.bincount(codes_RD[:, level], minlength=len(book))
-        count += len(vectors_RC)
-    sum_in_place([sums_D2], group=group)
-    sum_in_place([count, *histograms], group=group)
+    sum_in_place(histograms, group=group)
+    batches = [batch for share in gather_objects(sums, group=group) for batch in share]
+    # fsum rounds once, so the order of the batches changes nothing.
     return [
         LevelReport(
             level=level,
-            cosine=float(sums_D2[level, 0] / count),
-            mse=float(sums_D2[level, 1] / (count * width)),
+            cosine=math.fsum(batch[level][0] for batch in batches) / int(histogram.sum()),
+            mse=math.fsum(batch[level][1] for batch in batches) / (int(histogram.sum()) * width),
             usage=float((histogram > 0).double().mean()),
             perplexity=perplexity(histogram),
         )
@@ -200,101 +150,3 @@ def perplexity(histogram_K: Tensor) -> float:
         return 0.0
     share_K = histogram_K.double() / total
     return float(torch.special.entr(share_K).sum().exp())
-
-
-def _first_codewords(
-    vectors_RC: Tensor,
-    size: int,
-    *,
-    generator: torch.Generator,
-    group: ProcessGroup | None,
-) -> Tensor:
-    """Codewords to start from: vectors drawn by error, in rounds that double their number.
-
-    Source: k-means++, with its one vector a round replaced by as many as there are already.
-    """
-    weights_R = torch.ones(len(vectors_RC))
-    codebook_KC = vectors_RC[:0]
-    while len(codebook_KC) < size:
-        count = min(max(1, len(codebook_KC)), size - len(codebook_KC))
-        fresh = _draw(vectors_RC, weights_R, count, generator=generator, group=group)
-        codebook_KC = torch.cat([codebook_KC, fresh])
-        weights_R = _squared_errors(vectors_RC, codebook_KC)
-    return codebook_KC
-
-
-def _squared_errors(vectors_RC: Tensor, codebook_KC: Tensor) -> Tensor:
-    """Squared distance of every row to its nearest codeword, on the CPU: [R]."""
-    errors_RC = vectors_RC - codebook_KC[nearest_codes(vectors_RC, codebook_KC)]
-    return errors_RC.square().sum(1).cpu()
-
-
-def _lloyd_step(
-    vectors_RC: Tensor,
-    codebook_KC: Tensor,
-    *,
-    generator: torch.Generator,
-    group: ProcessGroup | None,
-) -> Tensor:
-    """Codewords moved to the mean of the vectors nearest to them, the dead ones restarted."""
-    size = len(codebook_KC)
-    codes_R = nearest_codes(vectors_RC, codebook_KC)
-    sums_KC = torch.zeros_like(codebook_KC).index_add_(0, codes_R, vectors_RC)
-    counts_K = torch.bincount(codes_R, minlength=size)
-    sum_in_place([sums_KC], group=group)
-    sum_in_place([counts_K], group=group)
-    moved_KC = sums_KC / counts_K.clamp(min=1)[:, None]
-    dead = (counts_K == 0).nonzero().squeeze(1)
-    if len(dead):  # the same on every rank: the counts were summed
-        errors_R = _squared_errors(vectors_RC, codebook_KC)
-        fresh = _draw(vectors_RC, errors_R, len(dead), generator=generator, group=group)
-        moved_KC[dead] = fresh
-    return moved_KC
-
-
-def _draw(
-    vectors_RC: Tensor,
-    weights_R: Tensor,
-    count: int,
-    *,
-    generator: torch.Generator,
-    group: ProcessGroup | None,
-) -> Tensor:
-    """``count`` rows of those of all ranks, drawn by weight without return: [count, C].
-
-    Source: the exponential-keys form of Efraimidis and Spirakis' weighted reservoir sampling,
-    which needs no more than each rank's own best rows.
-    """
-    noise_R = torch.empty(len(vectors_RC)).exponential_(generator=generator)
-    keys, rows = torch.topk(weights_R / noise_R, min(count, len(vectors_RC)))
-    drawn = vectors_RC[rows.to(vectors_RC.device)]
-    if group is None:
-        return drawn
-    parts = gather_objects((keys, drawn.cpu()), group=group)
-    keys, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
-    best = torch.topk(keys, min(count, len(keys))).indices
-    return drawn[best].to(vectors_RC.device)
-
-
-def _uniform_sample(features: Iterable[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """At most ``count`` rows of all batches, fp32, each with the same chance."""
-    keys, rows, held = [], [], 0
-    for batch in features:
-        rows.append(batch.reshape(-1, batch.shape[-1]).float())
-        keys.append(torch.rand(len(rows[-1]), generator=generator))
-        held += len(keys[-1])
-        if held > 2 * count:
-            keys, rows = _keep_largest(keys, rows, count)
-            held = count
-    if not held:
-        raise ConfigError("no features to fit the visual tokenizer on; give at least one image")
-    return _keep_largest(keys, rows, min(count, held))[1][0]
-
-
-def _keep_largest(
-    keys: list[Tensor], rows: list[Tensor], count: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """One-element lists of the ``count`` largest keys and their rows, in reading order."""
-    all_keys, all_rows = torch.cat(keys), torch.cat(rows)
-    kept = torch.topk(all_keys, count).indices.sort().values
-    return [all_keys[kept]], [all_rows[kept.to(all_rows.device)]]

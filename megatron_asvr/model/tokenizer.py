@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,7 +26,8 @@ from torch.nn import functional as F
 
 from megatron_asvr.config.schema import VisionConfig
 from megatron_asvr.errors import CheckpointError, ConfigError
-from megatron_asvr.model.quantize import Codebooks, fit_codebooks, residual_codes
+from megatron_asvr.model.kmeans import fit_codebooks
+from megatron_asvr.model.quantize import Codebooks, residual_codes
 from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder
 
 FORMAT = 1  # of the folder
@@ -166,25 +166,16 @@ class VisualTokenizer(nn.Module):
         codes_RD = residual_codes(features_INC.flatten(0, 1), self.codebooks.tables())
         return codes_RD.unflatten(0, features_INC.shape[:2])
 
-    def fit(
-        self,
-        features: Iterable[Tensor],
-        *,
-        seed: int,
-        iters: int = 10,
-        max_vectors: int | None = None,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        """Fit the codebooks in place; the arguments are those of ``fit_codebooks``."""
-        tables = fit_codebooks(
-            features,
-            self.codebook_sizes,
-            seed=seed,
-            iters=iters,
-            max_vectors=max_vectors,
-            group=group,
-        )
-        self.set_codebooks(tables)
+    def fit(self, features: Iterable[Tensor], *, seed: int, iters: int = 10) -> None:
+        """Fit the codebooks in place to all of some features (train/fit.py fits to a sample).
+
+        Args:
+            features: batches of vectors [..., C]; at least one.
+            seed: makes the result repeatable.
+            iters: k-means iterations of each level.
+        """
+        blocks = {n: x.reshape(-1, self.width).float().clone() for n, x in enumerate(features)}
+        self.set_codebooks(fit_codebooks(blocks, self.codebook_sizes, seed=seed, iters=iters))
 
     def set_codebooks(self, tables: Sequence[Tensor]) -> None:
         """Replace the codebooks by ``tables``, one [K_d, C] per level."""

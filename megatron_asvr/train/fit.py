@@ -1,26 +1,44 @@
-"""Fit a visual tokenizer on the features of a frozen encoder."""
+"""Fit a visual tokenizer on the features of a frozen encoder, over ranks, in bounded memory.
+
+Features of all images never fit into memory, and k-means reads its vectors many times. So the
+images are read once, in blocks of one forward pass; of every block a random sample of its vectors
+is kept, such that all blocks together have ``max_vectors``, however many images there are. Blocks
+go to ranks in turn; which rank has one changes nothing (model/kmeans.py).
+
+Every block and every iteration is kept in ``<out>/unfinished`` until the tokenizer is complete. A
+fit that was interrupted continues from there when it is called again, on any number of ranks, and
+gives the same tokenizer.
+"""
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_asvr.platforms import select
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from megatron_asvr.config.schema import Config, DataConfig, ModelConfig, RunConfig, SourceConfig
-from megatron_asvr.data.pixels import PixelStore
+from megatron_asvr.data.files import write_atomically
+from megatron_asvr.data.pixels import PixelStore, pixel_facts
 from megatron_asvr.data.sources import Sources
 from megatron_asvr.errors import ConfigError, DataError
 from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.model.kmeans import fit_codebooks
 from megatron_asvr.model.quantize import quantisation_report
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
+from megatron_asvr.parallel.collectives import on_first
+from megatron_asvr.train.fit_sample import FitSample
+from megatron_asvr.train.metrics import show_log
+
+logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
+UNFINISHED = "unfinished"
 _PREFIX = "vision_encoder."
 
 
@@ -31,12 +49,14 @@ class FitRequest:
     Attributes:
         vision: Hugging Face folder of the encoder.
         sources: images to fit on, in LLaVA format.
-        out: the tokenizer's folder.
+        out: the tokenizer's folder, on storage that all ranks share.
         codebook_sizes: codewords of each level.
         kind: semantic or appearance.
         feature_layer: hidden state to quantise; None means pixels (appearance only).
         image_fit: as in ``data.image_fit``.
         max_images: at most so many images are read, spread evenly.
+        max_vectors: vectors that all ranks together keep, 4 bytes x width each; default: 64 for
+            each codeword of the largest level, and 65536 at least.
         seed: makes the result repeatable.
         iters: k-means iterations of each level.
         batch: images of one forward pass.
@@ -50,6 +70,7 @@ class FitRequest:
     feature_layer: int | None = -2
     image_fit: Literal["square", "pad"] = "square"
     max_images: int = 10_000
+    max_vectors: int | None = None
     seed: int = 0
     iters: int = 10
     batch: int = 64
@@ -58,40 +79,63 @@ class FitRequest:
 def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
     """The report of a tokenizer that was fitted and saved in ``request.out``.
 
+    Every rank of the process group calls it; without one this process does all.
+
     Raises:
-        ConfigError: the folder exists already, or settings do not fit the encoder.
+        ConfigError: the folder exists already, holds the beginnings of another fit, or settings do
+            not fit the encoder.
         ConversionError: ``request.vision`` is no SigLIP folder.
         DataError: the data cannot be read, or holds no image that can be used.
     """
-    out = Path(request.out)
-    if (out / "config.json").exists():
-        raise ConfigError(f"{out} already holds a visual tokenizer; give another --out")
+    group = dist.group.WORLD if dist.is_initialized() else None
+    rank = group.rank() if group is not None else 0
+    if rank == 0:
+        show_log("stderr")
+    on_first(lambda: _check_new(Path(request.out)), group=group)
     device = select()[0].device
     tokenizer = new_tokenizer(request).to(device)
     config = Config(
-        run=RunConfig(dir=str(out)),
+        run=RunConfig(dir=request.out),
         model=ModelConfig(vision=tokenizer.config.vision),
         data=DataConfig(train=request.sources, image_fit=request.image_fit),
     )
     images = Sources(config, request.sources, device=device)
-    images.prepare()
-    found = images.report()
+    images.prepare(group=group)
     keys = images.good_image_keys()
     if not keys:
         named = ", ".join(source.path for source in request.sources)
         raise DataError(f"{named}: no record has an image; there is nothing to fit on")
     keys = keys[:: max(1, -(-len(keys) // request.max_images))]
-    store = PixelStore(config, device=device)
-
-    def features() -> Iterator[Tensor]:
-        for start in range(0, len(keys), request.batch):
-            pixels = store.normalised(keys[start : start + request.batch], images.paths)
-            yield tokenizer.features(pixels)
-
-    with torch.no_grad():
-        tokenizer.fit(features(), seed=request.seed, iters=request.iters)
-        levels = quantisation_report(features(), tokenizer.codebooks.tables())
-    tokenizer.save(out)
+    sample = FitSample(
+        Path(request.out) / UNFINISHED,
+        keys,
+        num_patches=tokenizer.config.vision.num_patches,
+        max_vectors=request.max_vectors,
+        codebook_sizes=request.codebook_sizes,
+        batch=request.batch,
+        iters=request.iters,
+        seed=request.seed,
+        facts={**pixel_facts(config, device.type), **tokenizer.facts(device.type)},
+        group=group,
+    )
+    if rank == 0:
+        gib = sample.num_vectors * tokenizer.width * 4 / 2**30
+        line = "%d of %d vectors of %d images are kept: %.2f GiB on all ranks together"
+        logger.info(line, sample.num_vectors, sample.num_all, len(keys), gib)
+    store = PixelStore(config, device=device, cache_bytes=0)
+    sample.read(lambda own: tokenizer.features(store.normalised(own, images.paths)))
+    tokenizer.set_codebooks(
+        fit_codebooks(
+            sample.vectors(device, tokenizer.width),
+            request.codebook_sizes,
+            seed=request.seed,
+            iters=request.iters,
+            group=group,
+            journal=sample,
+        )
+    )
+    levels = quantisation_report(sample.stored(device), tokenizer.codebooks.tables(), group=group)
+    found = images.report()
     report = {
         "fingerprint": tokenizer.fingerprint,
         "kind": request.kind,
@@ -99,11 +143,13 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
         "codebook_sizes": list(request.codebook_sizes),
         "width": tokenizer.width,
         "num_images": len(keys),
+        "num_vectors": sample.num_vectors,
+        "num_vectors_of_all": sample.num_all,
         "num_bad_images": found["num_bad_images"],
         "bad_images": found["bad_images"],
         "levels": [dataclasses.asdict(level) for level in levels],
     }
-    (out / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    on_first(lambda: _publish(tokenizer, report, Path(request.out)), group=group)
     return report
 
 
@@ -124,3 +170,16 @@ def new_tokenizer(request: FitRequest) -> VisualTokenizer:
         names = tokenizer.encoder.state_dict()
         tokenizer.encoder.load_state_dict({name: source(_PREFIX + name) for name in names})
     return tokenizer
+
+
+def _check_new(out: Path) -> None:
+    if (out / "config.json").exists():
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)  # killed while it was being removed
+        raise ConfigError(f"{out} already holds a visual tokenizer; give another --out")
+
+
+def _publish(tokenizer: VisualTokenizer, report: dict[str, Any], out: Path) -> None:
+    text = json.dumps(report, indent=2) + "\n"
+    write_atomically(out / REPORT_FILE, text.encode())
+    tokenizer.save(out)
+    shutil.rmtree(out / UNFINISHED)

@@ -141,13 +141,17 @@ class Progress:
         what: name of the task.
         total: amount of work.
         unit: what is counted.
-        done: amount that an earlier start has done.
     """
 
-    def __init__(self, what: str, total: int, *, unit: str, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, *, unit: str) -> None:
         self._what, self._total, self._unit = what, total, unit
-        self._before = self._done = done
+        self._before = self._done = 0
         self._start = self._last = time.monotonic()
+
+    def skip(self, amount: int) -> None:
+        """Count work that an earlier start has done."""
+        self._before += amount
+        self._done += amount
 
     def add(self, amount: int, note: str = "") -> None:
         """Count work that is done; ``note`` is added to the line."""

@@ -1,5 +1,6 @@
 """Residual quantisation and the tokenizer's folder."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,8 +10,8 @@ import torch
 from megatron_asvr.config.schema import VisionConfig
 from megatron_asvr.errors import CheckpointError, ConfigError
 from megatron_asvr.model import quantize
+from megatron_asvr.model.kmeans import fit_codebooks
 from megatron_asvr.model.quantize import (
-    fit_codebooks,
     nearest_codes,
     perplexity,
     quantisation_report,
@@ -31,6 +32,11 @@ PIXELS = TokenizerConfig(
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fit(batches, sizes, **settings):
+    """Codebooks of some batches of vectors, which stay as they are."""
+    return fit_codebooks({n: x.clone() for n, x in enumerate(batches)}, sizes, **settings)
 
 
 def fitted(config, images=24):
@@ -61,7 +67,7 @@ def test_fit_finds_separated_clusters_and_reports_them(seed):
     centres_KC = 100 * random(8, 5)
     labels_R = torch.arange(400) % 8
     vectors_RC = centres_KC[labels_R] + random(400, 5, seed=3)
-    books = fit_codebooks(vectors_RC.split(64), [24], seed=seed, iters=10)
+    books = fit(vectors_RC.split(64), [24], seed=seed, iters=10)
     (level,) = quantisation_report([vectors_RC], books)
     assert level.mse < 1  # of a variance of 1e4: no cluster shares its codeword
     assert level.usage == 1.0
@@ -72,7 +78,7 @@ def test_fit_finds_separated_clusters_and_reports_them(seed):
 def test_duplicated_background_does_not_keep_codewords_dead():
     background = torch.ones(990, 4)
     vectors_RC = torch.cat([background, 10 * random(10, 4)])
-    books = fit_codebooks([vectors_RC], [11], seed=0, iters=30)
+    books = fit([vectors_RC], [11], seed=0, iters=30)
     (level,) = quantisation_report([vectors_RC], books)
     assert level.usage == 1.0
     assert level.mse < 1e-6
@@ -83,31 +89,75 @@ def test_a_noisy_background_does_not_crowd_the_first_codewords(seed):
     background = 1 + 0.05 * random(1900, 8, seed=seed)
     rare = 10 * random(10, 8, seed=seed + 10)[torch.arange(100) % 10]
     vectors_RC = torch.cat([background, rare])
-    books = fit_codebooks([vectors_RC], [16], seed=seed)
+    books = fit([vectors_RC], [16], seed=seed)
     (level,) = quantisation_report([vectors_RC], books)
     assert level.mse < 0.1  # drawn uniformly, the first codewords leave 1 to 4
 
 
 def test_every_level_lowers_the_error_and_the_fit_repeats():
     vectors_RC = random(2000, 6)
-    books = fit_codebooks([vectors_RC], [16, 16, 16], seed=5)
+    books = fit([vectors_RC], [16, 16, 16], seed=5)
     report = quantisation_report(vectors_RC.split(500), books)
     assert report[0].mse > report[1].mse > report[2].mse
     assert report[0].cosine < report[1].cosine < report[2].cosine
-    again = fit_codebooks([vectors_RC], [16, 16, 16], seed=5)
+    again = fit([vectors_RC], [16, 16, 16], seed=5)
     assert all(torch.equal(a, b) for a, b in zip(books, again, strict=True))
 
 
-def test_sampling_keeps_a_bounded_number_of_vectors():
-    books = fit_codebooks((random(300, 2, seed=i) for i in range(10)), [4], seed=0, max_vectors=50)
-    assert books[0].shape == (4, 2)
+def test_codebooks_do_not_depend_on_who_has_which_block_and_in_which_order():
+    blocks = dict(enumerate(random(1500, 6).split(128)))
+    one = fit(blocks.values(), [16, 16], seed=5, iters=4)
+    copies = {n: blocks[n].clone() for n in reversed(blocks)}
+    other = fit_codebooks(copies, [16, 16], seed=5, iters=4)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    renamed = fit_codebooks({n + 7: x.clone() for n, x in blocks.items()}, [16], seed=5, iters=4)
+    assert not torch.equal(renamed[0], one[0])
+
+
+class Kept(dict):
+    """A journal that is interrupted after so many entries."""
+
+    def __init__(self, entries=10**6):
+        super().__init__()
+        self.left = entries
+
+    def load(self, level):
+        return self.get(level)
+
+    def save(self, level, iterations, codebook_KC):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self[level] = (iterations, codebook_KC.clone())
+
+
+@pytest.mark.parametrize("entries", [1, 3, 5, 8])
+def test_an_interrupted_fit_ends_like_an_undisturbed_one(entries):
+    blocks = random(600, 5).split(100)
+    wanted = fit(blocks, [8, 8], seed=2, iters=3)
+    journal = Kept(entries)
+    with contextlib.suppress(KeyboardInterrupt):
+        fit(blocks, [8, 8], seed=2, iters=3, journal=journal)
+    assert sum(done + 1 for done, _ in journal.values()) == entries
+    journal.left = 10**6
+    again = fit(blocks, [8, 8], seed=2, iters=3, journal=journal)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
+    assert journal.left == 10**6 - (8 - entries)  # nothing was computed twice
+
+
+def test_means_are_those_of_fp64():
+    vectors_RC = random(5000, 3) * torch.tensor([1e-20, 1.0, 1e4])
+    (book_KC,) = fit([vectors_RC], [1], seed=0, iters=1)
+    wanted = vectors_RC.double().mean(0)
+    assert float((book_KC[0, 1:] / wanted[1:] - 1).abs().max()) < 1e-6
+    assert abs(float(book_KC[0, 0] - wanted[0])) < 1e-9  # of values up to 1e4
+
+
+def test_vectors_that_cannot_be_fitted_are_an_error():
     with pytest.raises(ConfigError, match="only 50 vectors"):
-        fit_codebooks([random(300, 2)], [51], seed=0, max_vectors=50)
-
-
-def test_no_features_is_an_error():
-    with pytest.raises(ConfigError, match="at least one image"):
-        fit_codebooks([], [4], seed=0)
+        fit([random(50, 2)], [51], seed=0)
+    with pytest.raises(ConfigError, match="not finite"):
+        fit([random(50, 2) / 0], [4], seed=0)
 
 
 def test_perplexity():
