@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_asvr.cli import parity
 from megatron_asvr.cli.common import positive
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load
@@ -26,7 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     index.set_defaults(run=run_index)
     show = actions.add_parser("show", help="print what the index holds")
     show.set_defaults(run=run_show)
-    for action in (index, show):
+    for action in (index, show, parity.add(actions)):
         action.add_argument("config", help="YAML file or name of a preset")
         action.epilog = "Settings given as a.b=c win over the file's."
         action.set_defaults(takes_overrides=True)

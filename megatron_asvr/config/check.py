@@ -173,6 +173,7 @@ def _check_data(config: Config) -> None:
     for name, shares in (
         ("codes_verify_fraction", (d.codes_verify_fraction,)),
         ("codes_max_flip", d.codes_max_flip),
+        ("parity_max_flip", d.parity_max_flip or (0.0,)),
     ):
         _require(
             bool(shares) and all(0 <= share <= 1 for share in shares),

@@ -213,6 +213,8 @@ class DataConfig:
     blank_images: bool = False  # every image becomes the mean colour (the blind control)
     on_bad_sample: Literal["replace", "error"] = "replace"  # replace: by the next good one, counted
     pil_kinds: tuple[str, ...] = ()  # kinds of images that PIL decodes, not DALI: `jpeg_cmyk`
+    parity_max_flip: tuple[float, ...] = ()  # share of codes DALI may flip, of all depths or each
+    on_parity: Literal["refuse", "pil"] = "refuse"  # pil: PIL decodes kinds beyond parity_max_flip
     max_image_pixels: int = 50_000_000  # larger images are refused from their header
     codes: Literal["cache", "online"] = "cache"  # the tokenizer's codes: from disk, or every step
     cache_dir: str | None = None  # default: <run.dir>/../codes

@@ -14,6 +14,7 @@ import torch.distributed
 
 from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.data.cache import cache_root
+from megatron_asvr.data.decode import takes_pil
 from megatron_asvr.data.images import MISSING, Entry, ImageIndex
 from megatron_asvr.data.index import Lengths, open_index, text_rules
 from megatron_asvr.data.records import Record, raise_problems, read_sources
@@ -52,6 +53,7 @@ class Sources:
         tokenizer: TextTokenizer | None = None,
     ) -> None:
         self._config = config
+        self._pil_kinds = config.data.pil_kinds
         self._policy = config.data.on_bad_sample
         self._device = device
         self._tokenizer = tokenizer
@@ -129,13 +131,22 @@ class Sources:
         """Keys of the good images, each once, in order of first use."""
         return list(self.paths)
 
+    def kinds(self) -> dict[str, list[str]]:
+        """Locations of the good images of every kind (``gate.kind_of``), each content once."""
+        found: dict[str, list[str]] = {}
+        for path in self.paths.values():
+            found.setdefault(self._entries[path].kind, []).append(path)
+        return found
+
     def report(self) -> dict[str, Any]:
-        """Numbers of records and images, and the bad ones with their reasons."""
+        """Numbers of records and images, those that PIL decodes by kind, and the bad ones."""
+        kinds = {kind: len(paths) for kind, paths in sorted(self.kinds().items())}
         return {
             "records": len(self.records),
             "images": len(self.paths) + len(self._bad),
             "bad_records": len(self._bad_records),
             "num_bad_images": len(self._bad),
+            "pil_images": {k: n for k, n in kinds.items() if takes_pil(k, self._pil_kinds)},
             "bad_images": dict(list(self._bad.items())[:LISTED]),
         }
 

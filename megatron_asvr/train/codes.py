@@ -19,6 +19,7 @@ from megatron_asvr.parallel.collectives import barrier, broadcast_object, gather
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, make_groups, open_data
 from megatron_asvr.train.metrics import Progress, show_log
+from megatron_asvr.train.parity import check_parity
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def encode_all(config: Config) -> dict[str, object]:
     if dist.get_rank() == 0:
         show_log("stderr")
     groups = make_groups(config)
+    config = check_parity(config, groups=groups)
     with contextlib.closing(open_data(config, groups=groups)) as data:
         if data.codes is None:
             raise ConfigError(

@@ -30,6 +30,7 @@ from megatron_asvr.train.metrics import (
     show_log,
 )
 from megatron_asvr.train.optim import learning_rate
+from megatron_asvr.train.parity import check_parity
 from megatron_asvr.train.recheck import CodeCheck
 from megatron_asvr.train.saving import Saver
 from megatron_asvr.train.signals import StopRequest
@@ -62,6 +63,7 @@ def train(config: Config) -> dict[str, Any]:
     """
     show_log("stdout")
     groups = make_groups(config)
+    config = check_parity(config, groups=groups)
     with contextlib.closing(open_data(config, groups=groups)) as data:
         check = CodeCheck(config, data, groups=groups)
         run = start(config, data, groups=groups)
