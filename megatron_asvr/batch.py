@@ -45,11 +45,14 @@ class MicroBatch:
         cu_seqlens_padded: int32, the same with each document's padding (it fills the rows).
         image_positions_P: int64 flat position of every image patch that is in this rank's part.
         image_patches_P: int64 which patch that is: image * N + patch, over all images.
+        newline_positions: int64 flat positions, in this rank's part, that hold the learned newline
+            vector instead of a token or a patch; None where the model has none.
         pixel_values_ICHW: float32, this rank's share of the images (images
             ``image_share[0]:image_share[1]`` of the micro-batch), or None without images.
         image_share: first and one-past-last image encoded by this rank, among those of the
             tensor- and context-parallel group of its stage.
-        num_images: images of the micro-batch, on all ranks together.
+        num_images: images of the micro-batch, on all ranks together; where a picture is cut into
+            tiles, each of its views is an image here.
         visual_positions_M: int64 flat position of each position that predicts a patch's codes
             (``target_shift`` is already applied), in this rank's part; NO_POSITION for a zero
             hidden vector.
@@ -82,6 +85,7 @@ class MicroBatch:
     sample_ids: list[str]
     image_keys: list[str] = field(default_factory=list)
     digest: int = 0
+    newline_positions: Tensor | None = None
     context: tuple[int, int] = (0, 1)
 
     def own(self, x_BS: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from megatron_asvr.config.layout import check_layout, divisors
+from megatron_asvr.config.resolution import check_resolution
 from megatron_asvr.config.schema import PARTS, Config, LanguageConfig, OptimConfig
 from megatron_asvr.errors import ConfigError
 
@@ -26,6 +27,7 @@ def check(config: Config, world: int | None = None) -> Config:
     _check_data(config)
     _check_sources(config)
     _check_loss(config)
+    check_resolution(config)
     check_layout(config, world)
     _check_files(config)
     return config

@@ -124,6 +124,28 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResolutionConfig:
+    """How much of an image the encoder sees; see docs/images.md.
+
+    ``single``: the whole image at the encoder's own size. ``anyres``: that, and the tiles of the
+    grid that fits the image best, each an image of its own for the encoder and the tokenizer.
+    """
+
+    mode: Literal["single", "anyres"] = "single"
+    # anyres: rows and columns of tiles, one pair for each grid to choose from
+    grids: tuple[tuple[int, ...], ...] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+    newline: bool = False  # anyres: a learned vector after every row of the grid's patches
+    unpad: bool = False  # anyres: leave out rows and columns of patches that show padding only
+
+    @property
+    def most_views(self) -> int:
+        """Encoder images of one picture, at most."""
+        if self.mode == "anyres":
+            return 1 + max(rows * columns for rows, columns in self.grids)
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VisualHeadConfig:
     """The autoregressive head that predicts an image position's codes, depth by depth."""
 
@@ -146,6 +168,7 @@ class ModelConfig:
     language: LanguageConfig = field(default_factory=LanguageConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     visual_head: VisualHeadConfig = field(default_factory=VisualHeadConfig)
     text_tokenizer: str | None = None  # SentencePiece model file
     visual_tokenizer: str | None = None  # folder written by `asvr tokenizer fit`

@@ -2,8 +2,8 @@
 
 A cache folder is named by a fingerprint of everything that the codes depend on, and holds the same
 in words (``manifest.json``), so that a cache made otherwise is never used and the difference can be
-told. Codes are found by the key of an image (data/pixels.py: its bytes, and the part of it that is
-shown). They lie in part files (data/parts.py) that are written whole, never changed, and mapped
+told. Codes are found by the key of an image (data/views.py: its bytes, and which view of it this
+is). They lie in part files (data/parts.py) that are written whole, never changed, and mapped
 into memory; several jobs may read and write at a time.
 
 ``index-*.arrow`` holds the sorted keys of all parts with their places. Opening a cache lists the
@@ -31,6 +31,7 @@ from megatron_asvr.data.parts import (
     write_part,
 )
 from megatron_asvr.data.pixels import pixel_facts
+from megatron_asvr.data.views import stored_key
 from megatron_asvr.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -132,25 +133,26 @@ class CodeCache:
         """
         self.refresh()
         wanted = list(dict.fromkeys(keys))
-        there = self._index.find(wanted) >= 0
+        there = self._index.find([*map(stored_key, wanted)]) >= 0
         return [key for key, found in zip(wanted, there, strict=True) if not found]
 
     def get(self, key: str) -> np.ndarray:
-        """Codes [N, D] of one image.
+        """Codes [N, D] of one view of an image.
 
         Raises:
             DataError: the cache does not have them, or their part file was damaged.
         """
         if self._written:
             self.refresh()
-        (place,) = self._index.find([key])
+        stored = stored_key(key)
+        (place,) = self._index.find([stored])
         if place < 0:
             raise DataError(
                 f"the code cache {self.folder} has no codes for the image with key {key}; run "
                 "`asvr tokenizer encode` with the same configuration, or set data.codes=online"
                 + self.differences()
             )
-        part, row = self._place(place, key)
+        part, row = self._place(place, stored)
         try:
             return part.row(row)
         except DamagedPartError as error:
@@ -179,7 +181,7 @@ class CodeCache:
         manifest = self.folder / MANIFEST
         if not manifest.exists():
             write_atomically(manifest, json.dumps(self._facts, indent=2).encode() + b"\n")
-        write_part(self.folder, keys, codes_IND, self._form)
+        write_part(self.folder, [*map(stored_key, keys)], codes_IND, self._form)
         self._written = True
 
     def check(self, rank: int = 0, world: int = 1) -> dict[str, str]:

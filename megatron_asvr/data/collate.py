@@ -6,7 +6,7 @@ holds one block of columns (parallel/context.py). One path serves all layouts: a
 a row of one document, an empty micro-batch has rows without any.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -18,6 +18,7 @@ from megatron_asvr.batch import IGNORE, NO_POSITION, MicroBatch, image_share
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.pixels import ZERO_KEY
 from megatron_asvr.data.sample import Row, Sample
+from megatron_asvr.data.views import NEWLINE
 from megatron_asvr.parallel.context import (
     document_multiple,
     padded_lengths,
@@ -64,7 +65,7 @@ class Document:
     Attributes:
         row: tokens, targets and places of images.
         sample_id: the record's id.
-        keys: content keys of the row's images.
+        keys: of all views of the row's images, in order (data/views.py).
         place: place of the sample in the global batch, and number of the row among its rows.
     """
 
@@ -87,7 +88,7 @@ class Collator:
     """Settings of all micro-batches.
 
     Attributes:
-        num_patches: patches of one image.
+        num_patches: patches of one view of an image.
         pad_id: token of padding positions.
         target_shift: 0: a position predicts its own patch; 1: the position before it does.
         official: a sample without image gets an image of zeros that is not in its sequence.
@@ -183,6 +184,7 @@ class Collator:
             cu_seqlens_padded=torch.from_numpy(stream.cu_seqlens_padded),
             image_positions_P=patches[0],
             image_patches_P=patches[1],
+            newline_positions=self._newlines(stream, images),
             pixel_values_ICHW=pixels(images.keys[slice(*share)]) if decode else None,
             image_share=share,
             num_images=len(images.keys),
@@ -196,10 +198,14 @@ class Collator:
         )
 
     def lost_first_patches(self, sample: Sample) -> int:
-        """Images whose first patch has no position before it in its document to predict it."""
+        """Patches without a position before them to predict them.
+
+        Those that begin a document, or follow a newline, which predicts nothing.
+        """
         if self.target_shift == 0:
             return 0
-        return sum(row.image_starts.count(0) for row in sample.rows if row.counts_images)
+        rows = [row for row in sample.rows if row.counts_images]
+        return sum(int((~seen).sum()) for row in rows for seen in _predicted(row, 1))
 
     def _patches(self, stream: "_Stream", images: "_Images") -> tuple[Tensor, Tensor]:
         """Flat positions of the patches that this rank embeds, and which patches they are."""
@@ -207,7 +213,14 @@ class Collator:
             return _join([]), _join([])
         own_P = stream.own_places(_join(images.positions))
         inside_P = own_P != NO_POSITION
-        return own_P[inside_P], inside_P.nonzero().squeeze(1)
+        return own_P[inside_P], _join(images.patches)[inside_P]
+
+    def _newlines(self, stream: "_Stream", images: "_Images") -> Tensor:
+        """Flat positions of the newlines that this rank embeds."""
+        if not self.view.first_stage:
+            return _join([])
+        own = stream.own_places(_join(images.newlines))
+        return own[own != NO_POSITION]
 
     def _visual_targets(self, stream: "_Stream", images: "_Images") -> tuple[Tensor, Tensor]:
         """Flat positions of this rank that predict a patch, and which patch each predicts."""
@@ -283,43 +296,64 @@ class _Images:
     """Collects the images of a micro-batch, in the order of its documents.
 
     Attributes:
-        keys: content key of each image.
-        positions: of its patches in the stream; NO_POSITION where they were cut away.
+        keys: of each view.
+        positions: of patches in the stream; NO_POSITION where they were cut away.
+        patches: which patch each of those positions holds.
+        newlines: positions of newlines in the stream.
         sources: positions in the stream that predict a patch; NO_POSITION for none.
         targets: the patches that they predict.
     """
 
     def __init__(self, collator: Collator) -> None:
         self._shift, self._official = collator.target_shift, collator.official
-        self._patches = np.arange(collator.num_patches, dtype=np.int64)
+        self._num_patches = collator.num_patches
         self.keys: list[str] = []
         self.positions: list[np.ndarray] = []
+        self.patches: list[np.ndarray] = []
+        self.newlines: list[np.ndarray] = []
         self.sources: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
 
     def add(self, document: Document, place: int) -> None:
         """Add the images of the document that starts at ``place``."""
-        row = document.row
-        for key, start in zip(document.keys, row.image_starts, strict=True):
-            inside = start + self._patches
+        row, before = document.row, len(self.keys)
+        for start, layout, seen in zip(
+            row.image_starts, row.layouts, _predicted(row, self._shift), strict=True
+        ):
+            is_patch = layout.patches_L != NEWLINE
+            patches = before * self._num_patches + layout.patches_L[is_patch]
+            places = start + np.flatnonzero(is_patch)
             if row.counts_images:
-                # A patch is predicted `shift` positions earlier; before position 0 there is none.
-                seen = inside >= self._shift
-                sources = _in_stream(inside - self._shift, row.length, place)
-                self._supervise(sources[seen], self._patches[seen])
-            self._show(key, _in_stream(inside, row.length, place))
+                sources = _in_stream(places - self._shift, row.length, place)
+                self._supervise(sources[seen], patches[seen])
+            self._show(_in_stream(places, row.length, place), patches)
+            newlines = start + np.flatnonzero(~is_patch)
+            self.newlines.append(_in_stream(newlines, row.length, place))
+            before += layout.num_views
+        self.keys += document.keys
         if self._official and not row.image_starts:
-            nowhere = np.full_like(self._patches, NO_POSITION)
-            self._supervise(nowhere, self._patches)
-            self._show(ZERO_KEY, nowhere)
+            patches = before * self._num_patches + np.arange(self._num_patches)
+            nowhere = np.full_like(patches, NO_POSITION)
+            self._supervise(nowhere, patches)
+            self._show(nowhere, patches)
+            self.keys.append(ZERO_KEY)
 
-    def _show(self, key: str, positions: np.ndarray) -> None:
-        self.keys.append(key)
+    def _show(self, positions: np.ndarray, patches: np.ndarray) -> None:
         self.positions.append(positions)
+        self.patches.append(patches)
 
     def _supervise(self, sources: np.ndarray, patches: np.ndarray) -> None:
         self.sources.append(sources)
-        self.targets.append(len(self.keys) * len(self._patches) + patches)
+        self.targets.append(patches)
+
+
+def _predicted(row: Row, shift: int) -> Iterator[np.ndarray]:
+    """For each image, which of its patches have a position ``shift`` earlier that predicts them."""
+    images = list(zip(row.image_starts, row.layouts, strict=True))
+    newlines = [start + np.flatnonzero(x.patches_L == NEWLINE) for start, x in images]
+    for start, layout in images:
+        sources = start + np.flatnonzero(layout.patches_L != NEWLINE) - shift
+        yield (sources >= 0) & ~np.isin(sources, np.concatenate(newlines))
 
 
 def _in_stream(positions: np.ndarray, length: int, place: int) -> np.ndarray:

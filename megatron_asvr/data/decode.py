@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from megatron_asvr.config.schema import Config
+from megatron_asvr.config.schema import Config, ResolutionConfig
 from megatron_asvr.data import pil
 from megatron_asvr.data.gate import FORMATS, TRAITS, kind_of
 from megatron_asvr.errors import ConfigError, DataError
@@ -41,12 +41,14 @@ class Decoder:
     Args:
         config: image settings.
         device: where to decode; the result stays there.
+        whole_only: one view of each image, whatever ``model.resolution`` says.
 
     Raises:
         ConfigError: ``data.pil_kinds`` names a kind that does not exist.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, *, whole_only: bool = False) -> None:
+        self._resolution = ResolutionConfig() if whole_only else config.model.resolution
         self._config = config
         self._device = device
         self._more = config.data.pil_kinds
@@ -70,24 +72,31 @@ class Decoder:
                 fit=self._config.data.image_fit,
                 device=self._device,
                 threads=self._config.data.decode_threads,
+                resolution=self._resolution,
             )
         return self._dali
 
     def decode(self, encoded: Sequence[bytes]) -> Tensor:
-        """Pixels of the images, uint8 [I, C, H, W].
+        """Pixels of the images, of the first view of each: uint8 [I, C, H, W].
+
+        Raises:
+            DataError: an image cannot be decoded (which one, ``find_bad`` tells).
+        """
+        return torch.stack([views[0] for views in self.views(encoded)])
+
+    def views(self, encoded: Sequence[bytes]) -> list[Tensor]:
+        """All views of each image (data/views.py), uint8 [V, C, H, W]; it is decoded once.
 
         Raises:
             DataError: an image cannot be decoded (which one, ``find_bad`` tells).
         """
         mine = [self._takes_pil(image) for image in encoded]
         theirs = [image for image, pil_way in zip(encoded, mine, strict=True) if not pil_way]
-        decoded = iter(self.dali.decode(theirs) if theirs else ())
-        return torch.stack(
-            [
-                self._by_pil(image) if pil_way else next(decoded)
-                for image, pil_way in zip(encoded, mine, strict=True)
-            ]
-        )
+        decoded = iter(self.dali.views(theirs) if theirs else ())
+        return [
+            self._by_pil(image) if pil_way else next(decoded)
+            for image, pil_way in zip(encoded, mine, strict=True)
+        ]
 
     def find_bad(self, encoded: Sequence[bytes]) -> dict[int, str]:
         """Images that cannot be decoded completely: their index and the reason.
@@ -110,7 +119,9 @@ class Decoder:
     def _by_pil(self, encoded: bytes) -> Tensor:
         size, fit = self._config.model.vision.image_size, self._config.data.image_fit
         try:
-            pixels = pil.decode(encoded, image_size=size, fit=fit)
+            pixels = pil.decode_views(
+                encoded, image_size=size, fit=fit, resolution=self._resolution
+            )
         except Exception as error:  # a damaged file can raise anything
             raise DataError(f"cannot be decoded: PIL: {type(error).__name__}: {error}") from error
         return torch.from_numpy(pixels).to(self._device)

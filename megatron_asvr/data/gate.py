@@ -126,6 +126,12 @@ def _format(image: Image.Image) -> str:
     return "JPEG" if image.format == "MPO" else str(image.format)
 
 
+def upright_size(encoded: bytes) -> tuple[int, int]:
+    """Height and width of an image that :func:`look` lets through, turned upright."""
+    width, height = _upright_size(open_header(encoded))
+    return height, width
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     return (height, width) if orientation(image) > 4 else (width, height)

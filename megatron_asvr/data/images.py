@@ -21,6 +21,7 @@ from megatron_asvr.data import locations
 from megatron_asvr.data.decode import Decoder
 from megatron_asvr.data.files import fingerprint, read_table, write_table
 from megatron_asvr.data.gate import look
+from megatron_asvr.data.views import Size
 from megatron_asvr.errors import DataError
 from megatron_asvr.parallel.collectives import gather_objects
 
@@ -62,6 +63,11 @@ class Entry:
     kind: str = ""
     width: int = 0
     height: int = 0
+
+    @property
+    def shape(self) -> Size:
+        """Height and width; 1 x 1 where no header can be read."""
+        return max(1, self.height), max(1, self.width)
 
 
 class ImageIndex:
@@ -190,7 +196,7 @@ class ImageChecker:
     def __init__(self, config: Config, device: torch.device) -> None:
         self._config = config
         self._device = device
-        self._decoder = Decoder(config, device)
+        self._decoder = Decoder(config, device, whole_only=True)
 
     def check(self, paths: Sequence[str]) -> dict[str, Entry]:
         """What is found about each of some images."""

@@ -16,7 +16,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,49 +41,15 @@ from megatron_asvr.data.images import (
     state_entries,
 )
 from megatron_asvr.data.records import Record, raise_problems, records_of
-from megatron_asvr.data.sample import SampleBuilder
+from megatron_asvr.data.samples import KINDS, DataFile, write_samples
 from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.data.views import ImageLayouts, Size
 from megatron_asvr.errors import DataError
 
 VERSION = 2
 MANIFEST = "manifest.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 OVERLONG = "nothing of it fits into data.max_length"
-KINDS = ("text", "caption", "caption-free", "multi-image")
-
-BATCH = 8192  # samples turned into columns at a time
-
-# Large lists: the text of one file may exceed 2 GiB.
-_TURN = pa.struct([("role", pa.string()), ("text", pa.large_string())])
-_TURNS = pa.large_list(pa.large_list(_TURN))
-_SAMPLES = pa.schema(
-    [
-        ("id", pa.string()),
-        ("kind", pa.string()),
-        ("turns", _TURNS),
-        ("images", pa.list_(pa.string())),
-        ("text_tokens", pa.int32()),
-        ("lengths", pa.list_(pa.int32())),  # of its rows, as long as attention keeps branches apart
-        ("flat_lengths", pa.list_(pa.int32())),  # of its rows, one a conversation
-    ]
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataFile:
-    """One file of a source.
-
-    Attributes:
-        number: of the source that it belongs to.
-        source: that source.
-        path: of the file.
-        state: in which it is (a folder: what it lists).
-    """
-
-    number: int
-    source: SourceConfig
-    path: str
-    state: tuple[int, int]
 
 
 def index_folder(config: Config, sources: Sequence[SourceConfig]) -> Path:
@@ -106,8 +72,16 @@ def text_rules(config: Config, tokenizer: TextTokenizer) -> str:
             "on_overlong": data.on_overlong,
             "num_patches": config.model.vision.num_patches,
             "official": config.loss.mode == "official",
+            **_resolution_rules(config),
         }
     )
+
+
+def _resolution_rules(config: Config) -> dict[str, Any]:
+    """What the number of an image's positions depends on beside the encoder's patches."""
+    if not ImageLayouts(config.model).needs_sizes:
+        return {}
+    return {**asdict(config.model.resolution), "image_size": config.model.vision.image_size}
 
 
 def list_files(sources: Iterable[SourceConfig]) -> list[DataFile]:
@@ -151,14 +125,15 @@ def build(
     """
     folder, files = index_folder(config, sources), list_files(sources)
     rules = text_rules(config, tokenizer)
-    parts = [_part(folder, file, rules) for file in files]
-    missing = [file for file, part in zip(files, parts, strict=True) if read_table(part) is None]
-    work = partial(_index_file, config, str(tokenizer.path), folder)
-    for file, problems in zip(missing, run(work, missing), strict=True):
+    checked = ImageIndex(config, folder=cache_root(config), device=device)
+    sizes = _image_sizes(config, files, checked, run)
+    parts = [_part(folder, file, rules, of) for file, of in zip(files, sizes, strict=True)]
+    jobs = [job for job in zip(files, parts, sizes, strict=True) if read_table(job[1]) is None]
+    work = partial(write_samples, config, str(tokenizer.path))
+    for (file, *_), problems in zip(jobs, run(work, jobs), strict=True):
         raise_problems(problems, f"records of {file.path} have the wrong form")
     tables = [_open(part) for part in parts]
     images = [path for table in tables for path in pc.list_flatten(table["images"]).to_pylist()]
-    checked = ImageIndex(config, folder=cache_root(config), device=device)
     checked.prepare(images, run=run)
     state = write_table(folder, pa.table(state_columns([checked.entries[path] for path in images])))
     counts, lines = [], []
@@ -289,55 +264,34 @@ def open_index(
     return Index(folder, manifest)
 
 
-def kind_of(record: Record) -> str:
-    """One of ``KINDS``."""
-    if not record.images:
-        return "text"
-    if not any(turn.role == "assistant" for turns in record.conversations for turn in turns):
-        return "caption-free"
-    return "multi-image" if len(record.images) > 1 else "caption"
-
-
 def _folder_state(folder: str) -> tuple[int, int]:
     names = locations.below(folder)
     return len(names), int(fingerprint({"names": names})[:15], 16)
 
 
-def _part(folder: Path, file: DataFile, rules: str) -> Path:
+def _image_sizes(
+    config: Config, files: Sequence[DataFile], checked: ImageIndex, run: Run
+) -> list[dict[str, Size]]:
+    """Sizes of the images of each data file, by path, where the lengths of samples need them."""
+    if not ImageLayouts(config.model).needs_sizes:
+        return [{} for _ in files]
+    listed = [
+        dict.fromkeys(
+            path for record in records_of(file.source, file.path)[0] for path in record.images
+        )
+        for file in files
+    ]
+    checked.prepare(dict.fromkeys(path for paths in listed for path in paths), run=run)
+    return [{path: checked.entries[path].shape for path in paths} for paths in listed]
+
+
+def _part(folder: Path, file: DataFile, rules: str, sizes: dict[str, Size]) -> Path:
     """Where a data file's table is: the name says everything that it depends on."""
     source = file.source
     facts = [file.path, file.state, source.images, source_format(source), rules]
+    if sizes:
+        facts.append(sorted(sizes.items()))
     return folder / f"samples-{fingerprint({'facts': facts})[:32]}.arrow"
-
-
-def _index_file(config: Config, tokenizer: str, folder: Path, file: DataFile) -> list[str]:
-    """Write the table of one data file; what is wrong with its records, and then nothing."""
-    text = TextTokenizer(tokenizer)
-    records, problems = records_of(file.source, file.path)
-    if problems:
-        return problems
-    branched, flat = (SampleBuilder(config, text, branches=branches) for branches in (True, False))
-    rows = (_row(record, branched, flat) for record in records)
-    batches = []
-    while chunk := list(itertools.islice(rows, BATCH)):
-        batches.append(pa.RecordBatch.from_pylist(chunk, schema=_SAMPLES))
-    part = _part(folder, file, text_rules(config, text))
-    write_table(folder, pa.Table.from_batches(batches, schema=_SAMPLES), part.stem)
-    return []
-
-
-def _row(record: Record, branched: SampleBuilder, flat: SampleBuilder) -> dict[str, Any]:
-    sample = branched.build(record)
-    alone = flat.build(record) if len(record.conversations) > 1 else sample
-    return {
-        "id": record.id,
-        "kind": kind_of(record),
-        "turns": [[asdict(turn) for turn in talk] for talk in record.conversations],
-        "images": record.images,
-        "text_tokens": sample.text_tokens,
-        "lengths": [row.length for row in sample.rows],
-        "flat_lengths": [row.length for row in alone.rows],
-    }
 
 
 def _bad_samples(

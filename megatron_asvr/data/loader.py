@@ -28,7 +28,7 @@ from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
 from megatron_asvr.data.plan import Imbalance, Plan, Planner, RowFacts
-from megatron_asvr.data.sample import Sample, SampleBuilder
+from megatron_asvr.data.sample import Row, Sample, SampleBuilder
 from megatron_asvr.data.sources import Sources
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError, DataError
@@ -82,6 +82,7 @@ class Loader:
         if split == "train" and config.loss.mode == "official":
             _check_official(self._sources)
         self._builder = SampleBuilder(config, tokenizer, branches=branches)
+        self._layouts = self._builder.layouts
         self._lengths = self._sources.lengths(branches=branches)
         self._collator = Collator.from_config(
             config,
@@ -167,10 +168,14 @@ class Loader:
         return self._planner.imbalance(future.result(), self._view.dp)
 
     def image_keys(self) -> list[str]:
-        """Content keys of the split's good images, each once; the same list on every rank."""
+        """Keys of all views of the split's good images; the same list on every rank."""
         keys = self._sources.good_image_keys()
         if self._config.data.blank_images and keys:
             keys = [BLANK_KEY]
+        elif self._layouts.needs_sizes:
+            sizes = (self._sources.size_of(key) for key in keys)
+            layouts = (self._layouts.of(size) for size in sizes)
+            keys = [view for x, key in zip(layouts, keys, strict=True) for view in x.keys(key)]
         return [*keys, ZERO_KEY] if self._collator.official else keys
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
@@ -245,9 +250,15 @@ class Loader:
         """The plan looks at lengths; where an index has those, no sample is built for it."""
         facts = []
         for number in numbers:
-            images = len(self._sources.images[number]) or int(self._collator.official)
+            images = self._num_views(number) or int(self._collator.official)
             facts.append([RowFacts(length, images) for length in self._row_lengths(number)])
         return self._planner.plan(facts)
+
+    def _num_views(self, number: int) -> int:
+        """Images that the encoder gets of a record."""
+        if not self._layouts.needs_sizes:
+            return len(self._sources.images[number])
+        return sum(self._layouts.of(size).num_views for size in self._sources.sizes_of(number))
 
     def _rows(self, step: int) -> list[list[list[Document]]]:
         """The documents of every row of this rank's micro-batches."""
@@ -282,13 +293,14 @@ class Loader:
         sample = self._built(numbers[place])
         if row == 0:  # rows of one sample may come to several ranks
             self._note(sample)
-        keys = self._keys(sample)
+        keys = self._keys(sample, sample.rows[row])
         return Document(row=sample.rows[row], sample_id=sample.id, keys=keys, place=(place, row))
 
-    def _keys(self, sample: Sample) -> list[str]:
+    def _keys(self, sample: Sample, row: Row) -> list[str]:
         if self._config.data.blank_images:
-            return [BLANK_KEY] * len(sample.images)
-        return [self._sources.key(path) for path in sample.images]
+            return [BLANK_KEY] * sum(layout.num_views for layout in row.layouts)
+        keys = [self._sources.key(path) for path in sample.images]
+        return [v for x, key in zip(row.layouts, keys, strict=True) for v in x.keys(key)]
 
     def _pixels(self, keys: Sequence[str]) -> Tensor:
         return self._store.normalised(keys, self._sources.paths)
@@ -328,7 +340,9 @@ class Loader:
         if index in self._samples:
             self._samples.move_to_end(index)
             return self._samples[index]
-        sample = self._builder.build(self._sources.records[index])
+        record = self._sources.records[index]
+        sizes = self._sources.sizes_of(index) if self._layouts.needs_sizes else ()
+        sample = self._builder.build(record, sizes)
         self._samples[index] = sample
         self._sample_positions += sum(row.length for row in sample.rows)
         while self._sample_positions > SAMPLE_CACHE_POSITIONS:

@@ -6,10 +6,14 @@ shows it; 16 bits a channel keep their upper 8, as PIL does with 16-bit colour; 
 in a file the first counts; colour profiles are left alone.
 """
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
+from megatron_asvr.config.schema import ResolutionConfig
 from megatron_asvr.data.gate import MODES_16, Fit, open_header, orientation
+from megatron_asvr.data.views import best_grid, inside
 
 MEAN_COLOUR = 127  # LLaVA pads with int(255 * 0.5)
 PIXEL_MEAN = PIXEL_STD = 127.5  # SigLIP: [0, 255] to [-1, 1]
@@ -37,14 +41,59 @@ def decode(encoded: bytes, *, image_size: int, fit: Fit) -> np.ndarray:
     Source: LLaVA's expand2square; SigLIP's bicubic resize.
     """
     image = upright(encoded)
+    return channels_first(_square(image, image_size, fit))
+
+
+def decode_views(
+    encoded: bytes, *, image_size: int, fit: Fit, resolution: ResolutionConfig
+) -> np.ndarray:
+    """All views of an image, uint8 [V, C, H, W]; see data/views.py.
+
+    Args:
+        encoded: the whole file.
+        image_size: side of a view in pixels.
+        fit: of the first view; see :func:`decode`.
+        resolution: which views there are.
+    """
+    image = upright(encoded)
+    whole = channels_first(_square(image, image_size, fit))[None]
+    if resolution.mode == "single":
+        return whole
+    size = image.size[1], image.size[0]
+    rows, columns = best_grid(size, resolution, image_size)
+    height, width = rows * image_size, columns * image_size
+    inner = inside(size, (height, width))
+    canvas = Image.new("RGB", (width, height))
+    resized = image.resize((inner[1], inner[0]), Image.Resampling.BICUBIC)
+    canvas.paste(resized, ((width - inner[1]) // 2, (height - inner[0]) // 2))
+    return np.concatenate([whole, tiles(channels_first(canvas), image_size)])
+
+
+def tiles(canvas: Any, side: int) -> Any:
+    """The tiles [V, C, H, W] of a canvas [C, rows * H, columns * W], row by row.
+
+    Args:
+        canvas: array or tensor.
+        side: of a tile; the canvas is made of whole ones.
+    """
+    rows, columns = canvas.shape[1] // side, canvas.shape[2] // side
+    cut = canvas.reshape(3, rows, side, columns, side)
+    return cut.swapaxes(2, 3).swapaxes(0, 1).swapaxes(1, 2).reshape(-1, 3, side, side)
+
+
+def channels_first(image: Image.Image) -> np.ndarray:
+    """A picture as uint8 [C, H, W]."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _square(image: Image.Image, side: int, fit: Fit) -> Image.Image:
     width, height = image.size
     if fit == "pad" and width != height:
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), (MEAN_COLOUR,) * 3)
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        longer = max(width, height)
+        square = Image.new("RGB", (longer, longer), (MEAN_COLOUR,) * 3)
+        square.paste(image, ((longer - width) // 2, (longer - height) // 2))
         image = square
-    resized = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def upright(encoded: bytes) -> Image.Image:

@@ -13,8 +13,9 @@ from torch import Tensor
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data import locations
 from megatron_asvr.data.decode import Decoder
-from megatron_asvr.data.gate import look
+from megatron_asvr.data.gate import look, upright_size
 from megatron_asvr.data.pil import MEAN_COLOUR, PIXEL_MEAN, PIXEL_STD
+from megatron_asvr.data.views import ImageLayouts, Size, picture_key
 from megatron_asvr.errors import DataError
 
 # Keys of images without a file. BLANK: every pixel is the mean colour (data.blank_images).
@@ -31,16 +32,6 @@ _CHANGED = (
     "images of a training set are checked before: if files changed since, run `asvr data index` "
     "again where there is an index, or start again"
 )
-
-
-def image_key(digest: str, box: tuple[int, ...] | None = None) -> str:
-    """Key of an image, or of a part of it that is an image of its own.
-
-    Args:
-        digest: SHA-256 of the encoded bytes.
-        box: what tells the part; None: the whole image.
-    """
-    return digest if box is None else sha256(f"{digest} {box}".encode()).hexdigest()
 
 
 def pixel_facts(config: Config, device: str) -> dict[str, Any]:
@@ -91,6 +82,7 @@ class PixelStore:
         self._verify = verify
         self._config = config
         self._device = device
+        self._layouts = ImageLayouts(config.model)
         self._size = config.model.vision.image_size
         self._capacity = cache_bytes // (3 * self._size**2)  # images
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
@@ -100,8 +92,8 @@ class PixelStore:
         """float32 pixels in [-1, 1], [I, C, H, W].
 
         Args:
-            keys: content keys of the images, in order.
-            paths: a location (data/locations.py) for every key that has one.
+            keys: of views of pictures (data/views.py), in order.
+            paths: a location (data/locations.py) for every picture's key that has one.
 
         Raises:
             DataError: a file cannot be read or decoded, or the gate refuses it.
@@ -109,8 +101,9 @@ class PixelStore:
         size = self._size
         if not keys:
             return torch.empty(0, 3, size, size, device=self._device)
-        new = [key for key in dict.fromkeys(keys) if key not in self._kept and key in paths]
-        fresh = dict(zip(new, self._decode({key: paths[key] for key in new}), strict=True))
+        new = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        pictures = (key if key in paths else picture_key(key) for key in new)
+        fresh = self._decode({key: paths[key] for key in pictures if key in paths})
         pixels_ICHW = torch.stack([self._raw(key, fresh) for key in keys]).float()
         pixels_ICHW.sub_(PIXEL_MEAN).div_(PIXEL_STD)
         for place, key in enumerate(keys):
@@ -119,12 +112,22 @@ class PixelStore:
         self._keep(fresh)
         return pixels_ICHW
 
+    def size(self, path: str) -> Size:
+        """Height and width of an image, turned upright.
+
+        Raises:
+            DataError: the file cannot be read, or the gate refuses it.
+        """
+        return upright_size(self._gated(path))
+
     def _raw(self, key: str, fresh: dict[str, Tensor]) -> Tensor:
         if key in fresh:
             return fresh[key]
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
+        if key not in (BLANK_KEY, ZERO_KEY):
+            raise DataError(f"there is no picture with the view {key}; {_CHANGED}")
         grey = torch.full((3, self._size, self._size), MEAN_COLOUR, dtype=torch.uint8)
         return grey.to(self._device)
 
@@ -133,19 +136,33 @@ class PixelStore:
         while len(self._kept) > self._capacity:
             self._kept.popitem(last=False)
 
-    def _decode(self, wanted: dict[str, str]) -> Sequence[Tensor]:
+    def _decode(self, wanted: dict[str, str]) -> dict[str, Tensor]:
+        """All views of some pictures, by their keys."""
         if not wanted:
-            return ()
+            return {}
         paths = list(wanted.values())
         encoded = [self._read(key, path) for key, path in wanted.items()]
         try:
-            # A clone each: a view would keep its whole batch alive in the cache.
-            return [image.clone() for image in self._decoder.decode(encoded)]
+            decoded = self._decoder.views(encoded)
         except DataError as error:
             bad = {paths[i]: why for i, why in self._decoder.find_bad(encoded).items()}
             raise DataError(f"images cannot be used: {bad or error}; {_CHANGED}") from error
+        found = {}
+        for key, image, views in zip(wanted, encoded, decoded, strict=True):
+            size = upright_size(image) if self._layouts.needs_sizes else (1, 1)
+            # A clone each: a slice would keep its whole batch alive in the cache.
+            names = self._layouts.of(size).keys(key)
+            found.update((name, v.clone()) for name, v in zip(names, views, strict=True))
+        return found
 
     def _read(self, key: str, path: str) -> bytes:
+        """The file's bytes, after checking that they are those of the key where that is known."""
+        encoded = self._gated(path)
+        if self._verify and sha256(encoded).hexdigest() != key:
+            raise DataError(f"image {path} is not the one that was checked; {_CHANGED}")
+        return encoded
+
+    def _gated(self, path: str) -> bytes:
         """The file's bytes, refused here too: questions come with images that no index has seen."""
         try:
             encoded = locations.read(path)
@@ -156,6 +173,4 @@ class PixelStore:
         problem = look(encoded, max_pixels=data.max_image_pixels, fit=data.image_fit).problem
         if problem is not None:
             raise DataError(f"image {path} cannot be used: {problem}; {_CHANGED}")
-        if self._verify and sha256(encoded).hexdigest() != key:
-            raise DataError(f"image {path} is not the one that was checked; {_CHANGED}")
         return encoded

@@ -7,7 +7,7 @@ it alone. Where the attention in use cannot do that (``branches=False``) each co
 of its own; the images are repeated, and only the first copy counts in the visual loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.data.conversation import find_template, render
 from megatron_asvr.data.records import Record
 from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.data.views import ImageLayout, ImageLayouts, Size
 from megatron_asvr.errors import ConfigError
 
 
@@ -25,12 +26,13 @@ class Row:
     """One sequence of positions, one document.
 
     Attributes:
-        tokens_S: int64 ids; an image is ``num_patches`` copies of the image token.
+        tokens_S: int64 ids; an image is one copy of the image token for each of its positions.
         targets_S: int64, the id that each position predicts, or IGNORE.
         positions_S: int64 rotary positions.
         branch_S: int32, 0 for the shared prefix.
         image_starts: position of each image's first patch (``official`` mode only: it may lie
             behind the cut).
+        layouts: what the positions of each image hold.
         counts_images: whether the images count in the visual loss (one copy of them does).
     """
 
@@ -39,12 +41,18 @@ class Row:
     positions_S: np.ndarray
     branch_S: np.ndarray
     image_starts: tuple[int, ...]
+    layouts: tuple[ImageLayout, ...]
     counts_images: bool = True
 
     @property
     def length(self) -> int:
         """Positions."""
         return len(self.tokens_S)
+
+    @property
+    def images_end(self) -> int:
+        """First position behind the last image; 0 without images."""
+        return self.image_starts[-1] + self.layouts[-1].length if self.image_starts else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,19 +86,30 @@ class _Piece:
     ids: list[int]
     supervised: list[bool]
     image_starts: list[int]
+    layouts: Sequence[ImageLayout]
+
+    @property
+    def images_end(self) -> int:
+        """First position behind the last image; 0 without images."""
+        return self.image_starts[-1] + self.layouts[-1].length if self.image_starts else 0
+
+    @property
+    def num_words(self) -> int:
+        """Positions that no image takes."""
+        return len(self.ids) - sum(layout.length for layout in self.layouts)
 
     def head(self, stop: int) -> "_Piece":
-        return _Piece(self.ids[:stop], self.supervised[:stop], self.image_starts)
+        return _Piece(self.ids[:stop], self.supervised[:stop], self.image_starts, self.layouts)
 
     def tail(self, start: int) -> "_Piece":
-        return _Piece(self.ids[start:], self.supervised[start:], [])
+        return _Piece(self.ids[start:], self.supervised[start:], [], ())
 
 
 class SampleBuilder:
     """Turns records into samples.
 
     Args:
-        config: template, lengths, policy, loss mode and patches.
+        config: template, lengths, policy, loss mode and views of images.
         tokenizer: of the language model.
         branches: whether attention can keep conversations of one row apart.
 
@@ -109,17 +128,23 @@ class SampleBuilder:
         self.tokenizer = tokenizer
         self.template = find_template(config.data.template)
         self.branches = branches
-        self.num_patches = config.model.vision.num_patches
+        self.layouts = ImageLayouts(config.model)
         self.max_length = config.data.max_length
         self.drop_overlong = config.data.on_overlong == "drop"
         self.official = config.loss.mode == "official"
 
-    def build(self, record: Record) -> Sample:
-        """The record's sample; its rows are empty when nothing of it fits."""
-        pieces = [self._piece(turns) for turns in record.conversations]
+    def build(self, record: Record, sizes: Sequence[Size] = ()) -> Sample:
+        """The record's sample; its rows are empty when nothing of it fits.
+
+        Args:
+            record: what to build.
+            sizes: height and width of each of its images, where ``layouts.needs_sizes``.
+        """
+        layouts = self.layouts.of_all(sizes, len(record.images))
+        pieces = [self._piece(turns, layouts) for turns in record.conversations]
         lost = 0
         if len(pieces) > 1 and self.branches:
-            shared = self._prefix_length(pieces[0], len(record.images))
+            shared = max(1, pieces[0].images_end)
             lost = sum(p.supervised[shared] for p in pieces)
             rows = [_branched(pieces, shared)]
         else:
@@ -137,38 +162,43 @@ class SampleBuilder:
             ),
             dropped_rows=len(rows) - len(kept),
             lost_targets=lost,
-            text_tokens=sum(len(p.ids) - len(p.image_starts) * self.num_patches for p in pieces),
+            text_tokens=sum(piece.num_words for piece in pieces),
         )
 
-    def expand(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """``ids`` with every image token repeated for its patches, and where each image starts."""
+    def expand(
+        self, ids: Sequence[int], layouts: Iterable[ImageLayout]
+    ) -> tuple[list[int], list[int]]:
+        """``ids`` with every image token repeated for its positions, and where each image starts.
+
+        Args:
+            ids: of a text.
+            layouts: of its images; no more are taken than the text has.
+        """
         out: list[int] = []
         starts = []
+        following = iter(layouts)
         for token in ids:
             if token == self.tokenizer.image_id:
                 starts.append(len(out))
-                out.extend([token] * self.num_patches)
+                out.extend([token] * next(following).length)
             else:
                 out.append(token)
         return out, starts
 
-    def _piece(self, turns: Sequence) -> _Piece:
+    def _piece(self, turns: Sequence, layouts: Sequence[ImageLayout]) -> _Piece:
         ids, supervised, starts = [self.tokenizer.bos_id], [False], []
+        following = iter(layouts)
         for segment in render(turns, self.template, self.tokenizer):
-            expanded, inside = self.expand(segment.ids)
+            expanded, inside = self.expand(segment.ids, following)
             starts.extend(len(ids) + start for start in inside)
             ids.extend(expanded)
             supervised.extend([segment.supervised] * len(expanded))
-        return _Piece(ids, supervised, starts)
-
-    def _prefix_length(self, piece: _Piece, num_images: int) -> int:
-        return piece.image_starts[num_images - 1] + self.num_patches if num_images else 1
+        return _Piece(ids, supervised, starts, layouts)
 
     def _fit(self, row: Row) -> Row | None:
         """The row within ``max_length``, or None when it has to be dropped."""
-        images_end = row.image_starts[-1] + self.num_patches if row.image_starts else 0
         overlong = row.length > self.max_length
-        hopeless = self.drop_overlong or images_end > self.max_length
+        hopeless = self.drop_overlong or row.images_end > self.max_length
         if overlong and hopeless and not self.official:
             return None
         cut = _cut(row, self.max_length) if overlong else row
@@ -191,6 +221,7 @@ def _flat(piece: _Piece) -> Row:
         positions_S=np.arange(length, dtype=np.int64),
         branch_S=np.zeros(length, dtype=np.int32),
         image_starts=tuple(piece.image_starts),
+        layouts=tuple(piece.layouts),
     )
 
 
@@ -206,6 +237,7 @@ def _branched(pieces: Sequence[_Piece], shared: int) -> Row:
         ),
         branch_S=np.repeat(np.arange(len(parts), dtype=np.int32), lengths),
         image_starts=tuple(pieces[0].image_starts),
+        layouts=tuple(pieces[0].layouts),
     )
 
 

@@ -19,6 +19,7 @@ from megatron_asvr.data.images import MISSING, Entry, ImageIndex
 from megatron_asvr.data.index import Lengths, open_index, text_rules
 from megatron_asvr.data.records import Record, raise_problems, read_sources
 from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.data.views import Size
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,14 @@ class Sources:
     def key(self, path: str) -> str:
         """Content key of a good image."""
         return self._entries[path].key
+
+    def sizes_of(self, number: int) -> tuple[Size, ...]:
+        """Height and width of each image of a record."""
+        return tuple(self._entries[path].shape for path in self.images[number])
+
+    def size_of(self, key: str) -> Size:
+        """Height and width of the good image with this content key."""
+        return self._entries[self.paths[key]].shape
 
     def good_image_keys(self) -> list[str]:
         """Keys of the good images, each once, in order of first use."""

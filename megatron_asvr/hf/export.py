@@ -95,6 +95,11 @@ def export(
 
 def _stock_config(model: ModelConfig, ids: TokenIds, kind: str) -> tuple[Any, str]:
     if kind == "llava":
+        if model.resolution.mode != "single":
+            raise ConversionError(
+                f"model.resolution.mode={model.resolution.mode} cannot be exported yet; kind=text "
+                "exports the language model alone"
+            )
         config = stock.llava_config(model, ids.special(), ids.image)
         return config, stock.LLAVA_ARCHITECTURE
     if kind != "text":

@@ -189,11 +189,9 @@ class AsvrModel(MegatronModule):
         """
         if features_PF is None:
             features_PF = self.encode_images(batch).flatten(0, 1)
-        return splice_images(
-            self.language_model.embed(batch.tokens_BS),
-            self.projector(features_PF[batch.image_patches_P]),
-            batch.image_positions_P,
-        )
+        embeds_PH = self.projector(features_PF[batch.image_patches_P])
+        images = self.projector.with_newlines(embeds_PH, batch)
+        return splice_images(self.language_model.embed(batch.tokens_BS), *images)
 
     def hidden(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
         """What this stage's layers give: where a loss is computed the final hidden states.

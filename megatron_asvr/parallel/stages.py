@@ -148,31 +148,32 @@ def _level(number: int, cost: float, loads: Sequence[float]) -> list[int]:
 def item_costs(config: Config, codebook_sizes: Sequence[int]) -> ItemCosts:
     """Operations of one typical sample, forward and backward, by item.
 
-    The sample is one image and ``TEXT_POSITIONS`` of text (as many as ``data.max_length`` leaves);
-    costs.py counts. The ranks of a stage share everything evenly but images, which are encoded
+    The sample is one image, with all the views it can have, and ``TEXT_POSITIONS`` of text (as many
+    as ``data.max_length`` leaves); costs.py counts. The ranks of a stage share everything evenly but images, which are encoded
     whole: where there are fewer of them than ranks, the encoder costs more than its operations.
 
     Args:
         config: the run.
         codebook_sizes: codes of every depth; empty without a visual head.
     """
-    patches = config.model.vision.num_patches
+    views = config.model.resolution.most_views
+    patches = views * config.model.vision.num_patches
     text = max(0, min(TEXT_POSITIONS, config.data.max_length - patches))
     length = patches + text
     found = rates(config, codebook_sizes, uneven=_uneven_images(config, length))
     layers = found.position * length + found.pair * length**2
     return ItemCosts(
-        encoder=found.image,
+        encoder=found.image * views,
         layer=layers / config.model.language.num_layers,
         text_head=found.label * LABELLED * text,
-        visual_head=found.visual_head,
+        visual_head=found.visual_head * views,
     )
 
 
 def _uneven_images(config: Config, positions: int) -> float:
     """How much longer the rank with most images works than an even share would take."""
     ranks = config.parallel.tp * config.parallel.cp
-    images = config.train.micro_batch
+    images = config.train.micro_batch * config.model.resolution.most_views
     if config.data.packing:
         length = config.data.pack_length or config.data.max_length
         images *= max(1, length // positions)

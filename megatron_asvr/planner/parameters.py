@@ -19,7 +19,8 @@ def count_parameters(
     counts = {
         "vision_encoder": _vision(vision),
         "projector": _linear(vision.hidden_size, lm.hidden_size)
-        + _linear(lm.hidden_size, lm.hidden_size),
+        + _linear(lm.hidden_size, lm.hidden_size)
+        + (lm.hidden_size if model.resolution.newline else 0),
         "language_model": _language(lm),
     }
     if codebook_sizes is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.loader import Loader
+from megatron_asvr.data.views import picture_key
 from megatron_asvr.errors import ConfigError, DataError
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.collectives import barrier, broadcast_object, gather_objects
@@ -61,7 +62,11 @@ def fill_codes(data: Data, *, groups: Groups, encode: bool = True) -> int:
                 cache.folder,
                 cache.differences(),
             )
-        _encode(cache, missing[groups.rank :: groups.plan.world], owner, tokenizer)
+        # A picture is decoded once for all its views, so they stay together.
+        pictures = list(dict.fromkeys(map(picture_key, missing)))
+        own = set(pictures[groups.rank :: groups.plan.world])
+        mine = [key for key in missing if picture_key(key) in own]
+        _encode(cache, mine, owner, tokenizer)
         barrier(group=groups.world)
     if groups.rank == 0:
         cache.write_index()

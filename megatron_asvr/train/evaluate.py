@@ -159,7 +159,7 @@ def verify_run(
                 prompt=prompt_text(item.turns[0], answerer.template),
                 images=item.images,
                 token_ids=prompt.token_ids,
-                pixel_values_ICHW=answerer.pixels(item.images).cpu() if item.images else None,
+                pixel_values_ICHW=answerer.pixels(prompt.images).cpu() if prompt.images else None,
                 logits_ST=answerer.logits(prompt).cpu(),
                 answer_ids=tuple(answer),
                 answer=answerer.text.decode(answer),

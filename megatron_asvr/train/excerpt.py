@@ -19,6 +19,7 @@ from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY
 from megatron_asvr.data.records import SHOWN, Record, read_records
 from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.data.views import ImageLayouts
 from megatron_asvr.errors import AsvrError, ConfigError
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.train.assemble import code_cache, open_source
@@ -159,7 +160,9 @@ def _check_codes(
 ) -> None:
     """Note how many of the images have no codes."""
     cache = code_cache(config, tokenizer)
-    keys = [index.entries[path].key for record in chosen for path in record.images]
+    layouts = ImageLayouts(config.model)
+    found = [index.entries[path] for record in chosen for path in record.images]
+    keys = [view for entry in found for view in layouts.of(entry.shape).keys(entry.key)]
     if config.data.blank_images and keys:
         keys = [BLANK_KEY]
     if config.loss.mode == "official":

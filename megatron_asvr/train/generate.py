@@ -26,13 +26,17 @@ class Prompt:
     """One question, ready for the model.
 
     Attributes:
-        token_ids: the prompt, image tokens expanded to one per patch.
-        image_positions: position of every patch, image by image.
-        images: key of each image; equal keys are the same image.
+        token_ids: the prompt, image tokens expanded to one per position of the image.
+        image_positions: position of every patch.
+        image_patches: which patch that is: view * N + patch.
+        newline_positions: positions of the newline vector.
+        images: key of each view of an image (data/views.py); equal keys are the same view.
     """
 
     token_ids: tuple[int, ...]
     image_positions: tuple[int, ...]
+    image_patches: tuple[int, ...]
+    newline_positions: tuple[int, ...]
     images: tuple[str, ...]
 
 
@@ -99,7 +103,7 @@ class Generator:
         return answers
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[Tensor]:
-        """Features [P, F] of every prompt's own patches; each image is encoded once."""
+        """Features [P, F] of every prompt's own patches; each view is encoded once."""
         keys = list(dict.fromkeys(key for p in prompts for key in p.images))
         group = self._groups.tp_cp
         first, stop = image_share(len(keys), group.rank(), group.size())
@@ -108,7 +112,10 @@ class Generator:
         batch.pixel_values_ICHW = self._pixels(keys[first:stop])
         features_INF = self._model.encode_images(batch)
         place = {key: i for i, key in enumerate(keys)}
-        return [features_INF[[place[k] for k in p.images]].flatten(0, 1) for p in prompts]
+        return [
+            features_INF[[place[k] for k in p.images]].flatten(0, 1)[list(p.image_patches)]
+            for p in prompts
+        ]
 
 
 def _rows_to_batch(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> MicroBatch:
@@ -122,6 +129,7 @@ def _rows_to_batch(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) 
     inside_BS = torch.arange(length, device=device) < lengths_B[:, None]
     row_B = torch.arange(len(rows), dtype=torch.int32, device=device)
     positions = [b * length + s for b, p in enumerate(prompts) for s in p.image_positions]
+    newlines = [b * length + s for b, p in enumerate(prompts) for s in p.newline_positions]
     none = torch.empty(0, dtype=torch.int64, device=device)
     starts = torch.arange(0, tokens_BS.numel() + 1, length, dtype=torch.int32, device=device)
     return MicroBatch(
@@ -135,6 +143,7 @@ def _rows_to_batch(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) 
         cu_seqlens_padded=starts,
         image_positions_P=torch.tensor(positions, dtype=torch.int64, device=device),
         image_patches_P=torch.arange(len(positions), device=device),
+        newline_positions=torch.tensor(newlines, dtype=torch.int64, device=device),
         pixel_values_ICHW=None,
         image_share=(0, 0),
         num_images=sum(len(p.images) for p in prompts),

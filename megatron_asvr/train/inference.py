@@ -20,6 +20,7 @@ from megatron_asvr.data.conversation import Turn, find_template, prompt_ids
 from megatron_asvr.data.pixels import BLANK_KEY, PixelStore
 from megatron_asvr.data.sample import SampleBuilder
 from megatron_asvr.data.text import IMAGE_TOKEN, TextTokenizer
+from megatron_asvr.data.views import NEWLINE, ImageLayout, Size
 from megatron_asvr.errors import DataError
 from megatron_asvr.model.asvr import build_model
 from megatron_asvr.model.sharding import load_weights
@@ -80,6 +81,7 @@ class Answerer:
         self.template = find_template(config.data.template)
         self._builder = SampleBuilder(config, self.text, branches=False)
         self._pixels = PixelStore(config, device=select()[0].device)
+        self._sizes: dict[str, Size] = {}  # of images of prompts, by path
         model = build_model(config, groups=groups, tokenizer=None)
         _, get = read_run(run)
 
@@ -106,18 +108,47 @@ class Answerer:
         Raises:
             DataError: the placeholders and the images differ in number.
         """
-        ids, starts = self._builder.expand(prompt_ids(turns, self.template, self.text))
-        if len(starts) != len(images):
+        words = prompt_ids(turns, self.template, self.text)
+        count = words.count(self.text.image_id)
+        if count != len(images):
             raise DataError(
-                f"{len(images)} images for {len(starts)} {IMAGE_TOKEN} placeholders in "
+                f"{len(images)} images for {count} {IMAGE_TOKEN} placeholders in "
                 f"{turns[-1].text!r}; give one image for each"
             )
-        patches = range(self._builder.num_patches)
+        layouts = self.layouts(images)
+        ids, starts = self._builder.expand(words, layouts)
+        positions: list[int] = []
+        patches: list[int] = []
+        newlines: list[int] = []
+        views: list[str] = []
+        for path, start, layout in zip(images, starts, layouts, strict=True):
+            first = len(views) * self.config.model.vision.num_patches
+            for position, patch in enumerate(layout.patches_L.tolist(), start):
+                if patch == NEWLINE:
+                    newlines.append(position)
+                else:
+                    positions.append(position)
+                    patches.append(first + patch)
+            views += layout.keys(path)
         return Prompt(
             token_ids=tuple(ids),
-            image_positions=tuple(start + p for start in starts for p in patches),
-            images=tuple(images),
+            image_positions=tuple(positions),
+            image_patches=tuple(patches),
+            newline_positions=tuple(newlines),
+            images=tuple(views),
         )
+
+    def layouts(self, images: Sequence[str]) -> list[ImageLayout]:
+        """How the images with these paths stand in a prompt.
+
+        Raises:
+            DataError: a file cannot be read, or the gate refuses it.
+        """
+        for path in images:
+            if path not in self._sizes:
+                sized = self._builder.layouts.needs_sizes
+                self._sizes[path] = self._pixels.size(path) if sized else (1, 1)
+        return [self._builder.layouts.of(self._sizes[path]) for path in images]
 
     def answers(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """New token ids of every prompt, in order, without the end token."""
@@ -128,8 +159,8 @@ class Answerer:
         """Logits [S, T] at every position of a prompt."""
         return self._generator.logits(prompt)
 
-    def pixels(self, paths: Sequence[str]) -> Tensor:
-        """float32 pixels [I, C, H, W] of image files, as in training."""
+    def pixels(self, views: Sequence[str]) -> Tensor:
+        """float32 pixels [I, C, H, W] of views of prompts' images, as in training."""
         if self.config.data.blank_images:
-            return self._pixels.normalised([BLANK_KEY] * len(paths), {})
-        return self._pixels.normalised(paths, {path: path for path in paths})
+            return self._pixels.normalised([BLANK_KEY] * len(views), {})
+        return self._pixels.normalised(views, {path: path for path in self._sizes})

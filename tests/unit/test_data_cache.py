@@ -7,7 +7,8 @@ import pytest
 
 from megatron_asvr.data.cache import CodeCache, cache_root, code_facts
 from megatron_asvr.data.parts import Part
-from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, image_key
+from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY
+from megatron_asvr.data.views import stored_key
 from megatron_asvr.errors import DataError
 from tests.unit.data_corpus import config
 
@@ -205,12 +206,18 @@ def test_facts_follow_preprocessing_and_tokenizer(changes, tokenizer, device, na
     assert {name for name in base if base[name] != other[name]} == named
 
 
-def test_a_part_of_an_image_has_a_key_of_its_own():
+def test_views_of_a_picture_have_keys_of_their_own(tmp_path):
     digest = "ab" * 32
-    keys = {image_key(digest), image_key(digest, (0, 0, 384, 384)), image_key(digest, (0, 0, 1, 1))}
-    assert len(keys) == 3
-    assert image_key(digest) == digest
-    assert all(len(bytes.fromhex(key)) == 32 for key in keys)
+    keys = [digest, f"{digest}@1x2.0", f"{digest}@1x2.1", f"{digest}@2x1.0"]
+    stored = {stored_key(key) for key in keys}
+    assert len(stored) == 4
+    assert stored_key(digest) == digest
+    assert all(len(bytes.fromhex(key)) == 32 for key in stored)
+    first = cache(tmp_path)
+    codes_IND = np.arange(2 * 5 * 3).reshape(2, 5, 3) % 7
+    first.write(keys[:2], codes_IND)
+    assert first.missing(keys) == keys[2:]
+    assert (first.get(keys[1]) == codes_IND[1]).all()
 
 
 def test_default_folder_lies_beside_the_run():

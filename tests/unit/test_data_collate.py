@@ -12,9 +12,11 @@ from megatron_asvr.data.pixels import ZERO_KEY
 from megatron_asvr.data.records import parse_record
 from megatron_asvr.data.sample import Row, SampleBuilder
 from megatron_asvr.data.text import TextTokenizer
+from megatron_asvr.data.views import ImageLayouts
 from tests.unit.data_corpus import TEXTS, ask, config
 
 N = 4
+PLAIN = ImageLayouts(config().model).of((1, 1))
 RECORDS = [
     {"id": "one", "image": "a", "conversations": ask("<image>What color?", "red")},
     {"id": "text", "conversations": ask("Is there a blue triangle?", "no")},
@@ -104,6 +106,7 @@ def test_shift_loses_the_first_patch_of_an_image_without_predecessor(tokenizer, 
         positions_S=row.positions_S[start:],
         branch_S=row.branch_S[start:],
         image_starts=(0,),
+        layouts=(PLAIN,),
     )
     sample = type(sample)(id="x", images=sample.images, rows=(headless,))
     collator = Collator.from_config(settings, tokenizer.pad_id)
@@ -118,8 +121,8 @@ def test_a_packed_document_has_no_predecessor_in_the_one_before(tokenizer, tmp_p
     settings = config(loss__target_shift=1)
     text = np.array([1, 5, 6, 2])
     plain = {"positions_S": np.arange(4), "branch_S": np.zeros(4, np.int32)}
-    words = Row(tokens_S=text, targets_S=text, image_starts=(), **plain)
-    image = Row(tokens_S=text, targets_S=text, image_starts=(0,), **plain)
+    words = Row(tokens_S=text, targets_S=text, image_starts=(), layouts=(), **plain)
+    image = Row(tokens_S=text, targets_S=text, image_starts=(0,), layouts=(PLAIN,), **plain)
     documents = [
         Document(row=words, sample_id="words", keys=[]),
         Document(row=image, sample_id="image", keys=["a"]),
@@ -136,7 +139,7 @@ def test_a_packed_document_has_no_predecessor_in_the_one_before(tokenizer, tmp_p
 def test_context_parallel_ranks_by_hand(tokenizer):
     words = {"positions_S": np.arange(5), "branch_S": np.zeros(5, np.int32)}
     tokens = np.arange(11, 16)
-    row = Row(tokens_S=tokens, targets_S=tokens + 100, image_starts=(1,), **words)
+    row = Row(tokens_S=tokens, targets_S=tokens + 100, image_starts=(1,), layouts=(PLAIN,), **words)
     # Padded to 8: rank 0 holds places 0, 1, 6, 7 and rank 1 holds 2, 3, 4, 5; patches at 1 to 4.
     expected = {
         0: ([11, 12, 0, 0], [1], [0], [0, 1], [0, 1]),
@@ -252,3 +255,42 @@ def test_official_mode_adds_an_image_of_zeros_and_cuts_through_images(tokenizer,
     assert 0 < len(kept) < N
     assert (tokens[kept] == tokenizer.image_id).all()
     assert batch.num_visual_targets == 5 * N
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_newlines_are_positions_without_a_target(tokenizer, tmp_path, shift):
+    resolution = {"mode": "anyres", "grids": [[1, 2]], "newline": True}
+    settings = config(model__resolution=resolution, loss__target_shift=shift)
+    builder = SampleBuilder(settings, tokenizer, branches=True)
+    record = parse_record(RECORDS[2], where="x", folder=tmp_path)
+    sample = builder.build(record, [(16, 32), (8, 80)])
+    keys = [
+        view for x, key in zip(sample.rows[0].layouts, "bc", strict=True) for view in x.keys(key)
+    ]
+    document = Document(row=sample.rows[0], sample_id="two", keys=keys)
+    collator = Collator.from_config(settings, tokenizer.pad_id, code_depth=2)
+    places = {key: number for number, key in enumerate(keys)}
+    batch = collator.collate(
+        [[document]],
+        pixels=lambda asked: torch.tensor([places[key] for key in asked]),
+        codes=lambda key: np.arange(2 * N).reshape(N, 2) + 10 * places[key],
+    )
+    assert batch.num_images == 6
+    starts = torch.tensor(sample.rows[0].image_starts)
+    assert batch.newline_positions.tolist() == [s + N + i for s in starts.tolist() for i in (4, 9)]
+    assert (batch.tokens_BS.flatten()[batch.newline_positions] == tokenizer.image_id).all()
+    rows = [0, 1, 2, 3, 4, 5, 8, 9, 6, 7, 10, 11]  # the tiles' patches stand row by row
+    assert batch.image_patches_P.tolist() == [12 * image + row for image in (0, 1) for row in rows]
+    where = dict(
+        zip(batch.visual_patches_M.tolist(), batch.visual_positions_M.tolist(), strict=True)
+    )
+    at = dict(zip(batch.image_patches_P.tolist(), batch.image_positions_P.tolist(), strict=True))
+    behind = {at[patch] - 1: patch for patch in at}
+    lost = (
+        {behind.get(int(newline)) for newline in batch.newline_positions} - {None}
+        if shift
+        else set()
+    )
+    assert where == {patch: at[patch] - shift for patch in at if patch not in lost}
+    assert len(lost) == collator.lost_first_patches(sample) == (2 if shift else 0)
+    assert batch.codes_PD[7].tolist() == [16, 17]  # the last but one patch of the first tile

@@ -1,5 +1,6 @@
 """The index says what building every sample would, and is made again only where data changed."""
 
+import io
 import json
 import os
 import signal
@@ -13,13 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.load import save
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.data import images as images_module
 from megatron_asvr.data import index as index_module
-from megatron_asvr.data.index import Index, build, index_folder, open_index
+from megatron_asvr.data import samples as samples_module
+from megatron_asvr.data.index import Index, build, index_folder, open_index, text_rules
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.records import read_records
 from megatron_asvr.data.text import TextTokenizer
@@ -201,7 +204,7 @@ def test_only_what_changed_is_done_again(made, monkeypatch):
         checked.append(Path(path).name)
         return plain_look(self, path, state)
 
-    monkeypatch.setattr(index_module, "records_of", scan)
+    monkeypatch.setattr(samples_module, "records_of", scan)
     monkeypatch.setattr(images_module.ImageChecker, "_look", look)
     assert build(cfg, sources, text, device=CPU) == first
     assert (scanned, checked) == ([], ["gone.png"])  # what is missing may have come
@@ -321,3 +324,28 @@ def test_a_blend_trains_on_its_shares_with_and_without_an_index(made):
     shown = Counter(seen[0])
     images = [shown[name.partition(".")[0]] for name, _ in GOOD[8:12]]
     assert images == [6] * 4  # twice an epoch, in three epochs
+
+
+def test_lengths_follow_the_sizes_of_images(made):
+    """Known from the index, equal to those of built samples, and made again for another image."""
+    folder, sources, text = made
+    grids = {"mode": "anyres", "grids": [[1, 2], [2, 1], [3, 3]], "unpad": True}
+    cfg = settings(folder, sources, data__packing=True, model__resolution=grids)
+    with loader(cfg, text) as plain:
+        wanted = [flat(plain.step(step)) for step in range(4)]
+        views = plain.image_keys()
+    build(cfg, sources, text, device=CPU)
+
+    def lengths():
+        return list(open_index(cfg, sources, text).lengths(text_rules(cfg, text), branches=True))
+
+    before = lengths()
+    with loader(cfg, text) as indexed:
+        assert [flat(indexed.step(step)) for step in range(4)] == wanted
+        assert indexed.image_keys() == views
+        assert len(views) > 2 * len(indexed._sources.good_image_keys())
+    file = io.BytesIO()
+    Image.new("RGB", (900, 20)).save(file, "PNG")
+    (folder / GOOD[4][0]).write_bytes(file.getvalue())
+    build(cfg, sources, text, device=CPU)
+    assert [i for i, (a, b) in enumerate(zip(before, lengths(), strict=True)) if a != b] == [4]

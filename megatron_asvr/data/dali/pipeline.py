@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_asvr.data.gate import Fit
-from megatron_asvr.data.pil import MEAN_COLOUR
+from megatron_asvr.config.schema import ResolutionConfig
+from megatron_asvr.data.gate import Fit, upright_size
+from megatron_asvr.data.pil import MEAN_COLOUR, tiles
+from megatron_asvr.data.views import Size, best_grid, inside
 from megatron_asvr.errors import ConfigError, DataError
 
 try:
@@ -35,23 +37,43 @@ class ImageDecoder:
         fit: ``pad`` puts the image on a square of the mean colour first; ``square`` stretches it.
         device: where to decode; the result stays there.
         threads: CPU threads of DALI.
+        resolution: which views of an image there are (data/views.py); default: the whole of it.
     """
 
-    def __init__(self, *, image_size: int, fit: Fit, device: torch.device, threads: int) -> None:
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        fit: Fit,
+        device: torch.device,
+        threads: int,
+        resolution: ResolutionConfig | None = None,
+    ) -> None:
         self.image_size = image_size
+        self.resolution = resolution or ResolutionConfig()
         self.fit = fit
         self.device = device
         self.threads = threads
         self._pipeline = self._build()
 
     def decode(self, encoded: Sequence[bytes]) -> Tensor:
-        """Pixels of the images, uint8 [I, C, H, W].
+        """Pixels of the images, of the first view of each: uint8 [I, C, H, W].
+
+        Raises:
+            DataError: an image cannot be decoded (which one, ``find_bad`` tells).
+        """
+        return torch.stack([views[0] for views in self.views(encoded)])
+
+    def views(self, encoded: Sequence[bytes]) -> list[Tensor]:
+        """All views of each image, uint8 [V, C, H, W]; it is decoded once.
 
         Raises:
             DataError: an image cannot be decoded (which one, ``find_bad`` tells).
         """
         starts = range(0, len(encoded), MAX_BATCH)
-        return torch.cat([self._run(encoded[start : start + MAX_BATCH]) for start in starts])
+        return [
+            views for start in starts for views in self._run(encoded[start : start + MAX_BATCH])
+        ]
 
     def find_bad(self, encoded: Sequence[bytes]) -> dict[int, str]:
         """Images that cannot be decoded: their index and DALI's reason.
@@ -60,7 +82,7 @@ class ImageDecoder:
         """
         try:
             if encoded:
-                self.decode(encoded)
+                self.views(encoded)
         except DataError as error:
             if len(encoded) == 1:
                 return {0: str(error)}
@@ -69,17 +91,34 @@ class ImageDecoder:
             return self.find_bad(encoded[:half]) | {half + i: why for i, why in later.items()}
         return {}
 
-    def _run(self, encoded: Sequence[bytes]) -> Tensor:
+    def _run(self, encoded: Sequence[bytes]) -> list[Tensor]:
         try:
             buffers = [np.frombuffer(image, dtype=np.uint8) for image in encoded]
             self._pipeline.feed_input("encoded", buffers)
-            (pixels,) = self._pipeline.run()
+            if self.resolution.mode == "anyres":
+                canvases = [self._canvas(image) for image in encoded]
+                self._pipeline.feed_input("canvas", [np.array(c, np.int64) for c, _ in canvases])
+                self._pipeline.feed_input("inside", [np.array(i, np.int64) for _, i in canvases])
+            whole, *more = self._pipeline.run()
         except RuntimeError as error:
             # DALI declares a pipeline invalid after an error, so the next batch gets a new one.
             self._pipeline = self._build()
             raise DataError(f"cannot be decoded: {_reason(error)}") from error
-        # The copy frees DALI's buffer for the next run.
-        return torch.from_dlpack(pixels.as_tensor()).clone()
+        # The copies free DALI's buffers for the next run.
+        views = list(torch.from_dlpack(whole.as_tensor()).clone()[:, None])
+        for canvases in more:
+            views = [
+                torch.cat([first, tiles(torch.from_dlpack(canvas), self.image_size)])
+                for first, canvas in zip(views, canvases, strict=True)
+            ]
+        return views
+
+    def _canvas(self, encoded: bytes) -> tuple[Size, Size]:
+        """Sizes of the grid of tiles for an image, and of the image on it."""
+        size = upright_size(encoded)
+        rows, columns = best_grid(size, self.resolution, self.image_size)
+        canvas = rows * self.image_size, columns * self.image_size
+        return canvas, inside(size, canvas)
 
     def _build(self) -> object:
         on_gpu = self.device.type != "cpu"
@@ -98,19 +137,26 @@ class ImageDecoder:
             )
             if self.fit == "pad":
                 image = _pad_to_square(image, fn.peek_image_shape(encoded, dtype=types.INT64))
-            image = fn.resize(
-                image,
-                resize_x=self.image_size,
-                resize_y=self.image_size,
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-                dtype=types.UINT8,
-            )
-            return fn.transpose(image, perm=[2, 0, 1])
+            views = [_resized(image, [self.image_size] * 2)]
+            if self.resolution.mode == "anyres":
+                canvas, inner = (
+                    fn.external_source(name=name, dtype=types.INT64, ndim=1)
+                    for name in ("canvas", "inside")
+                )
+                fitted = _resized(image, fn.cast(inner, dtype=types.FLOAT))
+                views.append(_centred(fitted, inner, canvas, colour=0))
+            return tuple(fn.transpose(view, perm=[2, 0, 1]) for view in views)
 
         pipeline = graph()
         pipeline.build()
         return pipeline
+
+
+def _resized(image: object, size: object) -> object:
+    """The image at a height and width."""
+    return fn.resize(
+        image, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
+    )
 
 
 def _pad_to_square(image: object, shape: object) -> object:
@@ -120,17 +166,21 @@ def _pad_to_square(image: object, shape: object) -> object:
         image: decoded, HWC.
         shape: of the upright image; read from the header, so it is on the CPU on every device.
     """
-    height, width = shape[0], shape[1]
-    side = dali_math.max(height, width)
+    side = dali_math.max(shape[0], shape[1])
+    return _centred(image, shape[0:2], fn.stack(side, side), colour=MEAN_COLOUR)
+
+
+def _centred(image: object, size: object, canvas: object, *, colour: int) -> object:
+    """The image, of this height and width, in the middle of a canvas of one colour."""
     return fn.slice(
         image,
-        fn.stack(-((side - height) // 2), -((side - width) // 2)),
-        fn.stack(side, side),
+        -((canvas - size) // 2),
+        canvas,
         axes=(0, 1),
         normalized_anchor=False,
         normalized_shape=False,
         out_of_bounds_policy="pad",
-        fill_values=[MEAN_COLOUR] * 3,
+        fill_values=[colour] * 3,
     )
 
 
