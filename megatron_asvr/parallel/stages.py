@@ -149,8 +149,9 @@ def item_costs(config: Config, codebook_sizes: Sequence[int]) -> ItemCosts:
     """Operations of one typical sample, forward and backward, by item.
 
     The sample is one image, with all the views it can have, and ``TEXT_POSITIONS`` of text (as many
-    as ``data.max_length`` leaves); costs.py counts. The ranks of a stage share everything evenly but images, which are encoded
-    whole: where there are fewer of them than ranks, the encoder costs more than its operations.
+    as ``data.max_length`` leaves); costs.py counts. The ranks of a stage share everything evenly
+    but images, which are encoded whole: where there are fewer of them than ranks, the encoder costs
+    more than its operations.
 
     Args:
         config: the run.

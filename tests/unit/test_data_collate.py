@@ -219,6 +219,7 @@ def test_the_digest_is_of_contents_and_places():
         positions_S=numbers,
         branch_S=np.zeros(6, dtype=np.int32),
         image_starts=(1,),
+        layouts=(PLAIN,),
     )
     document = Document(row=row, sample_id="a", keys=["k"], place=(3, 0))
     changed = [
