@@ -7,6 +7,7 @@ from hashlib import sha256
 from importlib import metadata
 from typing import Any
 
+import PIL
 import torch
 from torch import Tensor
 
@@ -44,6 +45,7 @@ def pixel_facts(config: Config, device: str) -> dict[str, Any]:
     return {
         "pixels version": PIXELS_VERSION,
         "decoder": f"DALI {_dali_version()} on {device}",
+        "fallback": f"Pillow {'.'.join(PIL.__version__.split('.')[:2])}",
         "model.vision.image_size": config.model.vision.image_size,
         "data.image_fit": config.data.image_fit,
         "data.pil_kinds": sorted(config.data.pil_kinds),
