@@ -6,15 +6,17 @@ archive are names in messages and never paths, and those that would lead out of 
 
 import itertools
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import path as paths
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.data import locations
@@ -25,6 +27,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gi
 IMAGE_COLUMNS = ("image", "images")  # of a Parquet file; the first that exists
 TEXT_COLUMNS = ("conversations", "caption", "text")
 MAX_TEXT_BYTES = 16 * 2**20  # of one text in an archive: JSON can unfold into far more memory
+MAX_GROUP_BYTES = 4 * 2**30  # of a row group of a Parquet file, which is read whole
 ROWS = 64  # of a Parquet file, read at a time
 
 
@@ -83,14 +86,36 @@ def load_json(text: bytes | str, where: str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        DataError: it is none, or is nested too deeply.
+        DataError: it is none, is nested too deeply, has a key twice, or numbers that are none.
     """
     try:
-        return json.loads(text)
+        return json.loads(
+            text, object_pairs_hook=_object, parse_constant=_no_number, parse_float=_finite
+        )
     except RecursionError:
         raise DataError(f"{where} is JSON that is nested too deeply") from None
     except ValueError as error:
         raise DataError(f"{where} is not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice[:40]!r} twice")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
 
 
 def _image_folder(file: str, source: SourceConfig) -> str:
@@ -113,9 +138,14 @@ def _json(file: str, source: SourceConfig) -> Iterator[Found]:
 def _jsonl(file: str, source: SourceConfig) -> Iterator[Found]:
     folder = _image_folder(file, source)
     with locations.open_file(file) as lines:
-        for number, line in enumerate(lines, 1):
+        for number in itertools.count(1):
+            line = lines.readline(MAX_TEXT_BYTES + 1)
+            if not line:
+                return
+            where = f"{file}: line {number}"
+            if len(line) > MAX_TEXT_BYTES:
+                raise DataError(f"{where} has more than {MAX_TEXT_BYTES} bytes; divide the record")
             if line.strip():
-                where = f"{file}: line {number}"
                 yield Found(where=where, raw=load_json(line, where), folder=folder)
 
 
@@ -133,14 +163,40 @@ def _webdataset(file: str, source: SourceConfig) -> Iterator[Found]:
     size = locations.state(file)[0]
     with locations.open_file(file) as stream:
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
+            with tarfile.open(fileobj=_Headers(stream, file), mode="r:") as tar:
                 members = (m for m in tar if _is_data(m, file, size))
                 for key, group in itertools.groupby(members, lambda m: _split(m.name)[0]):
-                    yield _sample(file, key, list(group), tar)
+                    yield _sample(file, key, list(group))
         except tarfile.TarError as error:
             raise DataError(
                 f"data file {file} is not a complete, uncompressed tar: {error}"
             ) from error
+
+
+class _Headers:
+    """A tar file of which no header claims more than a text may have; what tarfile reads of it.
+
+    Args:
+        stream: the opened file.
+        file: its name, for messages.
+    """
+
+    def __init__(self, stream: IO[bytes], file: str) -> None:
+        self._stream, self._file = stream, file
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        """The next bytes.
+
+        Raises:
+            DataError: they are far more than a header has.
+        """
+        if not 0 <= size <= MAX_TEXT_BYTES:
+            raise DataError(
+                f"{self._file}: a header at byte {self.tell()} claims {size} bytes; make the "
+                "archive anew"
+            )
+        return self._stream.read(size)
 
 
 def _is_data(member: tarfile.TarInfo, file: str, size: int) -> bool:
@@ -152,6 +208,8 @@ def _is_data(member: tarfile.TarInfo, file: str, size: int) -> bool:
         return False
     if not member.isreg() or member.issparse():
         raise DataError(f"{file}: member {name!r} is a link, a device or sparse; only files may be")
+    if member.size < 0:
+        raise DataError(f"{file}: member {name!r} claims {member.size} bytes; make it anew")
     if member.offset_data + member.size > size:
         raise DataError(f"{file}: truncated in member {name!r}; copy the file again")
     return not paths.basename(name).startswith(".") and "." in paths.basename(name)
@@ -168,7 +226,7 @@ def _suffix(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _sample(file: str, key: str, members: Sequence[tarfile.TarInfo], tar: tarfile.TarFile) -> Found:
+def _sample(file: str, key: str, members: Sequence[tarfile.TarInfo]) -> Found:
     where = f"{file}: sample {key!r}"
     texts = {_split(m.name)[1]: m for m in members if _split(m.name)[1] in ("json", "txt")}
     images = [
@@ -178,7 +236,7 @@ def _sample(file: str, key: str, members: Sequence[tarfile.TarInfo], tar: tarfil
     ]
     raw: dict[str, Any] = {"id": key, "image": images}
     if "json" in texts:
-        stored = load_json(_text(tar, texts["json"], where), f"{where}: its .json")
+        stored = load_json(_text(file, texts["json"], where), f"{where}: its .json")
         if isinstance(stored, dict) and "conversations" in stored:
             return Found(where=where, raw={**stored, "id": stored.get("id", key), "image": images})
         if "txt" not in texts:
@@ -186,18 +244,17 @@ def _sample(file: str, key: str, members: Sequence[tarfile.TarInfo], tar: tarfil
                 f"{where}: its .json has no 'conversations' and there is no .txt; add one of them, "
                 "or leave the .json out for an image without a caption"
             )
-    caption = _text(tar, texts["txt"], where).decode("utf-8", "replace") if texts else None
+    caption = _text(file, texts["txt"], where).decode("utf-8", "replace") if texts else None
     return Found(where=where, raw=_with_text(raw, caption))
 
 
-def _text(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> bytes:
-    stream = tar.extractfile(member) if member.size <= MAX_TEXT_BYTES else None
-    if stream is None:
+def _text(file: str, member: tarfile.TarInfo, where: str) -> bytes:
+    if member.size > MAX_TEXT_BYTES:
         raise DataError(
             f"{where}: {member.name!r} has {member.size} bytes; at most "
             f"{MAX_TEXT_BYTES} of text can belong to a sample"
         )
-    return stream.read()
+    return locations.read(locations.part(file, member.offset_data, member.size))
 
 
 def _parquet(file: str, source: SourceConfig) -> Iterator[Found]:
@@ -211,11 +268,12 @@ def _parquet(file: str, source: SourceConfig) -> Iterator[Found]:
             f"data file {file} has the columns {', '.join(names)}; wanted 'image' or 'images' "
             "(bytes), 'conversations', or both"
         )
+    _check_claims(parquet, file, wanted)
     row = 0
     for batch in parquet.iter_batches(batch_size=ROWS, columns=wanted):
         places = _cells(file, row, batch, image)
         ids = batch.column("id").to_pylist() if "id" in wanted else [None] * len(batch)
-        texts = batch.column(text).to_pylist() if text is not None else [None] * len(batch)
+        texts = _texts(file, row, batch, text)
         for name, images, said in zip(ids, places, texts, strict=True):
             where = f"{file}: row {row}"
             raw = {"image": images} | ({"id": name} if name is not None else {})
@@ -225,6 +283,43 @@ def _parquet(file: str, source: SourceConfig) -> Iterator[Found]:
             else:
                 yield Found(where=where, raw=_with_text(raw, said))
             row += 1
+
+
+def _check_claims(parquet: pq.ParquetFile, file: str, wanted: Sequence[str]) -> None:
+    """Refuse a small file that unfolds into an enormous table."""
+    rows, size = parquet.metadata.num_rows, locations.state(file)[0]
+    if rows > size:
+        raise DataError(f"data file {file} claims {rows} rows in {size} bytes; make it again")
+    for number in range(parquet.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        columns = (group.column(column) for column in range(group.num_columns))
+        names = ((column.path_in_schema.split(".")[0], column) for column in columns)
+        claimed = sum(c.total_uncompressed_size for name, c in names if name in wanted)
+        if claimed > MAX_GROUP_BYTES:
+            raise DataError(
+                f"data file {file}: row group {number} has {claimed} bytes, and a row group is "
+                f"read whole: at most {MAX_GROUP_BYTES}; write it with a smaller row_group_size"
+            )
+
+
+def _texts(file: str, first: int, batch: pa.RecordBatch, column: str | None) -> list[Any]:
+    """Every row's text or conversation."""
+    if column is None:
+        return [None] * len(batch)
+    values = batch.column(column)
+    if not _short(values.dictionary if isinstance(values, pa.DictionaryArray) else values):
+        raise DataError(
+            f"data file {file}: rows {first} to {first + len(batch) - 1}: a {column!r} has more "
+            f"than {MAX_TEXT_BYTES} bytes of text"
+        )
+    return values.to_pylist()
+
+
+def _short(values: pa.Array) -> bool:
+    """Whether no text of a column is longer than a sample may have."""
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return True
+    return (pc.max(pc.binary_length(values)).as_py() or 0) <= MAX_TEXT_BYTES
 
 
 def _cells(file: str, first: int, batch: pa.RecordBatch, column: str | None) -> list[list[str]]:

@@ -137,7 +137,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConversionError(f"{path} cannot be read as JSON: {e}") from e
     if not isinstance(value, dict):
         raise ConversionError(f"{path} holds a {type(value).__name__}; wanted a JSON object")

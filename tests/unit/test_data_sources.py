@@ -176,6 +176,10 @@ def test_captions_and_several_images(tmp_path):
         ("x.jpg", {"type": tarfile.LNKTYPE, "linkname": "y.jpg"}),
         ("x.jpg", {"type": tarfile.CHRTYPE}),
         ("x.jpg", {"type": tarfile.FIFOTYPE}),
+        ("x.jpg", {"type": tarfile.BLKTYPE}),
+        ("x.jpg", {"type": tarfile.GNUTYPE_SPARSE}),
+        ("x.jpg", {"pax_headers": {"path": "../../x.jpg"}}),
+        ("x.jpg", {"pax_headers": {"linkpath": "/etc/passwd"}, "type": tarfile.SYMTYPE}),
     ],
 )
 def test_archives_that_lead_out_are_refused(tmp_path, name, header):
@@ -184,6 +188,71 @@ def test_archives_that_lead_out_are_refused(tmp_path, name, header):
         add(tar, name, **header)
     with pytest.raises(DataError, match=r"s\.tar: member .*x\.jpg.*(leads out|is a link)"):
         read_records([SourceConfig(path=shard)])
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        (tarfile.REGTYPE, 10**12, "truncated in member"),
+        (tarfile.REGTYPE, -(10**6), "claims -1000000 bytes"),
+        (tarfile.XHDTYPE, 10**12, r"a header at byte \d+ claims 1000000000000 bytes"),
+        (tarfile.XHDTYPE, -(10**6), r"a header at byte \d+ claims -"),
+        (tarfile.GNUTYPE_LONGNAME, 10**12, r"a header at byte \d+ claims"),
+    ],
+)
+def test_sizes_that_lie_are_refused(tmp_path, kind, size, message):
+    shard = write_tar(tmp_path / "s.tar", [("good.jpg", FILES[0][1])])
+    with tarfile.open(shard, "a", format=tarfile.GNU_FORMAT) as tar:
+        place = tar.offset
+        tar.addfile(tarfile.TarInfo("x.jpg"))
+    header = tarfile.TarInfo("x.jpg")
+    header.size, header.type = size, kind
+    data = bytearray(Path(shard).read_bytes())
+    data[place : place + 512] = header.tobuf(tarfile.GNU_FORMAT)
+    Path(shard).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_records([SourceConfig(path=shard)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"id": "a", "image": "a.jpg", "id": "b"}]', "has the key 'id' twice"),
+        ('[{"id": NaN}]', "NaN is no number"),
+        ('[{"id": -Infinity}]', "-Infinity is no number"),
+        ('[{"id": 1e999}]', "the number 1e999 is too large"),
+        ('[{"id": ' + "9" * 5000 + "}]", "is not JSON: Exceeds the limit"),
+        ('[{"id": {"a": [[[' * 50_000, "nested too deeply"),
+    ],
+)
+def test_json_that_is_none_or_says_two_things_is_refused(tmp_path, text, message):
+    for name, content in (("x.json", text), ("x.jsonl", text[1:-1])):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=rf"x\.{name[2:]}.*{message}"):
+            read_records([SourceConfig(path=str(tmp_path / name))])
+    shard = write_tar(tmp_path / "s.tar", [("k.json", text[1:-1].encode())])
+    with pytest.raises(DataError, match=message):
+        read_records([SourceConfig(path=shard)])
+    table = make_parquet(tmp_path, image=[b"x"], conversations=[text])
+    with pytest.raises(DataError, match=message):
+        read_records([table])
+
+
+def test_parquet_bombs_are_refused(tmp_path, monkeypatch):
+    few = make_parquet(tmp_path, image=[b"x"])
+    same = pa.table({"image": pa.nulls(400_000, pa.binary()), "id": ["same"] * 400_000})
+    pq.write_table(same, tmp_path / "part.parquet")
+    size = (tmp_path / "part.parquet").stat().st_size
+    with pytest.raises(DataError, match=rf"part\.parquet claims 400000 rows in {size} bytes"):
+        read_records([few])
+    monkeypatch.setattr(formats, "MAX_TEXT_BYTES", 1000)
+    long = make_parquet(tmp_path, image=[b"x"] * 2, caption=["short", "a" * 1001])
+    with pytest.raises(DataError, match="rows 0 to 1: a 'caption' has more than 1000 bytes"):
+        read_records([long])
+    monkeypatch.setattr(formats, "MAX_GROUP_BYTES", 3000)
+    wide = make_parquet(tmp_path, image=[b"x"], caption=["b" * 4000], other=["c"])
+    with pytest.raises(DataError, match=r"row group 0 has \d+ bytes.*smaller row_group_size"):
+        read_records([wide])
 
 
 def test_json_bombs_are_refused(tmp_path, monkeypatch):
@@ -197,6 +266,9 @@ def test_json_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "MAX_TEXT_BYTES", 1000)
     with pytest.raises(DataError, match=r"'k\.json' has 200000 bytes; at most 1000"):
         read_records([SourceConfig(path=shard)])
+    (tmp_path / "long.jsonl").write_text('{"id": 1}\n"' + "x" * 2000)
+    with pytest.raises(DataError, match=r"long\.jsonl: line 2 has more than 1000 bytes"):
+        read_records([SourceConfig(path=str(tmp_path / "long.jsonl"))])
 
 
 def test_broken_files_are_named(tmp_path):
