@@ -13,7 +13,7 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart quickstart-short test test-unit test-world test-mcore19 \
-	test-torture check format docs clean
+	test-torture bench bench-short check format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -55,6 +55,14 @@ test-mcore19: $(MCORE19)/.installed  ## run multi-rank and oracle tests against 
 
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture
+
+bench: setup  ## packing against its lower bound, DALI against PIL, waiting for data
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.images
+
+bench-short: setup  ## the same in seconds
+	$(BIN)/python -m benchmarks.packing --batches 1
+	$(BIN)/python -m benchmarks.images --short
 
 check: setup  ## lint, formatting and types
 	$(BIN)/ruff check .

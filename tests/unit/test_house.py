@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     path
-    for folder in ("megatron_asvr", "tools", "examples", "tests")
+    for folder in ("megatron_asvr", "tools", "examples", "benchmarks", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 TEXTS = [
