@@ -1,15 +1,16 @@
-"""Conversation templates: turns in, text pieces with their supervision out.
+"""Conversations: turns in, text pieces with their supervision out, and their ids.
 
-One table of templates serves training, generation and the Jinja chat template of the Hugging Face
-export, so that the three cannot drift apart. Loss is on the assistant's words and the end token.
+A `Template` writes a conversation; `templates.py` has the known ones and `chat_template.py` those of
+Hugging Face folders. Each serves training, generation and the chat template of the Hugging Face
+export, so that the three cannot drift apart. Loss is on the assistant's words and the token that
+ends them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from megatron_asvr.data.text import IMAGE_TOKEN, TextTokenizer
-from megatron_asvr.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,14 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that is all supervised or all not."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Token ids that are all supervised or all not; ``<image>`` is one id, not yet expanded."""
 
@@ -28,58 +37,43 @@ class Segment:
     supervised: bool
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Template:
-    """The text around the turns.
+class Template(Protocol):
+    """A way of writing conversations, for one tokenizer.
 
     Attributes:
-        system: text before the first turn.
-        user: put before the user's text.
-        assistant: put before the assistant's text; a generation prompt ends with it.
-        gap: between ``assistant`` and the answer; part of what the model has to produce.
-        keep_user_text: false keeps only the images of the user's turn (captioning).
+        end_id: the token that ends an answer.
+        text: all that the way of writing depends on, to tell two of them apart.
     """
 
-    system: str = ""
-    user: str = ""
-    assistant: str = ""
-    gap: str = ""
-    keep_user_text: bool = True
+    end_id: int
+    text: str
+
+    def pieces(self, turns: Sequence[Turn], *, prompt: bool) -> list[Piece]:
+        """The conversation's text, without the begin token that the tokenizer puts before it.
+
+        Args:
+            turns: in order.
+            prompt: add the words that make the assistant answer, after a last user turn.
+        """
+        ...
+
+    def chat_template(self, *, with_begin: bool) -> str:
+        """The same text as a Jinja chat template for Hugging Face.
+
+        Args:
+            with_begin: write the begin token, for ``tokenizer.apply_chat_template``, which puts
+                none; a processor puts it itself. Only then are images left out of account.
+        """
+        ...
 
 
-TEMPLATES = {
-    "vicuna_v1": Template(
-        system=(
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        ),
-        user="USER: ",
-        assistant=" ASSISTANT:",
-        gap=" ",
-    ),
-    "vicuna_short": Template(user="USER: ", assistant=" ASSISTANT:", gap=" "),
-    "plain": Template(keep_user_text=False),
-}
-
-
-def find_template(name: str) -> Template:
-    """The template called ``name``.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
-    if name not in TEMPLATES:
-        raise ConfigError(f"data.template={name!r} is unknown; use {', '.join(sorted(TEMPLATES))}")
-    return TEMPLATES[name]
-
-
-def user_text(turn: Turn, template: Template) -> str:
-    """The user's text as the template shows it.
+def user_text(turn: Turn, *, keep_words: bool = True) -> str:
+    """The user's text as templates show it.
 
     A single image goes to the front of its turn, as LLaVA does; several stay where they are.
     """
     count = turn.text.count(IMAGE_TOKEN)
-    if not template.keep_user_text:
+    if not keep_words:
         return IMAGE_TOKEN * count
     if count != 1:
         return turn.text
@@ -90,81 +84,55 @@ def user_text(turn: Turn, template: Template) -> str:
 def render(
     turns: Sequence[Turn], template: Template, tokenizer: TextTokenizer, *, prompt: bool = False
 ) -> list[Segment]:
-    """The conversation as segments, without BOS.
+    """The conversation as segments, without the begin token.
 
     Args:
         turns: in order.
-        template: from :func:`find_template`.
+        template: from `templates.find_template`.
         tokenizer: gives the ids.
         prompt: add the words that make the assistant answer, after a last user turn.
     """
-    segments: list[Segment] = []
-    pending = template.system  # unsupervised text is encoded in one call, as one text
-
-    def flush() -> None:
-        nonlocal pending
-        if pending:
-            ids = tokenizer.encode(pending, at_start=not segments)
-            segments.append(Segment(tuple(ids), supervised=False))
-            pending = ""
-
-    for turn in turns:
-        if turn.role == "user":
-            pending += template.user + user_text(turn, template)
-            continue
-        pending += template.assistant
-        flush()
-        ids = tokenizer.encode(template.gap + turn.text, at_start=not segments)
-        segments.append(Segment((*ids, tokenizer.eos_id), supervised=True))
-    if prompt:
-        pending += template.assistant
-    flush()
-    return segments
+    joined: list[Piece] = []  # neighbours of one kind are encoded in one call, as one text
+    for piece in template.pieces(turns, prompt=prompt):
+        if joined and joined[-1].supervised == piece.supervised:
+            joined[-1] = Piece(joined[-1].text + piece.text, piece.supervised)
+        elif piece.text:
+            joined.append(piece)
+    return [
+        Segment(tuple(tokenizer.encode(piece.text, at_start=number == 0)), piece.supervised)
+        for number, piece in enumerate(joined)
+    ]
 
 
 def prompt_ids(
     turns: Sequence[Turn], template: Template, tokenizer: TextTokenizer
 ) -> tuple[int, ...]:
-    """BOS and the ids of a conversation that waits for the assistant's next answer."""
+    """The ids of a conversation that waits for the assistant's next answer, begin token first."""
     segments = render(turns, template, tokenizer, prompt=True)
-    return (tokenizer.bos_id, *(i for segment in segments for i in segment.ids))
+    return (*tokenizer.begin, *(i for segment in segments for i in segment.ids))
 
 
-def prompt_text(turn: Turn, template: Template) -> str:
-    """The text that asks one question, each image as one placeholder, without BOS."""
-    return template.system + template.user + user_text(turn, template) + template.assistant
+def prompt_text(turns: Sequence[Turn], template: Template) -> str:
+    """The text of `prompt_ids`, each image as one placeholder, without a begin token."""
+    return "".join(piece.text for piece in template.pieces(turns, prompt=True))
 
 
-def chat_template(name: str) -> str:
-    """The same text as a Jinja chat template for Hugging Face (BOS is the tokenizer's affair).
-
-    Messages hold a string, or a list of ``{"type": "image"}`` and ``{"type": "text", "text": ..}``;
-    listed images go to the front of their turn.
-    """
-    template = find_template(name)
-    words = "{{ ns.text }}" if template.keep_user_text else ""
-    newline = "\\n" if template.keep_user_text else ""
-    return (
-        "{{ " + _jinja_string(template.system) + " }}"
-        "{% for message in messages %}"
-        "{% set ns = namespace(text='', images=0) %}"
-        "{% if message['content'] is string %}{% set ns.text = message['content'] %}"
-        "{% else %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'text' %}{% set ns.text = ns.text + part['text'] %}"
-        "{% elif part['type'] == 'image' %}{% set ns.images = ns.images + 1 %}{% endif %}"
-        "{% endfor %}{% endif %}"
-        "{% set ns.text = ns.text | trim %}"
-        "{% if message['role'] == 'user' %}"
-        "{{ " + _jinja_string(template.user) + " }}"
-        "{% for i in range(ns.images) %}"
-        f"{{{{ '{IMAGE_TOKEN}' }}}}"
-        "{% if not loop.last or ns.text %}{{ '" + newline + "' }}{% endif %}"
-        "{% endfor %}" + words + "{% else %}"
-        "{{ " + _jinja_string(template.assistant + template.gap) + " + ns.text + eos_token }}"
-        "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ " + _jinja_string(template.assistant) + " }}{% endif %}"
-    )
-
-
-def _jinja_string(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+# Jinja: the messages with plain text as content, placeholders where their images are: in front of
+# a turn with a single one, as `user_text` does.
+FLATTEN = (
+    "{% set ns = namespace(messages=[]) %}{% for message in messages %}"
+    "{% set part = namespace(text='') %}"
+    "{% if message['content'] is string %}{% set part.text = message['content'] %}"
+    "{% else %}{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}"
+    f"{{% set leads = not part.text.replace('{IMAGE_TOKEN}\\n', '') %}}"
+    f"{{% set part.text = part.text + ('{IMAGE_TOKEN}\\n' if leads else '{IMAGE_TOKEN}') %}}"
+    "{% elif item['type'] == 'text' %}{% set part.text = part.text + item['text'] %}"
+    "{% endif %}{% endfor %}{% endif %}"
+    "{% set text = part.text | trim %}"
+    f"{{% if message['role'] == 'user' and text.count('{IMAGE_TOKEN}') == 1 %}}"
+    f"{{% set words = text.replace('{IMAGE_TOKEN}', ' ') | trim %}}"
+    f"{{% set text = '{IMAGE_TOKEN}' + ('\\n' + words if words else '') %}}{{% endif %}}"
+    "{% set ns.messages = ns.messages + [dict(message, content=text)] %}"
+    "{% endfor %}{% set messages = ns.messages %}"
+)

@@ -14,8 +14,9 @@ import numpy as np
 
 from megatron_asvr.batch import IGNORE
 from megatron_asvr.config.schema import Config
-from megatron_asvr.data.conversation import find_template, render
+from megatron_asvr.data.conversation import render
 from megatron_asvr.data.records import Record
+from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import ImageLayout, ImageLayouts, Size
 from megatron_asvr.errors import ConfigError
@@ -126,7 +127,7 @@ class SampleBuilder:
                 f"<image>); set it to at least {tokenizer.vocab_size}"
             )
         self.tokenizer = tokenizer
-        self.template = find_template(config.data.template)
+        self.template = find_template(config.data.template, tokenizer)
         self.branches = branches
         self.layouts = ImageLayouts(config.model)
         self.max_length = config.data.max_length

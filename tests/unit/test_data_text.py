@@ -94,7 +94,7 @@ DIALOGUE = [
 
 def text_of(segments, tokenizer):
     """What the ids stand for, special tokens included."""
-    sp = tokenizer._sp
+    sp = tokenizer._backend._sp
     return "".join(sp.id_to_piece(i) for s in segments for i in s.ids).replace("\u2581", " ")
 
 
