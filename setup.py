@@ -25,6 +25,8 @@ setup(
         "pyyaml",
         "safetensors",
         "sentencepiece",
+        "tokenizers",
+        "jinja2>=3.1.6",  # earlier ones have holes in the sandbox of chat templates
         "transformers>=5.23",
         "matplotlib",
         "rich",

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_asvr.config.load import flatten
-from megatron_asvr.config.schema import Config, SourceConfig
+from megatron_asvr.config.schema import TEMPLATES, Config, SourceConfig
 from megatron_asvr.data import locations
 from megatron_asvr.data.formats import data_files, source_format
+from megatron_asvr.data.templates import find_template
+from megatron_asvr.data.text import TextTokenizer, tokenizer_file
 from megatron_asvr.errors import CheckpointError, ConfigError
 
 # May change between two starts of one run.
@@ -73,7 +75,7 @@ def identity(
     images = hashlib.sha256("".join(image_keys).encode()).hexdigest()
     facts["data.train (content of the images)"] = images
     if config.model.text_tokenizer is not None:
-        facts[TEXT_TOKENIZER] = _sha256("model.text_tokenizer", config.model.text_tokenizer)
+        facts |= _text_facts(config.model.text_tokenizer, config.data.template)
     facts[VISUAL_TOKENIZER] = tokenizer_fingerprint
     return facts
 
@@ -112,6 +114,18 @@ def _content(key: str, source: SourceConfig) -> str:
     except OSError as err:
         raise ConfigError(f"{key}={source.path!r} cannot be read: {err.strerror or err}") from None
     return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+
+def _text_facts(path: str, template: str) -> dict[str, Any]:
+    file, facts = tokenizer_file(path), {}
+    if file.suffix != ".json":
+        facts[TEXT_TOKENIZER] = _sha256("model.text_tokenizer", str(file))
+    else:
+        facts[TEXT_TOKENIZER] = TextTokenizer(file).fingerprint
+    if template not in TEMPLATES:
+        jinja = find_template(template, TextTokenizer(file)).text
+        facts["data.template"] = f"Jinja, {hashlib.sha256(jinja.encode()).hexdigest()}"
+    return facts
 
 
 def _sha256(key: str, path: str) -> str:

@@ -1,10 +1,11 @@
 """Checks across settings: everything that can be known to fail before any work is done."""
 
+import difflib
 from collections.abc import Iterable
 
 from megatron_asvr.config.layout import check_layout, divisors
 from megatron_asvr.config.resolution import check_resolution
-from megatron_asvr.config.schema import PARTS, Config, LanguageConfig, OptimConfig
+from megatron_asvr.config.schema import PARTS, TEMPLATES, Config, LanguageConfig, OptimConfig
 from megatron_asvr.errors import ConfigError
 
 
@@ -181,6 +182,13 @@ def _check_data(config: Config) -> None:
             bool(shares) and all(0 <= share <= 1 for share in shares),
             f"data.{name}={getattr(d, name)} must be from 0 to 1",
         )
+    near = difflib.get_close_matches(d.template, TEMPLATES, n=1)
+    _require(
+        d.template in (*TEMPLATES, "tokenizer") or d.template.endswith(".jinja"),
+        f"data.template={d.template!r} is unknown{f' (nearest: {near[0]!r})' if near else ''}; use "
+        f"{', '.join(TEMPLATES)}, tokenizer (the chat template in the tokenizer's folder) or the "
+        "path of a .jinja file",
+    )
     _require(
         d.max_length <= positions,
         f"data.max_length={d.max_length} exceeds model.language.max_positions={positions}; use at "
@@ -229,7 +237,8 @@ def _check_loss(config: Config) -> None:
 def _check_files(config: Config) -> None:
     _require(
         config.model.text_tokenizer is not None,
-        "model.text_tokenizer is not set; give the path of a SentencePiece model",
+        "model.text_tokenizer is not set; give the folder of a language model, its tokenizer.json "
+        "or a SentencePiece model",
     )
     _require(
         config.loss.visual_weight == 0 or config.model.visual_tokenizer is not None,

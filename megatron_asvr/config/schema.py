@@ -170,7 +170,7 @@ class ModelConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
     visual_head: VisualHeadConfig = field(default_factory=VisualHeadConfig)
-    text_tokenizer: str | None = None  # SentencePiece model file
+    text_tokenizer: str | None = None  # SentencePiece model, tokenizer.json, or a folder of one
     visual_tokenizer: str | None = None  # folder written by `asvr tokenizer fit`
 
 
@@ -205,6 +205,7 @@ class LossConfig:
     target_shift: Literal[0, 1] = 0  # 0: a position predicts its own patch; 1: the next one
 
 
+TEMPLATES = ("vicuna_v1", "vicuna_short", "plain", "mistral", "llama3", "chatml")
 SourceFormat = Literal["json", "jsonl", "webdataset", "parquet", "images"]
 
 
@@ -227,7 +228,7 @@ class DataConfig:
 
     train: tuple[SourceConfig, ...] = ()
     eval: tuple[SourceConfig, ...] = ()
-    template: Literal["vicuna_v1", "vicuna_short", "plain"] = "vicuna_v1"  # of conversations
+    template: str = "vicuna_v1"  # a known one, `tokenizer` (its folder's), or a .jinja file
     max_length: int = 2048  # positions of one sample, image patches included
     on_overlong: Literal["drop", "cut_text"] = "cut_text"  # counted; no image is ever cut
     packing: bool = False  # several samples in one sequence; micro_batch then counts sequences

@@ -9,7 +9,7 @@ out of old answers, say) has no such prefixes and is refused.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -127,7 +127,7 @@ class ChatTemplate:
         text = user_text(turn) if turn.role == "user" else turn.text
         if not self._as_list:
             return text
-        texts = [part.strip() for part in text.split(IMAGE_TOKEN)]
+        texts = [part.strip("\n") for part in text.split(IMAGE_TOKEN)]
         parts: list[dict[str, str]] = []
         for number, part in enumerate(texts):
             parts += [{"type": "image"}] if number else []
@@ -186,7 +186,7 @@ def _after(before: str, text: str) -> str:
 class _Generation(Extension):
     """``{% generation %}``, with which some templates mark what the assistant says: its content."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -1,7 +1,7 @@
 """Conversations: turns in, text pieces with their supervision out, and their ids.
 
-A `Template` writes a conversation; `templates.py` has the known ones and `chat_template.py` those of
-Hugging Face folders. Each serves training, generation and the chat template of the Hugging Face
+A `Template` writes a conversation; `templates.py` has the known ones and `chat_template.py` those
+of Hugging Face folders. Each serves training, generation and the chat template of the Hugging Face
 export, so that the three cannot drift apart. Loss is on the assistant's words and the token that
 ends them.
 """

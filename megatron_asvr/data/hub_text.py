@@ -49,8 +49,8 @@ class HubTokenizer:
     def __init__(self, file: Path, image_token: str) -> None:
         self._file, self._config = file, read_settings(file.parent)
         try:
-            raw = file.read_bytes()
-            self._tokenizer = Tokenizer.from_buffer(raw)
+            self._raw = file.read_bytes()
+            self._tokenizer = Tokenizer.from_buffer(self._raw)
         except Exception as error:  # the library raises plain Exceptions
             raise DataError(f"model.text_tokenizer={file} cannot be read: {error}") from error
         self._tokenizer.no_truncation()
@@ -73,7 +73,7 @@ class HubTokenizer:
         # Tokenizers with a marker for spaces put one before a text, but not inside of it.
         self._anchored = self._ids("a") != self._ids(f"{image_token}a")[1:]
         facts = json.dumps(self._facts(), sort_keys=True).encode()
-        self.fingerprint = hashlib.sha256(hashlib.sha256(raw).digest() + facts).hexdigest()
+        self.fingerprint = hashlib.sha256(hashlib.sha256(self._raw).digest() + facts).hexdigest()
 
     def encode(self, text: str, *, at_start: bool) -> list[int]:
         """Token ids of ``text``; see `TextTokenizer.encode`."""
@@ -87,11 +87,17 @@ class HubTokenizer:
             [i for i in ids if 0 <= i < len(self.tokens)], skip_special_tokens=True
         )
 
+    def document(self, *, with_image: bool) -> bytes:
+        """The file as it came, or with the image token; see `TextTokenizer.document`."""
+        if self.has_image or not with_image:
+            return self._raw
+        return self._tokenizer.to_str(pretty=True).encode()
+
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _add_tokens(self) -> None:
-        """Register the tokens that the settings name and the file does not, as transformers does."""
+        """Register what the settings name and the file does not, as transformers does."""
         listed = self._config.get("added_tokens_decoder", {})
         known = {t.content for t in self._tokenizer.get_added_tokens_decoder().values()}
         for i in sorted(listed, key=int):

@@ -42,6 +42,7 @@ from megatron_asvr.data.images import (
 )
 from megatron_asvr.data.records import Record, raise_problems, records_of
 from megatron_asvr.data.samples import KINDS, DataFile, write_samples
+from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import ImageLayouts, Size
 from megatron_asvr.errors import DataError
@@ -67,7 +68,7 @@ def text_rules(config: Config, tokenizer: TextTokenizer) -> str:
     return fingerprint(
         {
             "tokenizer": tokenizer.fingerprint,
-            "template": data.template,
+            "template": find_template(data.template, tokenizer).text,
             "max_length": data.max_length,
             "on_overlong": data.on_overlong,
             "num_patches": config.model.vision.num_patches,

@@ -66,8 +66,8 @@ class Sample:
         rows: one, or one a conversation when images are repeated.
         cut_tokens: text positions cut from the end to fit ``data.max_length``.
         dropped_rows: rows that did not fit.
-        lost_targets: supervised tokens right after a prefix shared by several branches: there is
-            no single position that could predict them.
+        lost_targets: supervised tokens right after a prefix shared by several branches, where no
+            single position could predict them, or first of all, where there is no position.
         text_tokens: tokens of the record's text, before anything is cut.
     """
 
@@ -143,12 +143,12 @@ class SampleBuilder:
         """
         layouts = self.layouts.of_all(sizes, len(record.images))
         pieces = [self._piece(turns, layouts) for turns in record.conversations]
-        lost = 0
         if len(pieces) > 1 and self.branches:
-            shared = max(1, pieces[0].images_end)
+            shared = max(len(self.tokenizer.begin), pieces[0].images_end)
             lost = sum(p.supervised[shared] for p in pieces)
             rows = [_branched(pieces, shared)]
         else:
+            lost = sum(p.supervised[0] for p in pieces)  # without a begin token
             rows = [_flat(piece) for piece in pieces]
         fitted = [self._fit(row) for row in rows]
         kept = [row for row in fitted if row is not None]
@@ -187,7 +187,8 @@ class SampleBuilder:
         return out, starts
 
     def _piece(self, turns: Sequence, layouts: Sequence[ImageLayout]) -> _Piece:
-        ids, supervised, starts = [self.tokenizer.bos_id], [False], []
+        begin = self.tokenizer.begin
+        ids, supervised, starts = [*begin], [False] * len(begin), []
         following = iter(layouts)
         for segment in render(turns, self.template, self.tokenizer):
             expanded, inside = self.expand(segment.ids, following)

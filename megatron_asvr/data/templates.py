@@ -176,5 +176,3 @@ def _read(path: str) -> str:
 def _jinja(text: str) -> str:
     """``text`` as a Jinja literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-
-

@@ -50,6 +50,10 @@ class Backend(Protocol):
         """Text of ``ids`` without special tokens."""
         ...
 
+    def document(self, *, with_image: bool) -> bytes:
+        """The file's content; see `TextTokenizer.document`."""
+        ...
+
 
 class SentencePieceTokenizer:
     """What `TextTokenizer` needs of a SentencePiece model; attributes as in `HubTokenizer`."""
@@ -66,7 +70,7 @@ class SentencePieceTokenizer:
                 f"give the tokenizer.model file or the folder (with {TOKENIZER_JSON}) of the "
                 "language model"
             ) from error
-        self._sp = sp
+        self._sp, self._model = sp, model
         self.fingerprint = hashlib.sha256(model).hexdigest()
         if min(sp.bos_id(), sp.eos_id()) < 0:
             raise DataError(f"model.text_tokenizer={file} has no <s> or no </s>; both are needed")
@@ -102,6 +106,10 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids`` without special tokens."""
         return self._sp.decode([i for i in ids if i in self._text_ids])
+
+    def document(self, *, with_image: bool) -> bytes:
+        """The model as it came; see `TextTokenizer.document`."""
+        return self._model
 
 
 class TextTokenizer:
@@ -217,6 +225,15 @@ class TextTokenizer:
         """Text of ``ids`` without special tokens and without one leading space."""
         return self._backend.decode([int(i) for i in ids]).removeprefix(" ")
 
+    def document(self, *, with_image: bool) -> bytes:
+        """Content of the file for an export.
+
+        Args:
+            with_image: a ``tokenizer.json`` gains ``<image>`` where it does not have it (a
+                SentencePiece model never does: its stock tokenizer is built elsewhere).
+        """
+        return self._backend.document(with_image=with_image)
+
 
 def tokenizer_file(path: str | Path) -> Path:
     """The file that ``model.text_tokenizer`` means.
@@ -239,7 +256,7 @@ def tokenizer_file(path: str | Path) -> Path:
 
 def _check_added(file: Path, tokens: Sequence[str | None]) -> None:
     """Refuse a model beside which files add tokens that it does not have (padding is no loss)."""
-    known = {i: token for i, token in enumerate(tokens)}
+    known = dict(enumerate(tokens))
     settings = read_settings(file.parent)
     pad = text_of(settings.get("pad_token", ""))
     for i, entry in settings.get("added_tokens_decoder", {}).items():

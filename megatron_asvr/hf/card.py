@@ -3,7 +3,6 @@
 import torch
 
 from megatron_asvr.config.schema import Config
-from megatron_asvr.hf.processor import tokenizer_loader
 from megatron_asvr.hf.stock import LLAVA_ARCHITECTURE, TEXT_ARCHITECTURES
 
 _FIT = {
@@ -20,7 +19,9 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = {loader}.from_pretrained(folder)"""
 
 
-def model_card(config: Config, *, kind: str, dtype: torch.dtype, has_head: bool) -> str:
+def model_card(
+    config: Config, *, kind: str, dtype: torch.dtype, has_head: bool, loader: str
+) -> str:
     """Markdown text that says what is in the folder and how to load it.
 
     Args:
@@ -28,10 +29,10 @@ def model_card(config: Config, *, kind: str, dtype: torch.dtype, has_head: bool)
         kind: "llava" or "text".
         dtype: of the weights on disk.
         has_head: whether the visual head's file is there.
+        loader: class of transformers that loads the tokenizer.
     """
     language, vision = config.model.language, config.model.vision
     llava = kind == "llava"
-    loader = tokenizer_loader(kind, language.family)
     name = LLAVA_ARCHITECTURE if llava else TEXT_ARCHITECTURES[language.family]
     facts = [
         f"language model: {language.family}, {language.num_layers} layers, width "

@@ -6,7 +6,7 @@ calls `finalize`, which renames it in one step (``hf/partial.py``).
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import Config, ModelConfig
+from megatron_asvr.data.text import SENTENCEPIECE_MODEL
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.card import model_card
@@ -24,14 +25,15 @@ from megatron_asvr.hf.importer import HEAD_CONFIG, HEAD_FILE
 from megatron_asvr.hf.memory import in_memory
 from megatron_asvr.hf.partial import finalize, partial_folder, removed_on_error
 from megatron_asvr.hf.processor import (
-    TOKENIZER_FILE,
     Text,
     TokenIds,
     build_processor,
     build_tokenizer,
     check_tokenizer,
+    load_tokenizer,
     read_text,
     tokenizer_loader,
+    write_through,
 )
 from megatron_asvr.hf.shards import ShardWriter
 from megatron_asvr.hf.stream import flat_chunks, run_all
@@ -55,6 +57,7 @@ def export(
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer_fingerprint: str | None = None,
     beside: Iterable[Callable[[], None]] = (),
+    end_id: int | None = None,
 ) -> Path:
     """The temporary folder that holds the exported model; pass it to `finalize`.
 
@@ -62,7 +65,7 @@ def export(
         state: full, unpadded tensors on disk by our global name, or pairs of name and tensor.
             Frozen codebooks may come as ``visual_head.codebooks.{d}``.
         config: the run that made the weights.
-        tokenizer: SentencePiece model file.
+        tokenizer: SentencePiece model or ``tokenizer.json``.
         out: the folder to make; it must not exist yet when `finalize` is called.
         chat_template: Jinja text of the conversation template.
         dtype: of the weights on disk.
@@ -71,6 +74,7 @@ def export(
         max_shard_bytes: largest size of one weights file.
         tokenizer_fingerprint: of the visual tokenizer whose codes the visual head predicts.
         beside: called while the weights are written, such as checks of the files they come from.
+        end_id: the token that ends an answer; default: the tokenizer's end token.
 
     Raises:
         ConversionError: a tensor is missing, unexpected, misshaped, double or not finite, or the
@@ -78,17 +82,20 @@ def export(
     """
     target = partial_folder(Path(out))
     with removed_on_error(target):
-        text = read_text(tokenizer, config.model.language.vocab_size)
-        hf_config, architecture = _stock_config(config.model, text.ids, kind)
+        rows = config.model.language.vocab_size
+        text = read_text(tokenizer, rows, needs_image=kind == "llava")
+        ids = text.ids if end_id is None else replace(text.ids, eos=end_id)
+        hf_config, architecture = _stock_config(config.model, ids, kind)
         rules = _checked_rules(config.model, hf_config, architecture)
         held = _held(state, kind)
         body, head = _checked(held, rules, config)
         _write_weights(held, body, head, target, dtype, max_shard_bytes, kind, beside)
         if head:
             _describe_head(held, config, target, tokenizer_fingerprint)
-        _write_configs(hf_config, architecture, text.ids, dtype, target)
-        _write_processor(text, config, kind, chat_template, target)
-        card = model_card(config, kind=kind, dtype=dtype, has_head=bool(head))
+        _write_configs(hf_config, architecture, ids, dtype, target)
+        loader = tokenizer_loader(kind, config.model.language.family, text)
+        _write_processor(text, config, kind, chat_template, loader, target)
+        card = model_card(config, kind=kind, dtype=dtype, has_head=bool(head), loader=loader)
         (target / "README.md").write_text(card, encoding="utf-8")
     return target
 
@@ -217,17 +224,23 @@ def _describe_head(
 
 
 def _write_processor(
-    text: Text, config: Config, kind: str, chat_template: str | None, target: Path
+    text: Text, config: Config, kind: str, chat_template: str | None, loader: str, target: Path
 ) -> None:
     """Write the tokenizer, and for the whole model the processor around it."""
-    (target / TOKENIZER_FILE).write_bytes(text.tokenizer.path.read_bytes())
-    tokenizer = build_tokenizer(text, config.model.language.max_positions)
+    if text.tokenizer.is_sentencepiece:
+        (target / SENTENCEPIECE_MODEL).write_bytes(text.tokenizer.document(with_image=True))
+        tokenizer = build_tokenizer(text, config.model.language.max_positions)
+    else:
+        write_through(text, target)
+        tokenizer = load_tokenizer(target)
     if kind == "llava":
         build_processor(config, tokenizer, chat_template).save_pretrained(str(target))
     else:
         tokenizer.chat_template = chat_template
         tokenizer.save_pretrained(str(target))
-    check_tokenizer(target, text, tokenizer_loader(kind, config.model.language.family))
+    if not text.tokenizer.is_sentencepiece:
+        write_through(text, target)  # transformers wrote it again, in a form of its own
+    check_tokenizer(target, text, loader)
 
 
 def _write_configs(

@@ -5,6 +5,7 @@ that the weights belong to, and is a preset for runs that start from them. ``imp
 where all of it came from, and seals the folder.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.files import check_finite, open_weights, read_json, write_json
 from megatron_asvr.hf.partial import finalize, partial_folder, removed_on_error
-from megatron_asvr.hf.processor import TOKENIZER_FILE
+from megatron_asvr.hf.processor import copy_tokenizer
 from megatron_asvr.hf.shards import ShardWriter
 from megatron_asvr.hf.source import SETTINGS, Source, matched, parts_of
 from megatron_asvr.hf.stream import flat_chunks, run_all
 from megatron_asvr.hf.tables import Rule
+from megatron_asvr.hf.vocabulary import EMBEDDING
 from megatron_asvr.model.tokenizer import VisualTokenizer
 
 FORMAT = 1
@@ -59,11 +61,10 @@ def write_imported(
         files = {"visual_tokenizer": TOKENIZER_FOLDER} if tokenizer is not None else {}
         if tokenizer is not None:
             tokenizer.save(target / TOKENIZER_FOLDER)
-        text = source.path / TOKENIZER_FILE
-        if text.is_file():
-            (target / TOKENIZER_FILE).write_bytes(text.read_bytes())
-            files["text_tokenizer"] = TOKENIZER_FILE
-        _write_settings(source, out, files, target)
+        text = copy_tokenizer(source.path, target) if source.holds("language_model") else None
+        if text is not None:
+            files["text_tokenizer"] = text.path.name
+        _write_settings(source, out, files, target, rows=text.vocab_size if text else 0)
         report = _report(source, writer.total_bytes)
         write_json(target / REPORT, report)
     finalize(target, out)
@@ -88,9 +89,16 @@ def _report(source: Source, total_bytes: int) -> dict[str, Any]:
     }
 
 
-def _write_settings(source: Source, out: Path, files: dict[str, str], target: Path) -> None:
-    """Write the settings of the parts that are here, and where a run finds their files."""
+def _write_settings(
+    source: Source, out: Path, files: dict[str, str], target: Path, *, rows: int
+) -> None:
+    """Write the settings of the parts that are here, and where a run finds their files.
+
+    The vocabulary gets the rows that the tokenizer needs with ``<image>`` (hf/vocabulary.py); the
+    weights stay as they are.
+    """
     model = to_dict(Config(model=source.model))["model"]
+    model["language"]["vocab_size"] = max(model["language"]["vocab_size"], rows)
     kept: dict[str, Any] = {SETTINGS[p]: model[SETTINGS[p]] for p in parts_of(source.names)}
     home = out.resolve()
     kept |= {name: str(home / file) for name, file in files.items()}
@@ -120,4 +128,8 @@ def read_imported(folder: Path) -> Source:
             f"{report.get('num_tensors')}; import the weights again"
         )
     rules = [Rule(name, x.shape, ((name, x.shape),)) for name, x in tensors.items()]
-    return matched(folder, "asvr", load(folder / SETTINGS_FILE).model, rules, tensors)
+    model = load(folder / SETTINGS_FILE).model
+    if EMBEDDING in tensors:  # the settings may ask for more rows
+        size = tensors[EMBEDDING].shape[0]
+        model = replace(model, language=replace(model.language, vocab_size=size))
+    return matched(folder, "asvr", model, rules, tensors)

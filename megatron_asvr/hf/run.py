@@ -11,7 +11,8 @@ from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import Config
-from megatron_asvr.data.conversation import chat_template
+from megatron_asvr.data.templates import find_template
+from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock
 from megatron_asvr.hf.equality import Origin, compare, origin_of, require_equal
@@ -96,12 +97,15 @@ def export_run(
             after which nothing is left.
     """
     config, origin, fingerprint = _run_origin(run, kind)
+    text = TextTokenizer(str(config.model.text_tokenizer))
+    template = find_template(config.data.template, text)
     partial = export(
         origin.tensors,
         config,
-        tokenizer=str(config.model.text_tokenizer),
+        tokenizer=text.path,
         out=out,
-        chat_template=chat_template(config.data.template),
+        chat_template=template.chat_template(with_begin=kind == "text"),
+        end_id=template.end_id,
         dtype=DTYPES[dtype],
         kind=kind,
         tokenizer_fingerprint=fingerprint,

@@ -289,7 +289,7 @@ def _side(size: Any, key: str, where: str) -> int:
     return int(sides.pop())
 
 
-def text_config(language: LanguageConfig, ids: dict[str, int]) -> Any:
+def text_config(language: LanguageConfig, ids: dict[str, int | None]) -> Any:
     """The transformers configuration of a language model.
 
     Args:
@@ -332,7 +332,7 @@ def text_config(language: LanguageConfig, ids: dict[str, int]) -> Any:
     return _build(TEXT_CONFIGS[family], given)
 
 
-def llava_config(model: ModelConfig, ids: dict[str, int], image_token_id: int) -> Any:
+def llava_config(model: ModelConfig, ids: dict[str, int | None], image_token_id: int) -> Any:
     """The transformers configuration of the whole model."""
     vision = model.vision
     tower = {

@@ -26,6 +26,7 @@ from megatron_asvr.data.records import SHOWN
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.importer import is_source, read_folder
+from megatron_asvr.hf.vocabulary import as_large_as, grown
 from megatron_asvr.model.asvr import DTYPES, AsvrModel
 from megatron_asvr.model.sharding import full_shapes, load_weights
 from megatron_asvr.model.tokenizer import VisualTokenizer
@@ -270,16 +271,16 @@ def open_source(path: str, part: str, config: Config) -> Reader:
     Raises:
         ConfigError: the folder holds no weights, or its settings differ from the model's.
     """
-    folder = Path(path)
+    folder, rows = Path(path), config.model.language.vocab_size
     if _is_run(folder):
         theirs, get = read_run(folder)
-        _check_same(path, part, theirs.model, config.model)
-        return get
+        _check_same(path, part, theirs.model, as_large_as(config.model, theirs.model))
+        return grown(get, rows)
     if is_source(folder):
         source = read_folder(folder, allow_missing=config.init.allow_missing)
         if source.holds(part):
-            source.check_fits(config.model, (part,))
-        return source
+            source.check_fits(as_large_as(config.model, source.model), (part,))
+        return grown(source, rows)
     raise ConfigError(
         f"init source {path!r} of {part} is neither a run folder, nor a checkpoint, nor a Hugging "
         "Face folder (config.json), nor one that `asvr convert import` wrote"

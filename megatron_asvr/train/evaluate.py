@@ -156,7 +156,7 @@ def verify_run(
         samples.append(
             VerifySample(
                 name=item.id,
-                prompt=prompt_text(item.turns[0], answerer.template),
+                prompt=prompt_text(item.turns, answerer.template),
                 images=item.images,
                 token_ids=prompt.token_ids,
                 pixel_values_ICHW=answerer.pixels(prompt.images).cpu() if prompt.images else None,
@@ -228,5 +228,8 @@ def _gather(mine: list[str], groups: Groups) -> list[str]:
 
 
 def _messages(item: EvalItem) -> list[dict[str, Any]]:
-    images = [{"type": "image"} for _ in item.images]
-    return [{"role": "user", "content": [*images, {"type": "text", "text": item.question}]}]
+    parts: list[dict[str, str]] = []
+    for number, words in enumerate(item.turns[-1].text.split(IMAGE_TOKEN)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": words.strip("\n")}] if words.strip() else []
+    return [{"role": "user", "content": parts}]

@@ -16,9 +16,10 @@ from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import override
 from megatron_asvr.config.schema import Config, ParallelConfig
-from megatron_asvr.data.conversation import Turn, find_template, prompt_ids
+from megatron_asvr.data.conversation import Turn, prompt_ids
 from megatron_asvr.data.pixels import BLANK_KEY, PixelStore
 from megatron_asvr.data.sample import SampleBuilder
+from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import IMAGE_TOKEN, TextTokenizer
 from megatron_asvr.data.views import NEWLINE, ImageLayout, Size
 from megatron_asvr.errors import DataError
@@ -78,7 +79,7 @@ class Answerer:
     ) -> None:
         self.config = config
         self.text = TextTokenizer(str(config.model.text_tokenizer))
-        self.template = find_template(config.data.template)
+        self.template = find_template(config.data.template, self.text)
         self._builder = SampleBuilder(config, self.text, branches=False)
         self._pixels = PixelStore(config, device=select()[0].device)
         self._sizes: dict[str, Size] = {}  # of images of prompts, by path
@@ -94,7 +95,7 @@ class Answerer:
             model.eval(),
             self.pixels,
             groups=groups,
-            eos_id=self.text.eos_id,
+            eos_id=self.template.end_id,
             max_new_tokens=max_new_tokens,
         )
 

@@ -43,7 +43,6 @@ def test_saved_configuration_reads_back_equal(tmp_path):
         ("train.steps=true", ["train.steps=True", "int"]),
         ("loss.mode=exakt", ["loss.mode='exakt'", "nearest: 'exact'", "official"]),
         ("loss.target_shift=2", ["loss.target_shift=2", "0, 1"]),
-        ("data.template=vicuna_v2", ["data.template='vicuna_v2'", "nearest: 'vicuna_v1'", "plain"]),
         ("data.train=a.json", ["data.train='a.json'", "list"]),
         ("data.train=[{pat: a}]", ["data.train[0].pat", "path"]),
         ("data.train=[{images: a}]", ["data.train[0].path", "required"]),
@@ -105,6 +104,7 @@ def test_preset_loop_is_refused(tmp_path):
         ("model.language.num_experts=4", ["num_experts=4", "mixtral or qwen3_moe"]),
         ("model.language.family=mixtral", ["num_experts >= 2", "got None"]),
         ("run.seed=-1", ["run.seed=-1", "negative"]),
+        ("data.template=vicuna_v2", ["data.template='vicuna_v2'", "nearest: 'vicuna_v1'", "plain"]),
     ],
 )
 def test_impossible_settings_are_refused_before_work(override, words):

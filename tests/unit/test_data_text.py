@@ -2,14 +2,8 @@
 
 import pytest
 
-from megatron_asvr.data.conversation import (
-    TEMPLATES,
-    Turn,
-    chat_template,
-    find_template,
-    prompt_ids,
-    render,
-)
+from megatron_asvr.data.conversation import Turn, prompt_ids, render
+from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError, DataError
 from tests.unit.data_corpus import TEXTS
@@ -99,10 +93,12 @@ def text_of(segments, tokenizer):
 
 
 def test_vicuna_text_and_supervision(tokenizer):
-    template = find_template("vicuna_v1")
+    template = find_template("vicuna_v1", tokenizer)
     segments = render(DIALOGUE, template, tokenizer)
     assert text_of(segments, tokenizer) == (
-        f" {template.system}USER: <image>\nWhat is this? ASSISTANT: a red circle</s>"
+        " A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nWhat is this? ASSISTANT: a red circle</s>"
         "USER: Is it big? ASSISTANT: no</s>"
     )
     said = [text_of([s], tokenizer) for s in segments if s.supervised]
@@ -110,17 +106,17 @@ def test_vicuna_text_and_supervision(tokenizer):
 
 
 def test_plain_is_the_image_and_the_caption(tokenizer):
-    segments = render(DIALOGUE[:2], find_template("plain"), tokenizer)
+    segments = render(DIALOGUE[:2], find_template("plain", tokenizer), tokenizer)
     assert text_of(segments, tokenizer) == "<image>a red circle</s>"
     assert [s.supervised for s in segments] == [False, True]
-    alone = render([Turn("assistant", "red")], find_template("plain"), tokenizer)
+    alone = render([Turn("assistant", "red")], find_template("plain", tokenizer), tokenizer)
     assert text_of(alone, tokenizer) == " red</s>"
 
 
-@pytest.mark.parametrize("name", sorted(TEMPLATES))
+@pytest.mark.parametrize("name", ["vicuna_v1", "vicuna_short", "plain", "mistral"])
 @pytest.mark.parametrize("num_turns", [1, 2, 3])
 def test_prompt_ids_equal_the_rendered_chat_template(tokenizer, hf_tokenizer, name, num_turns):
-    turns = DIALOGUE[:num_turns]
+    turns, template = DIALOGUE[:num_turns], find_template(name, tokenizer)
     messages = [
         {"role": t.role, "content": [{"type": "text", "text": t.text.replace("<image>", "")}]}
         for t in turns
@@ -129,11 +125,10 @@ def test_prompt_ids_equal_the_rendered_chat_template(tokenizer, hf_tokenizer, na
     asks = turns[-1].role == "user"
     text = hf_tokenizer.apply_chat_template(
         messages,
-        chat_template=chat_template(name),
+        chat_template=template.chat_template(with_begin=False),
         add_generation_prompt=asks,
         tokenize=False,
     )
-    template = find_template(name)
     if asks:
         ours = list(prompt_ids(turns, template, tokenizer))
     else:
@@ -141,6 +136,8 @@ def test_prompt_ids_equal_the_rendered_chat_template(tokenizer, hf_tokenizer, na
     assert ours == hf_tokenizer(text).input_ids
 
 
-def test_unknown_template_names_the_known_ones():
+def test_unknown_template_names_the_known_ones(tokenizer):
     with pytest.raises(ConfigError, match=r"'vicuna'.*plain, vicuna_short, vicuna_v1"):
-        find_template("vicuna")
+        find_template("vicuna", tokenizer)
+    with pytest.raises(ConfigError, match=r"needs the token '<\|im_start\|>', which"):
+        find_template("chatml", tokenizer)

@@ -11,9 +11,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from megatron_asvr.data.conversation import Turn, chat_template, find_template, prompt_ids
+from megatron_asvr.data.conversation import Turn, prompt_ids
+from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
-from megatron_asvr.errors import ConversionError
+from megatron_asvr.errors import ConversionError, DataError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.export import export, finalize
 from megatron_asvr.hf.importer import read_folder
@@ -31,11 +32,17 @@ def tokenizer(tmp_path_factory):
     return TextTokenizer.train(hf_models.CORPUS * 9, path, vocab_size=330)
 
 
+def chat_template(path):
+    """The export's chat template; none for a file that is no tokenizer."""
+    try:
+        return find_template(TEMPLATE, TextTokenizer(path)).chat_template(with_begin=False)
+    except DataError:
+        return None
+
+
 def run_export(out, tokenizer, cfg, state, **options):
     path = getattr(tokenizer, "path", tokenizer)
-    made = export(
-        state, cfg, tokenizer=path, out=out, chat_template=chat_template(TEMPLATE), **options
-    )
+    made = export(state, cfg, tokenizer=path, out=out, chat_template=chat_template(path), **options)
     return finalize(made, out)
 
 
@@ -89,7 +96,7 @@ def sample_of(model, tokenizer, question, image, cfg):
     """A sample whose "own" results come from ``model`` and this project's data code."""
     turns = [Turn("user", f"<image>\n{question}")]
     ids, patches = [], cfg.model.vision.num_patches
-    for i in prompt_ids(turns, find_template(TEMPLATE), tokenizer):
+    for i in prompt_ids(turns, find_template(TEMPLATE, tokenizer), tokenizer):
         ids += [i] * (patches if i == tokenizer.image_id else 1)
     pixels = padded_pixels(image, cfg.model.vision.image_size)[None]
     ids_1S = torch.tensor([ids])

@@ -10,7 +10,8 @@ from PIL import Image
 
 from megatron_asvr.batch import IGNORE, MicroBatch
 from megatron_asvr.data import pil
-from megatron_asvr.data.conversation import Turn, chat_template, find_template, prompt_ids
+from megatron_asvr.data.conversation import Turn, prompt_ids
+from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.hf.export import export
 from megatron_asvr.hf.importer import read_folder
@@ -89,7 +90,7 @@ def own_sample(model, text, cfg, question, files):
     """What this project itself makes of a question about images."""
     shown = "\n".join(["<image>"] * len(files)) + f"\n{question}"
     turns = [Turn("user", shown)]
-    template, patches = find_template(cfg.data.template), cfg.model.vision.num_patches
+    template, patches = find_template(cfg.data.template, text), cfg.model.vision.num_patches
     ids = []
     for i in prompt_ids(turns, template, text):
         ids += [i] * (patches if i == text.image_id else 1)
@@ -163,7 +164,7 @@ def test_the_exported_model_is_the_trained_model(family, fit, groups, text, file
         cfg,
         tokenizer=text.path,
         out=tmp_path / "out",
-        chat_template=chat_template(cfg.data.template),
+        chat_template=find_template(cfg.data.template, text).chat_template(with_begin=False),
     )
     report = verify(folder, samples, max_new_tokens=NEW_TOKENS)
     assert report["ok"], report["mismatches"]

@@ -1,0 +1,61 @@
+"""The rule for ``<image>`` and for vocabularies that have no row for it.
+
+The id is the tokenizer's own where it has the token, otherwise the first after all of its tokens.
+Embeddings often have spare rows behind the tokens (Qwen2.5: 151,936 rows, 151,665 tokens); the id
+then falls on one of those, and nothing is resized. Otherwise ``model.language.vocab_size`` has to
+be larger than the source's, and every added row, of the embedding and of the output layer, is the
+mean of the source's rows. The embedding row of ``<image>`` is never read, since features take its
+place; its output row takes part in the softmax, and with the mean of all rows its logit is the mean
+of all logits: never the largest. Zeros would give a logit of 0, which can be the largest.
+
+Rows that pad the vocabulary to a multiple for tensor parallelism are something else: they exist in
+memory only and their logits are masked (model/language.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_asvr.config.schema import ModelConfig
+from megatron_asvr.hf.tables import LM
+
+EMBEDDING = LM + "embedding.word_embeddings.weight"
+TABLES = (EMBEDDING, LM + "output_layer.weight")
+
+
+def grown(get: Callable[[str], Tensor | None], rows: int) -> Callable[[str], Tensor | None]:
+    """A reader like ``get`` whose vocabulary tables have at least ``rows`` rows.
+
+    Args:
+        get: full tensor of a canonical name, or None.
+        rows: ``model.language.vocab_size`` of the run.
+    """
+
+    def read(name: str) -> Tensor | None:
+        x = get(name)
+        return x if x is None or name not in TABLES else with_rows(x, rows)
+
+    return read
+
+
+def with_rows(x: Tensor, rows: int) -> Tensor:
+    """``x`` with rows added up to ``rows``, each the mean of its own (fp32, rounded once).
+
+    Args:
+        x: [V, H], any dtype.
+        rows: wanted; fewer than there are change nothing.
+    """
+    if rows <= len(x):
+        return x
+    mean = x.mean(0, dtype=torch.float32).to(x.dtype)
+    return torch.cat([x, mean.expand(rows - len(x), -1)])
+
+
+def as_large_as(model: ModelConfig, source: ModelConfig) -> ModelConfig:
+    """``model`` with the vocabulary of ``source``, where rows can be added to that."""
+    ours, theirs = model.language, source.language
+    if theirs.vocab_size >= ours.vocab_size:
+        return model
+    return replace(model, language=replace(ours, vocab_size=theirs.vocab_size))
