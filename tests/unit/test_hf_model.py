@@ -10,7 +10,7 @@ from PIL import Image
 
 from megatron_asvr.batch import IGNORE, MicroBatch
 from megatron_asvr.data import pil
-from megatron_asvr.data.conversation import Turn, prompt_ids
+from megatron_asvr.data.conversation import Turn, prompt_ids, prompt_text
 from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.hf.export import export
@@ -110,7 +110,7 @@ def own_sample(model, text, cfg, question, files):
     content = [{"type": "image"}] * len(files) + [{"type": "text", "text": question}]
     return VerifySample(
         name=question,
-        prompt=f"{template.system}USER: {shown} ASSISTANT:",
+        prompt=prompt_text(turns, template),
         images=tuple(files),
         token_ids=tuple(ids),
         pixel_values_ICHW=pixels,
