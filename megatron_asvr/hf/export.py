@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import Config, ModelConfig
+from megatron_asvr.data.conversation import Template
 from megatron_asvr.data.text import SENTENCEPIECE_MODEL
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
@@ -51,13 +52,12 @@ def export(
     *,
     tokenizer: str | Path,
     out: str | Path,
-    chat_template: str | None = None,
+    template: Template | None = None,
     dtype: torch.dtype = torch.float32,
     kind: str = "llava",
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer_fingerprint: str | None = None,
     beside: Iterable[Callable[[], None]] = (),
-    end_id: int | None = None,
 ) -> Path:
     """The temporary folder that holds the exported model; pass it to `finalize`.
 
@@ -67,14 +67,13 @@ def export(
         config: the run that made the weights.
         tokenizer: SentencePiece model or ``tokenizer.json``.
         out: the folder to make; it must not exist yet when `finalize` is called.
-        chat_template: Jinja text of the conversation template.
+        template: of the conversations that the model was trained on.
         dtype: of the weights on disk.
         kind: "llava" for the whole model, "text" for the language model alone (other parts of
             ``state`` are then left out).
         max_shard_bytes: largest size of one weights file.
         tokenizer_fingerprint: of the visual tokenizer whose codes the visual head predicts.
         beside: called while the weights are written, such as checks of the files they come from.
-        end_id: the token that ends an answer; default: the tokenizer's end token.
 
     Raises:
         ConversionError: a tensor is missing, unexpected, misshaped, double or not finite, or the
@@ -84,7 +83,7 @@ def export(
     with removed_on_error(target):
         rows = config.model.language.vocab_size
         text = read_text(tokenizer, rows, needs_image=kind == "llava")
-        ids = text.ids if end_id is None else replace(text.ids, eos=end_id)
+        ids = text.ids if template is None else replace(text.ids, eos=template.end_id)
         hf_config, architecture = _stock_config(config.model, ids, kind)
         rules = _checked_rules(config.model, hf_config, architecture)
         held = _held(state, kind)
@@ -94,7 +93,7 @@ def export(
             _describe_head(held, config, target, tokenizer_fingerprint)
         _write_configs(hf_config, architecture, ids, dtype, target)
         loader = tokenizer_loader(kind, config.model.language.family, text)
-        _write_processor(text, config, kind, chat_template, loader, target)
+        _write_processor(text, config, kind, template, loader, target)
         card = model_card(config, kind=kind, dtype=dtype, has_head=bool(head), loader=loader)
         (target / "README.md").write_text(card, encoding="utf-8")
     return target
@@ -224,9 +223,10 @@ def _describe_head(
 
 
 def _write_processor(
-    text: Text, config: Config, kind: str, chat_template: str | None, loader: str, target: Path
+    text: Text, config: Config, kind: str, template: Template | None, loader: str, target: Path
 ) -> None:
     """Write the tokenizer, and for the whole model the processor around it."""
+    jinja = template.chat_template(with_begin=kind == "text") if template is not None else None
     if text.tokenizer.is_sentencepiece:
         (target / SENTENCEPIECE_MODEL).write_bytes(text.tokenizer.document(with_image=True))
         tokenizer = build_tokenizer(text, config.model.language.max_positions)
@@ -234,9 +234,9 @@ def _write_processor(
         write_through(text, target)
         tokenizer = load_tokenizer(target)
     if kind == "llava":
-        build_processor(config, tokenizer, chat_template).save_pretrained(str(target))
+        build_processor(config, tokenizer, jinja).save_pretrained(str(target))
     else:
-        tokenizer.chat_template = chat_template
+        tokenizer.chat_template = jinja
         tokenizer.save_pretrained(str(target))
     if not text.tokenizer.is_sentencepiece:
         write_through(text, target)  # transformers wrote it again, in a form of its own

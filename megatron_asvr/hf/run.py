@@ -98,14 +98,12 @@ def export_run(
     """
     config, origin, fingerprint = _run_origin(run, kind)
     text = TextTokenizer(str(config.model.text_tokenizer))
-    template = find_template(config.data.template, text)
     partial = export(
         origin.tensors,
         config,
         tokenizer=text.path,
         out=out,
-        chat_template=template.chat_template(with_begin=kind == "text"),
-        end_id=template.end_id,
+        template=find_template(config.data.template, text),
         dtype=DTYPES[dtype],
         kind=kind,
         tokenizer_fingerprint=fingerprint,

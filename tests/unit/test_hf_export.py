@@ -32,17 +32,17 @@ def tokenizer(tmp_path_factory):
     return TextTokenizer.train(hf_models.CORPUS * 9, path, vocab_size=330)
 
 
-def chat_template(path):
-    """The export's chat template; none for a file that is no tokenizer."""
+def template_for(path):
+    """The template; none for a file that is no tokenizer."""
     try:
-        return find_template(TEMPLATE, TextTokenizer(path)).chat_template(with_begin=False)
+        return find_template(TEMPLATE, TextTokenizer(path))
     except DataError:
         return None
 
 
 def run_export(out, tokenizer, cfg, state, **options):
     path = getattr(tokenizer, "path", tokenizer)
-    made = export(state, cfg, tokenizer=path, out=out, chat_template=chat_template(path), **options)
+    made = export(state, cfg, tokenizer=path, out=out, template=template_for(path), **options)
     return finalize(made, out)
 
 
@@ -299,12 +299,11 @@ def test_the_language_model_alone(tmp_path, tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "Qwen3ForCausalLM"
     text = transformers.AutoTokenizer.from_pretrained(folder)
-    prompt = text.apply_chat_template(
-        [{"role": "user", "content": "Is it red?"}], tokenize=False, add_generation_prompt=True
+    prompt = "USER: Is it red? ASSISTANT:"
+    asked = text.apply_chat_template(
+        [{"role": "user", "content": "Is it red?"}], add_generation_prompt=True, return_dict=False
     )
-    assert prompt == "USER: Is it red? ASSISTANT:"
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    assert text(prompt).input_ids == ids
+    assert asked == [tokenizer.bos_id, *tokenizer.encode(prompt)] == text(prompt).input_ids
     again = read_folder(folder)
     assert all(torch.equal(again(name), state[name]) for name in again.names)
 

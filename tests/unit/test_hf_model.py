@@ -164,7 +164,7 @@ def test_the_exported_model_is_the_trained_model(family, fit, groups, text, file
         cfg,
         tokenizer=text.path,
         out=tmp_path / "out",
-        chat_template=find_template(cfg.data.template, text).chat_template(with_begin=False),
+        template=find_template(cfg.data.template, text),
     )
     report = verify(folder, samples, max_new_tokens=NEW_TOKENS)
     assert report["ok"], report["mismatches"]
