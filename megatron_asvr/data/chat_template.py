@@ -95,8 +95,12 @@ class ChatTemplate:
     def chat_template(self, *, with_begin: bool) -> str:
         """See `Template`."""
         if with_begin:
-            writes = self._rendered(_PROBE, False, self._names).startswith(self._begin)
-            return self.text if writes else _after("{{ bos_token }}", self.text)
+            gap = "' '" if self._tokenizer.gap else "''"
+            if not self._rendered(_PROBE, False, self._names).startswith(self._begin):
+                return _after("{{ bos_token + " + gap + " }}", self.text)
+            if self._tokenizer.gap and self._begin:
+                return _after("{% set bos_token = bos_token + ' ' %}", self.text)
+            return self.text
         begin = "{% set bos_token = '' %}" if self._begin else ""
         before = begin + ("" if self._as_list else FLATTEN)
         return _after(before, self.text) if before else self.text

@@ -138,7 +138,9 @@ class Written:
     def chat_template(self, *, with_begin: bool) -> str:
         """See `Template`."""
         words = self._wording
-        begin = "{{ bos_token }}" if with_begin and self._tokenizer.begin else ""
+        begin = ""
+        if with_begin and self._tokenizer.begin:
+            begin = "{{ bos_token + " + _jinja(self._tokenizer.gap) + " }}"
         said = "message['content']"
         if not words.keep_user_text:
             said = f"'{IMAGE_TOKEN}' * message['content'].count('{IMAGE_TOKEN}')"

@@ -153,6 +153,15 @@ class TextTokenizer:
         """What a sequence begins with: the begin token, or nothing."""
         return () if self.bos_id is None else (self.bos_id,)
 
+    @property
+    def gap(self) -> str:
+        """What stands between a begin token written as text and a text with its own ids.
+
+        A tokenizer that marks spaces puts a mark before a text, but not after a special token.
+        """
+        alone = self.encode("a") == self.encode("a", at_start=False)
+        return "" if alone else " "
+
     def special_id(self, token: str) -> int | None:
         """Id of a token that is cut out of texts whole; None where there is no such token."""
         return self._backend.special.get(token)
