@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 VENV := .venv
 MCORE19 := .venv-mcore19
+EVAL := .venv-eval
 BIN := $(VENV)/bin
 
 # One thread per process: unit tests run beside one another, world tests start several ranks.
@@ -12,8 +13,8 @@ export OMP_NUM_THREADS ?= 1
 export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-short test test-unit test-world test-mcore19 \
-	test-torture bench bench-short check format docs clean
+.PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
+	test-mcore19 test-eval test-torture bench bench-short check format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -36,13 +37,25 @@ $(MCORE19)/.installed: $(VENV)/.installed
 		megatron-core==0.19.2
 	touch $@
 
+# The packages of the extra "eval" alone, in a folder that is put on the path. What lmms-eval declares
+# beyond them is for other tasks; torchvision breaks beside a CPU build of torch or brings another torch.
+$(EVAL)/.installed: setup.py $(VENV)/.installed
+	rm -rf $(EVAL)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(EVAL) $$($(BIN)/python -c 'from \
+		importlib.metadata import requires; \
+		print(*[x.split(";")[0] for x in requires("megatron_asvr") if "extra == \"eval\"" in x])')
+	touch $@
+
+setup-eval: $(EVAL)/.installed  ## install lmms-eval beside .venv, for `asvr eval --suite`
+
 quickstart: setup  ## train, evaluate, export and verify a small model on two CPU cores
 	$(BIN)/python -m examples.quickstart.run
 
 quickstart-short: setup  ## the same in its short form, to see that everything works
 	$(BIN)/python -m examples.quickstart.run --short
 
-test: test-unit test-world test-mcore19  ## run all tests, the multi-rank ones on both megatron-cores
+# The multi-rank tests run on both megatron-cores.
+test: test-unit test-world test-mcore19 test-eval  ## run all tests
 
 test-unit: setup  ## run the tests of one process
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not world"
@@ -52,6 +65,9 @@ test-world: setup  ## run the tests of several ranks
 
 test-mcore19: $(MCORE19)/.installed  ## run multi-rank and oracle tests against megatron-core 0.19.2
 	PYTHONPATH="$(CURDIR)/$(MCORE19)" $(BIN)/python -m pytest -k "world or oracle"
+
+test-eval: $(EVAL)/.installed  ## run the tests of the suite of benchmarks, with lmms-eval
+	ASVR_REQUIRE=eval PYTHONPATH="$(CURDIR)/$(EVAL)" $(BIN)/python -m pytest -m eval tests/world/test_suite.py
 
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture

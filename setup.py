@@ -36,6 +36,25 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         "mpi": ["mpi4py", "mpich"],
         "remote": ["aiohttp", "gcsfs", "s3fs"],  # https://, gs:// and s3:// for fsspec
+        # The suite of benchmarks. `make setup-eval` installs just these; pip adds what lmms-eval
+        # declares for its other tasks, another build of torch and an older wandb among it.
+        "eval": [
+            "lmms-eval==0.7.3",
+            "accelerate==1.15.0",
+            "colorama==0.4.6",
+            "datasets==5.2.0",
+            "dill==0.4.1",
+            "evaluate==0.4.6",
+            "loguru==0.7.3",
+            "lxml==6.1.3",
+            "multiprocess==0.70.19",
+            "pandas==3.1.1",
+            "portalocker==4.4.2",
+            "pytz==2026.6",
+            "sacrebleu==2.6.0",
+            "tabulate==0.10.0",
+            "tenacity==9.2.1",
+        ],
         "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "pre-commit"],
         "quickstart": ["easy-vqa==1.0"],
     },

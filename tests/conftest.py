@@ -1,5 +1,6 @@
 """Skips with a reason, which ``ASVR_REQUIRE=gpu,slurm`` turns into failures."""
 
+import importlib.util
 import os
 import shutil
 
@@ -14,13 +15,15 @@ def _missing(need: str) -> str | None:
         return f"needs a GPU: {select()[1]}"
     if need == "slurm" and shutil.which("sbatch") is None:
         return "needs Slurm: no sbatch on PATH"
+    if need == "eval" and importlib.util.find_spec("lmms_eval") is None:
+        return "needs lmms-eval: run by `make test-eval`"
     return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here, or fail where the environment says that it must."""
     required = {need.strip() for need in os.environ.get("ASVR_REQUIRE", "").split(",")}
-    for need in ("gpu", "slurm"):
+    for need in ("gpu", "slurm", "eval"):
         reason = _missing(need) if item.get_closest_marker(need) else None
         if reason and need in required:
             pytest.fail(f"{reason}, but ASVR_REQUIRE names {need}", pytrace=False)

@@ -1,4 +1,4 @@
-"""`asvr eval`: answer a set of questions and compare with the references."""
+"""`asvr eval`: answer a set of questions and compare with the references, or run a suite."""
 
 import argparse
 
@@ -11,29 +11,49 @@ from megatron_asvr.cli.common import (
     start_ranks,
     write_report,
 )
+from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import ConfigError
+
+DEFAULT_NEW_TOKENS = 32
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
-    parser = commands.add_parser("eval", help="accuracy of a run by greedy answers, exact match")
-    parser.add_argument("model", metavar="RUN", help="run folder or checkpoint")
+    parser = commands.add_parser(
+        "eval", help="accuracy of a run by greedy answers, or an export on a suite of benchmarks"
+    )
+    parser.add_argument("model", metavar="RUN", help="run folder, checkpoint; --suite: HF folder")
     add_questions(parser)
+    parser.set_defaults(max_new_tokens=None)
     parser.add_argument(
         "--limit", type=positive, help="so many questions, spread evenly over all (default: all)"
     )
+    suite = parser.add_argument_group(
+        "suite", "--data and --out are folders then, and --limit takes the first of each benchmark"
+    )
+    suite.add_argument("--suite", choices=("asvr14",), help="the paper's benchmarks by lmms-eval")
+    suite.add_argument("--baseline", help="results.json of another model, to compare with")
+    suite.add_argument("--batch", type=positive, default=8, help="questions answered together")
+    suite.add_argument("--dry-run", action="store_true", help="list what is there, ask nothing")
     add_overrides(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, write the answers, print the accuracy."""
+    """Evaluate, write the answers, print the accuracy; or do so for a suite."""
+    if args.suite:
+        run_suite(args)
+        return
+    for name in ("baseline", "dry_run"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --suite asvr14")
     from megatron_asvr.train.evaluate import Questions, evaluate_run
 
     config, world = run_config(args)
     questions = Questions(
         source=question_source(args),
         limit=args.limit,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=args.max_new_tokens or DEFAULT_NEW_TOKENS,
     )
     result = start_ranks(evaluate_run, (args.model, questions, args.overrides), config, world)
     if result is None:
@@ -44,3 +64,34 @@ def run(args: argparse.Namespace) -> None:
         f"accuracy {result['accuracy']:.4f} ({result['num_correct']} of "
         f"{result['num_questions']} questions) in {result['seconds']:.0f} s"
     )
+
+
+def run_suite(args: argparse.Namespace) -> None:
+    """List the benchmarks, or ask all that have data and print the table."""
+    from megatron_asvr.hf.suite.report import plan_table, read, table
+    from megatron_asvr.launch.job import place
+    from megatron_asvr.train.suite import RESULTS, SuiteRun, evaluate_suite, plan
+
+    if args.images or args.overrides:
+        given = "--images" if args.images else args.overrides[0]
+        raise ConfigError(f"{given} does not belong to --suite; everything is in --data")
+    if args.dry_run:
+        print("\n".join(plan_table(plan(args.data))))
+        return
+    if not args.out:
+        raise ConfigError("--suite wants --out FOLDER, where answers are recorded as they come")
+    suite = SuiteRun(
+        model=args.model,
+        data=args.data,
+        out=args.out,
+        limit=args.limit,
+        batch=args.batch,
+        max_new_tokens=args.max_new_tokens,
+        baseline=args.baseline,
+    )
+    here = place()
+    world = here.world_size if here else args.ranks or 1
+    report = start_ranks(evaluate_suite, (suite,), Config(), world)
+    if report is not None:
+        print("\n".join(table(report, read(args.baseline) if args.baseline else None)))
+        print(f"results: {args.out}/{RESULTS}")

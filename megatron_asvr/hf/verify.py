@@ -124,8 +124,12 @@ def exported_dtype(folder: str | Path) -> torch.dtype:
     return stock.read_hf_config(folder).dtype
 
 
-def load_stock(folder: str | Path) -> tuple[Any, Any]:
-    """The model (fp32, eval) and processor of an exported folder, as a user would load them.
+def load_stock(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The model (for evaluation) and processor of an exported folder, as a user would load them.
+
+    Args:
+        folder: in Hugging Face format.
+        dtype: of the model.
 
     Raises:
         ConversionError: something is missing, left over, or does not load.
@@ -133,7 +137,7 @@ def load_stock(folder: str | Path) -> tuple[Any, Any]:
     library = transformers()
     try:
         model, info = getattr(library, LLAVA_ARCHITECTURE).from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True, output_loading_info=True
+            str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
         )
         processor = library.AutoProcessor.from_pretrained(str(folder), local_files_only=True)
     except Exception as e:  # transformers raises many types here, all of them about this folder

@@ -35,6 +35,9 @@ HOMES = {
     "transformer_engine": ("precision/", "platforms/"),
     "transformers": ("hf/",),
     "nvidia": ("data/dali/",),
+    "lmms_eval": ("hf/suite/lmms.py",),
+    "datasets": ("hf/suite/lmms.py",),
+    "loguru": ("hf/suite/lmms.py",),
     "wandb": ("train/metrics.py",),
     "mpi4py": ("launch/",),
 }

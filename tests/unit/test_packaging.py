@@ -36,6 +36,7 @@ EXTRAS = {
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "easy_vqa": "easy-vqa",
+    "lmms_eval": "lmms-eval",
     "megatron": "megatron-core",
     "nvidia": "nvidia-dali-cuda130",
     "transformer_engine": "transformer-engine",
