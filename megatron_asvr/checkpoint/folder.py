@@ -2,6 +2,7 @@
 
     config.yaml          the resolved configuration of the last start
     metrics.jsonl        one line per logged step or evaluation
+    bad_samples.jsonl    split, source, id, image and reason of every sample that cannot be used
     checkpoints/step_N/  complete checkpoints: the trained weights, optimizer and resume state
     frozen/              weights that are not trained, written once, named by their content
     attempts/K/          of the K-th start: rank logs, who started it, what it continued from
@@ -74,6 +75,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Logged steps and evaluations, one JSON object a line."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def bad_samples(self) -> Path:
+        """Samples that cannot be used, one JSON object a line."""
+        return self.root / "bad_samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -37,6 +37,7 @@ class ResumeState:
     samples: int = 0
     text_targets: int = 0
     visual_targets: int = 0
+    bad_samples: int = 0  # of samples: places that held nothing because an image was bad
     tokens: int = 0  # positions without padding
     data_hash: str = ""  # of all global batches so far, in order
     train_s: float = 0.0  # seconds spent in steps, over all attempts

@@ -176,6 +176,7 @@ def _check_data(config: Config) -> None:
     for name, shares in (
         ("codes_verify_fraction", (d.codes_verify_fraction,)),
         ("codes_max_flip", d.codes_max_flip),
+        ("max_bad_share", (d.max_bad_share,)),
         ("parity_max_flip", d.parity_max_flip or (0.0,)),
     ):
         _require(

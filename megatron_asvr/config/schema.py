@@ -222,6 +222,9 @@ class SourceConfig:
     max_samples: int | None = None  # at most so many in an epoch of the blend
 
 
+BadSample = Literal["replace", "drop", "fail"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """What is trained and evaluated on, and how samples become tokens."""
@@ -235,7 +238,8 @@ class DataConfig:
     pack_length: int | None = None  # positions of a packed sequence; default: max_length
     image_fit: Literal["square", "pad"] = "square"  # resize, or pad with the mean colour first
     blank_images: bool = False  # every image becomes the mean colour (the blind control)
-    on_bad_sample: Literal["replace", "error"] = "replace"  # replace: by the next good one, counted
+    on_bad_sample: BadSample = "replace"  # by a placeholder without loss; drop: from the order
+    max_bad_share: float = 0.1  # of a split's records; more bad ones stop the run
     pil_kinds: tuple[str, ...] = ()  # kinds of images that PIL decodes, not DALI: `jpeg_cmyk`
     parity_max_flip: tuple[float, ...] = ()  # share of codes DALI may flip, of all depths or each
     on_parity: Literal["refuse", "pil"] = "refuse"  # pil: PIL decodes kinds beyond parity_max_flip

@@ -12,6 +12,7 @@ its present state is not read again (data/images.py): making the index again, or
 kill, does only what is missing.
 """
 
+import copy
 import itertools
 import json
 from collections import Counter
@@ -222,6 +223,16 @@ class Lengths(Sequence[list[int]]):
         self._counts = pc.list_value_length(column).to_numpy()
         self._ends = np.cumsum(self._counts)
         self._values = pc.list_flatten(column).to_numpy()
+
+    def chosen(self, numbers: np.ndarray) -> "Lengths":
+        """Those of some samples."""
+        made = copy.copy(self)
+        made._counts, made._ends = self._counts[numbers], self._ends[numbers]
+        return made
+
+    def empty(self) -> list[int]:
+        """The samples that do not fit."""
+        return np.flatnonzero(self._counts == 0).tolist()
 
     def __len__(self) -> int:
         return len(self._ends)

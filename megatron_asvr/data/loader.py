@@ -1,15 +1,16 @@
 """The micro-batches of every step, for one rank.
 
-A step is a pure function of (seed, step): the order names its records, bad ones are replaced by the
-next good one in file order (a decision every rank can make alone, because all know the same bad
-images after ``prepare``), and every rank plans the whole global batch from the lengths of its
-samples (plan.py) and takes its part. All ranks have the same number of micro-batches; who runs out
+A step is a pure function of (seed, step): the order names its records. A bad one, or one of which
+nothing fits, keeps its place in the global batch but holds nothing: it adds to neither loss and to
+neither count (every rank knows that alone, because all know the same bad images after ``prepare``).
+Every rank plans the whole global batch from the lengths of its samples (plan.py) and takes its
+part. All ranks have the same number of micro-batches; who runs out
 of data has empty ones. One worker thread reads, decodes and collates ahead of the training step; it
 alone touches the images.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Literal
@@ -113,10 +114,30 @@ class Loader:
             group: ranks that share the work; all of them have to call. None: this process alone.
 
         Raises:
-            DataError: images are missing or bad and ``data.on_bad_sample`` is ``error``, or no
-                good record is left.
+            DataError: images are missing or bad and ``data.on_bad_sample`` is ``fail``, more than
+                ``data.max_bad_share`` of the records are bad, or no good record is left; or
+                ``loss.mode=official``, whose means over micro-batches know no placeholder.
         """
         self._sources.prepare(group=group)
+        if self._split == "train" and self._collator.official and self.num_bad(range(self.steps)):
+            raise DataError(
+                "loss.mode=official averages over micro-batches, so a bad sample cannot hold a "
+                f"place without loss: {self._sources.bad_samples[0]} and others; set "
+                "data.on_bad_sample=drop after `asvr data index`, or repair them"
+            )
+
+    @property
+    def bad_samples(self) -> list[dict[str, str | None]]:
+        """Source, id, image and reason of every bad sample of the split, as far as is known.
+
+        Samples of which nothing fits are among them where an index has their lengths.
+        """
+        return self._sources.bad_samples
+
+    def num_bad(self, steps: Iterable[int]) -> int:
+        """Places of some steps that hold nothing because an image is bad."""
+        numbers = (index for step in steps for index in self._order.indices(step))
+        return sum(not self._sources.is_good(number) for number in numbers)
 
     @property
     def num_samples(self) -> int:
@@ -137,8 +158,7 @@ class Loader:
         """This rank's micro-batches of one step; the next ones are prepared meanwhile.
 
         The list is as long on every rank, and a multiple of ``parallel.pp`` with ``parallel.vpp``.
-        Micro-batches without documents fill it up; ``eval``, which leaves out what cannot be used,
-        may have nothing else.
+        Micro-batches without documents fill it up.
 
         Raises:
             DataError: naming the step, the rank and the samples.
@@ -155,7 +175,7 @@ class Loader:
         return future.result()
 
     def sample_ids(self, step: int) -> list[str]:
-        """Ids of the records of a global batch, in order; bad ones are not replaced here."""
+        """Ids of the records of a global batch, in order, bad ones included."""
         return [self._sources.records[index].id for index in self._order.indices(step)]
 
     def imbalance(self, first_step: int) -> Imbalance:
@@ -188,7 +208,7 @@ class Loader:
         return self._worker.submit(self._pixels, keys).result()
 
     def report(self) -> dict[str, Any]:
-        """What was bad, replaced, cut, dropped or repeated, as plain values.
+        """What was bad, cut, dropped or repeated, as plain values.
 
         Counts of samples are of different samples that this rank has met so far, and each sample of
         a step is counted by one data-parallel rank; ``bad_images`` and ``bad_records`` are of the
@@ -242,9 +262,11 @@ class Loader:
             ) from error
 
     def _numbers(self, step: int) -> list[int]:
-        """The records of a global batch, in order, bad ones replaced."""
-        found = [self._usable(index) for index in self._order.indices(step)]
-        return [number for number in found if number is not None]
+        """The records of a global batch that hold something, in order."""
+        found = [index for index in self._order.indices(step) if self._usable(index)]
+        if not found and self._split == "train":
+            self._check_any_fits()
+        return found
 
     def _plan(self, numbers: Sequence[int]) -> Plan:
         """The plan looks at lengths; where an index has those, no sample is built for it."""
@@ -305,28 +327,26 @@ class Loader:
     def _pixels(self, keys: Sequence[str]) -> Tensor:
         return self._store.normalised(keys, self._sources.paths)
 
-    def _usable(self, index: int) -> int | None:
-        """The record, or the next usable one of its source; in ``eval`` None instead of another."""
-        own = self._order.neighbours(index)
-        for offset in range(len(own) if self._split == "train" else 1):
-            candidate = own[(index - own.start + offset) % len(own)]
-            if self._sources.is_good(candidate) and len(self._row_lengths(candidate)) > 0:
-                return candidate
-            kind = "replaced_samples" if self._split == "train" else "left_out_samples"
-            if self._view.dp_rank == 0:  # all ranks know; who adds their reports counts it once
-                self._count(kind, self._sources.records[index].id)
-                if self._sources.is_good(candidate):
-                    self._count("dropped_samples", self._sources.records[candidate].id)
-        if self._split == "eval":
-            return None
-        if not any(map(self._sources.is_good, own)):
-            raise DataError(
-                f"every image is bad in the source of {self._sources.records[index].id!r}; is "
-                "data.*.images its right folder?"
-            )
+    def _usable(self, index: int) -> bool:
+        """Whether a record holds anything; counted where it does not."""
+        good = self._sources.is_good(index)
+        if good and len(self._row_lengths(index)) > 0:
+            return True
+        if self._view.dp_rank == 0:  # all ranks know; who adds their reports counts it once
+            name = self._sources.records[index].id
+            self._count("placeholders", name)
+            if good:
+                self._count("dropped_samples", name)
+        return False
+
+    def _check_any_fits(self) -> None:
+        """Raise where no record can be trained on: that none of a step could be may be chance."""
+        total = len(self._sources.records)
+        if any(self._sources.is_good(n) and len(self._row_lengths(n)) for n in range(total)):
+            return
         dropping = self._config.data.on_overlong == "drop"
         raise DataError(
-            f"no usable record: none of {len(own)} fits into data.max_length="
+            f"no usable record: none of {total} fits into data.max_length="
             f"{self._config.data.max_length}; raise it"
             + (", or set data.on_overlong=cut_text" if dropping else "")
         )

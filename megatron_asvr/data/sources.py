@@ -5,7 +5,7 @@ Otherwise the records are read and every image is checked.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,11 @@ from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.data.cache import cache_root
 from megatron_asvr.data.decode import takes_pil
 from megatron_asvr.data.images import MISSING, Entry, ImageIndex
-from megatron_asvr.data.index import Lengths, open_index, text_rules
+from megatron_asvr.data.index import OVERLONG, Lengths, open_index, text_rules
 from megatron_asvr.data.records import Record, raise_problems, read_sources
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import Size
+from megatron_asvr.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,15 @@ class Sources:
         tokenizer: of the text, where lengths are asked for.
 
     Attributes:
-        records: all records, in order; bad ones included, so that indices do not depend on them.
+        records: all records, in order, bad ones included; with ``data.on_bad_sample=drop`` without
+            them.
         images: locations of the images of every record.
         sizes: number of records of every source.
         paths: a location for every content key, after :meth:`prepare`.
+        bad_samples: source, id, image and reason of every bad image of a record, after it.
 
     Raises:
-        DataError: a file or record has the wrong form.
+        DataError: a file or record has the wrong form, or ``drop`` is asked for without an index.
     """
 
     def __init__(
@@ -54,8 +57,7 @@ class Sources:
         tokenizer: TextTokenizer | None = None,
     ) -> None:
         self._config = config
-        self._pil_kinds = config.data.pil_kinds
-        self._policy = config.data.on_bad_sample
+        self._names = [source.name or source.path for source in sources]
         self._device = device
         self._tokenizer = tokenizer
         self._index = open_index(config, sources, tokenizer)
@@ -71,34 +73,80 @@ class Sources:
             self.images = [record.images for record in self.records]
             self.sizes = [len(part) for part in parts]
         self.paths: dict[str, str] = {}
+        self.bad_samples: list[dict[str, str | None]] = []
         self._bad: dict[str, str] = {}
         self._bad_records: frozenset[int] = frozenset()
+        self._num_bad_records = 0
+        self._kept: np.ndarray | None = None
+        if config.data.on_bad_sample == "drop":
+            self._drop()
 
     def prepare(self, *, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Know every image's state, from the index or by checking it; ``group`` shares the work.
 
         Raises:
-            DataError: images are bad and the policy is ``error``, or no record is good.
+            DataError: images are bad and the policy is ``fail``, more than ``data.max_bad_share``
+                of the records are bad, or no record of a source is good.
         """
-        wanted = list(dict.fromkeys(path for images in self.images for path in images))
-        if self._index is not None:
-            self._entries = self._index.entries()
-        else:
-            folder = cache_root(self._config)
-            checked = ImageIndex(self._config, folder=folder, device=self._device)
-            checked.prepare(wanted, group=group)
-            self._entries = checked.entries
-        reasons = ((path, self._entries[path].problem) for path in wanted)
+        if self._kept is None and self._index is not None:
+            self._judge(self._index.entries())
+        elif self._kept is None:
+            checked = ImageIndex(self._config, folder=cache_root(self._config), device=self._device)
+            checked.prepare(_each(self.images), group=group)
+            self._judge(checked.entries)
+        good = (path for path in _each(self.images) if path not in self._bad)
+        self.paths = {self.key(path): path for path in good}
+
+    def _judge(self, entries: dict[str, Entry]) -> None:
+        """Find the bad records; raise where the settings do not allow them."""
+        self._entries = entries
+        reasons = ((path, entries[path].problem) for path in _each(self.images))
         self._bad = {path: why for path, why in reasons if why is not None}
         self._bad_records = frozenset(
             number
             for number, images in enumerate(self.images)
             if any(path in self._bad for path in images)
         )
-        self.paths = {self.key(path): path for path in wanted if path not in self._bad}
-        all_bad = bool(self.records) and len(self._bad_records) == len(self.records)
-        if self._bad and (self._policy == "error" or all_bad):
-            self._refuse(all_bad)
+        self._num_bad_records = len(self._bad_records)
+        self._name(sorted(self._bad_records))
+        self._check_share()
+
+    def _name(self, numbers: Iterable[int]) -> None:
+        """Add bad records to ``bad_samples``, an image a line; without a bad one it is too long."""
+        ends = np.cumsum(self.sizes)
+        for number in numbers:
+            source = self._names[int(np.searchsorted(ends, number, side="right"))]
+            bad = [(path, self._bad[path]) for path in self.images[number] if path in self._bad]
+            for image, why in bad or [(None, OVERLONG)]:
+                record = {"source": source, "id": self.records[number].id}
+                self.bad_samples.append({**record, "image": image, "reason": why})
+
+    def _drop(self) -> None:
+        """Leave out the bad records, so that the order is over good ones."""
+        if self._index is None:
+            raise DataError(
+                "data.on_bad_sample=drop leaves out what `asvr data index` has found, and there is "
+                f"no index of {', '.join(self._names)}; run it with this configuration, or set "
+                "data.on_bad_sample=replace"
+            )
+        self._judge(self._index.entries())
+        hopeless = self.overlong()
+        self._name(sorted(hopeless))
+        dropped = self._bad_records | hopeless
+        kept = np.array([n for n in range(len(self.records)) if n not in dropped], dtype=np.int64)
+        ends = np.cumsum(self.sizes)
+        self.sizes = np.diff(np.searchsorted(kept, ends), prepend=0).tolist()
+        self.records = Chosen(self.records, kept)
+        self.images = [self.images[number] for number in kept]
+        self._bad_records, self._kept = frozenset(), kept
+
+    def overlong(self) -> frozenset[int]:
+        """Good records that the index knows not to fit, however questions are laid out."""
+        found = [self.lengths(branches=branches) for branches in (True, False)]
+        if found[0] is None or found[1] is None:
+            return frozenset()
+        empty = set(found[0].empty()) & set(found[1].empty())
+        return frozenset(empty - self._bad_records)
 
     def lengths(self, *, branches: bool) -> Lengths | None:
         """Lengths of every sample's rows, or None when no index has them."""
@@ -112,12 +160,15 @@ class Sources:
                 "measured when they are met; run `asvr data index` again",
                 self._index.folder,
             )
+        if found is not None and self._kept is not None:
+            return found.chosen(self._kept)
         return found
 
     def num_conversations(self) -> np.ndarray:
         """Conversations of every record."""
         if self._index is not None:
-            return self._index.records.num_conversations()
+            found = self._index.records.num_conversations()
+            return found if self._kept is None else found[self._kept]
         return np.array([len(record.conversations) for record in self.records])
 
     def is_good(self, number: int) -> bool:
@@ -153,24 +204,69 @@ class Sources:
         return {
             "records": len(self.records),
             "images": len(self.paths) + len(self._bad),
-            "bad_records": len(self._bad_records),
+            "bad_records": self._num_bad_records,
             "num_bad_images": len(self._bad),
-            "pil_images": {k: n for k, n in kinds.items() if takes_pil(k, self._pil_kinds)},
+            "pil_images": {
+                k: n for k, n in kinds.items() if takes_pil(k, self._config.data.pil_kinds)
+            },
             "bad_images": dict(list(self._bad.items())[:LISTED]),
         }
 
-    def _refuse(self, all_bad: bool) -> None:
+    def _check_share(self) -> None:
+        """Raise where there are more bad records than the settings allow."""
+        if not self._bad:
+            return
+        data, bad = self._config.data, len(self._bad_records)
+        ends = np.cumsum(self.sizes)
+        numbers = np.array(sorted(self._bad_records))
+        lost = np.diff(np.searchsorted(numbers, ends), prepend=0)
+        missing = all(why == MISSING for why in self._bad.values())
+        folder = "is data.*.images the right folder?"
+        for name, size, gone in zip(self._names, self.sizes, lost, strict=True):
+            if size and gone == size:
+                raise_problems(
+                    self._listed(), f"images cannot be used (no record of {name} is left; {folder})"
+                )
+        if data.on_bad_sample == "fail":
+            hint = folder if missing else "repair them, or set data.on_bad_sample=replace"
+            raise_problems(self._listed(), f"images cannot be used ({hint})")
+        if bad > data.max_bad_share * len(self.records):
+            share = (
+                f"of {bad} of {len(self.records)} records, more than "
+                f"data.max_bad_share={data.max_bad_share}; "
+            )
+            hint = folder if missing else "repair them, or raise it if the rest will do"
+            raise_problems(self._listed(), f"images cannot be used ({share}{hint})")
+
+    def _listed(self) -> list[str]:
         owner: dict[str, int] = {}
-        for number, images in enumerate(self.images):
-            for path in images:
+        for number in sorted(self._bad_records):
+            for path in self.images[number]:
                 owner.setdefault(path, number)
-        named = [
+        return [
             f"{path} (record {self.records[owner[path]].id}): {why}"
             for path, why in self._bad.items()
         ]
-        hint = "repair them, or set data.on_bad_sample=replace"
-        if all(why == MISSING for why in self._bad.values()):
-            hint = "is data.*.images the right folder?"
-        if all_bad:
-            hint = f"no record is left; {hint}"
-        raise_problems(named, f"images cannot be used ({hint})")
+
+
+class Chosen(Sequence[Record]):
+    """Some records of a sequence, in order.
+
+    Args:
+        records: all of them.
+        numbers: which.
+    """
+
+    def __init__(self, records: Sequence[Record], numbers: np.ndarray) -> None:
+        self._records, self._numbers = records, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._records[int(self._numbers[number])]
+
+
+def _each(images: Sequence[Sequence[str]]) -> list[str]:
+    """Every location once."""
+    return list(dict.fromkeys(path for paths in images for path in paths))

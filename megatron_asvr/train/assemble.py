@@ -59,7 +59,13 @@ class Data:
     @property
     def loaders(self) -> list[Loader]:
         """All splits."""
-        return [self.train] if self.held_out is None else [self.train, self.held_out]
+        return list(self.splits.values())
+
+    @property
+    def splits(self) -> dict[str, Loader]:
+        """All splits by name."""
+        held_out = {} if self.held_out is None else {"eval": self.held_out}
+        return {"train": self.train, **held_out}
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -133,7 +139,7 @@ def open_data(config: Config, *, groups: Groups) -> Data:
             )
             splits[split].prepare(group=groups.world)
             if groups.rank == 0:
-                _tell_bad_images(split, splits[split].report())
+                _tell_bad_images(split, splits[split].report(), config)
     return Data(
         train=splits["train"], held_out=splits.get("eval"), tokenizer=tokenizer, codes=cache
     )
@@ -184,11 +190,13 @@ def _open_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
 _HOW = {True: "share its tokens", False: "each repeat its tokens"}
 
 
-def _tell_bad_images(split: str, report: dict[str, Any]) -> None:
-    """Log which images cannot be used, before any of their records is replaced."""
+_DONE = {"replace": "replaced by placeholders without loss", "drop": "left out of the order"}
+
+
+def _tell_bad_images(split: str, report: dict[str, Any], config: Config) -> None:
+    """Log which images cannot be used, before any of their records is met."""
     if not report["num_bad_images"]:
         return
-    done = "replaced" if split == "train" else "left out"
     named = [f"{path}: {why}" for path, why in list(report["bad_images"].items())[:SHOWN]]
     logger.warning(
         "data.%s: %d of %d images cannot be used; their %d of %d records are %s:\n  %s",
@@ -197,7 +205,7 @@ def _tell_bad_images(split: str, report: dict[str, Any]) -> None:
         report["images"],
         report["bad_records"],
         report["records"],
-        done,
+        _DONE[config.data.on_bad_sample],
         "\n  ".join(named),
     )
 

@@ -86,6 +86,7 @@ def make_excerpt(config: Config, folder: Path, *, prepare: bool) -> Excerpt:
         eval=(),
         cache_dir=str(cache_root(config).absolute()),
         prefetch_batches=0,
+        on_bad_sample="fail",
     )
     return Excerpt(config=replace(config, data=data), samples=samples, replaced=replaced)
 
@@ -113,7 +114,7 @@ def _choose(
     replaced: dict[str, str],
     problems: list[str],
 ) -> list[Record]:
-    """The first records of the order; one with a bad image gives way as in training."""
+    """The first records of the order; one with a bad image gives way to the next."""
     steps = StepOrder(
         sizes,
         config.train.global_batch,
@@ -122,7 +123,7 @@ def _choose(
     )
     order = steps.indices(0)
     index.prepare([path for number in order for path in records[number].images])
-    tries = 1 if config.data.on_bad_sample == "error" else 1 + MAX_REPLACEMENTS
+    tries = 1 if config.data.on_bad_sample == "fail" else 1 + MAX_REPLACEMENTS
     chosen = []
     for number in order:
         candidates = (records[(number + k) % len(records)] for k in range(tries))

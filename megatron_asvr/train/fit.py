@@ -97,7 +97,7 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
     config = Config(
         run=RunConfig(dir=request.out),
         model=ModelConfig(vision=tokenizer.config.vision),
-        data=DataConfig(train=request.sources, image_fit=request.image_fit),
+        data=DataConfig(train=request.sources, image_fit=request.image_fit, max_bad_share=1.0),
     )
     images = Sources(config, request.sources, device=device)
     images.prepare(group=group)

@@ -112,11 +112,18 @@ def run_steps(
 
         train_s = time.perf_counter() - started
         window.add(result, agreement, data_s=data_s, train_s=train_s)
-        done = advance(done, agreement, samples=settings.global_batch, train_s=train_s)
+        done = advance(
+            done,
+            agreement,
+            samples=settings.global_batch,
+            bad_samples=data.train.num_bad([step]),
+            train_s=train_s,
+        )
         last = done.step == run.total_steps
 
         if last or due(done.step, settings.log_every_steps):
             values = {**window.values(), "lr": rate, **usage.values(groups=groups)}
+            values["bad_samples"] = done.bad_samples
             log.write(done.step, "train", {**values, "data_hash": done.data_hash})
             tell(groups, progress_line(values, step=done.step, total_steps=run.total_steps))
             check.judge(window.recount)
@@ -134,13 +141,14 @@ def run_steps(
 
 
 def advance(
-    done: ResumeState, agreement: Agreement, *, samples: int, train_s: float
+    done: ResumeState, agreement: Agreement, *, samples: int, bad_samples: int, train_s: float
 ) -> ResumeState:
     """Totals after one more step."""
     return replace(
         done,
         step=done.step + 1,
         samples=done.samples + samples,
+        bad_samples=done.bad_samples + bad_samples,
         text_targets=done.text_targets + agreement.text_count,
         visual_targets=done.visual_targets + agreement.visual_count,
         tokens=done.tokens + agreement.num_tokens,
@@ -199,6 +207,7 @@ def summary(run: Run, done: ResumeState) -> dict[str, Any]:
         "train": last_values(run.folder.metrics, "train"),
         "eval": last_values(run.folder.metrics, "eval"),
         "samples": done.samples,
+        "bad_samples": done.bad_samples,
         "tokens": done.tokens,
         "train_s": done.train_s,
         "peak_mem_bytes": [rank["peak_mem_bytes"] for rank in ranks],

@@ -110,7 +110,7 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
     """One line for a person.
 
     Args:
-        values: of a window, with ``lr``.
+        values: of a window, with ``lr``, and ``bad_samples`` since the run began.
         step: steps done.
         total_steps: steps of the whole run.
     """
@@ -125,7 +125,8 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
         line += f" codes of {values['codes_checked_images']} images checked, flips"
         line += f" [{' '.join(f'{v:.1%}' for v in shares)}]"
     line += f" ETA {clock((total_steps - step) * values['step_s'])}"
-    return f"{line} data {values['data_wait']:.0%}"
+    line += f" data {values['data_wait']:.0%}"
+    return line + (f" bad {values['bad_samples']}" if values.get("bad_samples") else "")
 
 
 def clock(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """What a run enters its loop with: fresh from its sources, or as its checkpoint left it."""
 
+import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_asvr.checkpoint.folder import RunFolder
+from megatron_asvr.checkpoint.folder import RunFolder, write_durably
 from megatron_asvr.checkpoint.identity import identity
 from megatron_asvr.checkpoint.load import (
     Resume,
@@ -118,6 +119,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     folder = RunFolder(config.run.dir)
     on_first(partial(require_same_run, folder, facts), group=groups.world)
     attempt = on_first(partial(_claim, folder), group=groups.world)
+    on_first(partial(_write_bad_samples, folder, data), group=groups.world)
     resume = _resume(folder, attempt, facts, groups)
     checkpoint = resume.meta
 
@@ -165,6 +167,17 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
             save_config(config, folder.config)
     _announce(run, origins)
     return run
+
+
+def _write_bad_samples(folder: RunFolder, data: Data) -> None:
+    """Name every sample that cannot be used in the run's folder."""
+    with folder.being_written():
+        lines = [
+            json.dumps({"split": split, **bad}) + "\n"
+            for split, loader in data.splits.items()
+            for bad in loader.bad_samples
+        ]
+        write_durably(folder.bad_samples, "".join(lines).encode())
 
 
 def number_of_steps(config: Config, loader: Loader) -> int:

@@ -28,7 +28,7 @@ def config(**changes):
             "language": {"vocab_size": 512, "hidden_size": 32, "num_heads": 4},
             "vision": {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_heads": 4},
         },
-        "data": {"template": "vicuna_short", "max_length": 256},
+        "data": {"template": "vicuna_short", "max_length": 256, "max_bad_share": 0.5},
         "train": {"global_batch": 4, "micro_batch": 1, "steps": 10},
     }
     for name, value in changes.items():

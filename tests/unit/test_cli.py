@@ -34,7 +34,7 @@ RESULT = {
             "bad_records": 1,
             "num_bad_images": 1,
             "bad_images": {"a.png": "missing file"},
-            "replaced_samples": 1,
+            "placeholders": 1,
             "damaged_code_parts": 0,
         }
     ],
@@ -84,7 +84,7 @@ def test_a_summary_tells_what_was_wrong_with_the_data_and_how_to_go_on():
     assert "not continued from: run/checkpoints/step_8/common.pt is damaged" in text
     assert "saves that failed: 2" in text
     assert "1,234 tokens; peak memory of a rank 2.00 GiB" in text
-    assert "rank 0: bad_records 1, num_bad_images 1, replaced_samples 1" in text
+    assert "rank 0: bad_records 1, num_bad_images 1, placeholders 1" in text
     clean = {"records": 13, "images": 12, "bad_records": 0, "num_bad_images": 0, "bad_images": {}}
     finished = summary_lines({**RESULT, "finished": True, "data": [clean]})
     assert not any("data of" in line or "stopped" in line for line in finished)

@@ -8,6 +8,7 @@ import torch
 
 from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.collate import WHOLE, View
+from megatron_asvr.data.index import build
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.pixels import PixelStore
 from megatron_asvr.data.sample import SampleBuilder
@@ -55,9 +56,8 @@ def corpus(folder, bad):
 
 def loader(folder, tokenizer, *, split="train", view=WHOLE, codes=None, **changes):
     sources = [{"path": str(folder / "train.json")}]
-    settings = config(
-        data__train=sources, data__eval=sources, data__cache_dir=str(folder / "cache"), **changes
-    )
+    where = {"data__cache_dir": str(folder / "cache"), **changes}
+    settings = config(data__train=sources, data__eval=sources, **where)
     made = Loader(
         settings,
         tokenizer,
@@ -81,7 +81,9 @@ def number(name):
 def flat(batches):
     """Everything of the micro-batches that must be equal, row by row."""
     return [
-        (batch.sample_ids, batch.tokens_BS.tolist(), batch.pixel_values_ICHW) for batch in batches
+        (batch.sample_ids, batch.tokens_BS.tolist(), batch.pixel_values_ICHW)
+        for batch in batches
+        if batch.sample_ids
     ]
 
 
@@ -117,13 +119,20 @@ def test_micro_batches_divide_the_batch(clean, tokenizer):
         assert made.steps == 6
 
 
-def test_bad_images_are_replaced_by_the_next_good_record(dirty, tokenizer):
+def test_bad_records_keep_their_places_and_hold_nothing(dirty, tokenizer):
     with loader(dirty, tokenizer, train__global_batch=NUM) as made:
         seen = ids(made.step(0))
-        put = {"r3": "r4", "r9": "r11", "r10": "r11", "r14": "r15"}
-        assert sorted(seen) == sorted(put.get(name, name) for name in made.sample_ids(0))
+        assert sorted(seen) == sorted(set(made.sample_ids(0)) - {f"r{bad}" for bad in BAD})
+        assert made.num_bad([0]) == 4
         report = made.report()
-    assert report["bad_records"] == report["num_bad_images"] == report["replaced_samples"] == 4
+        named = {bad["id"]: bad["reason"].split(":")[0] for bad in made.bad_samples}
+    assert named == {
+        "r3": "truncated",
+        "r9": "cannot be decoded",
+        "r10": "too many pixels",
+        "r14": "missing file",
+    }
+    assert report["bad_records"] == report["num_bad_images"] == report["placeholders"] == 4
     reasons = sorted(why.split(":")[0] for why in report["bad_images"].values())
     assert reasons == ["cannot be decoded", "missing file", "too many pixels", "truncated"]
 
@@ -132,20 +141,77 @@ def test_evaluation_meets_every_good_record_once(dirty, tokenizer):
     with loader(dirty, tokenizer, split="eval", train__global_batch=5) as made:
         seen = [i for step in range(made.steps) for i in sorted(ids(made.step(step)), key=number)]
         assert seen == [f"r{n}" for n in range(NUM) if n not in BAD]
-        assert made.report()["left_out_samples"] == 4
+        assert made.report()["placeholders"] == 4
+
+
+LAYOUTS = [(dp, cp, packing) for dp in (1, 2, 4) for cp in (1, 2) for packing in (False, True)]
+
+
+@pytest.mark.parametrize(("dp", "cp", "packing"), LAYOUTS)
+def test_bad_records_count_in_no_denominator(dirty, tokenizer, dp, cp, packing):
+    with loader(dirty, tokenizer, split="eval", train__global_batch=1) as made:
+        batches = [batch for step in range(NUM) for batch in made.step(step) if batch.sample_ids]
+        want = {
+            batch.sample_ids[0]: np.array([batch.num_text_targets, batch.num_visual_targets])
+            for batch in batches
+        }
+    assert len(want) == NUM - len(BAD)
+    views = [View(dp_rank=i, dp=dp, cp_rank=j) for i in range(dp) for j in range(cp)]
+    layout = {"data__packing": packing, "parallel__cp": cp, "train__global_batch": 7}
+    ranks = [loader(dirty, tokenizer, view=view, **layout) for view in views]
+    for step in range(4):
+        found = sum(
+            np.array([batch.num_text_targets, batch.num_visual_targets])
+            for rank in ranks
+            for batch in rank.step(step)
+        )
+        good = [name for name in ranks[0].sample_ids(step) if name in want]
+        assert len(good) == 7 - ranks[0].num_bad([step])
+        assert found.tolist() == sum(want[name] for name in good).tolist()
+    for rank in ranks:
+        rank.close()
+
+
+def test_too_many_bad_records_stop_the_run_before_it_starts(dirty, tokenizer):
+    with pytest.raises(
+        DataError, match=r"4 of 24 records, more than data\.max_bad_share=0\.16; repair.*\n.*r3"
+    ):
+        loader(dirty, tokenizer, data__max_bad_share=0.16)
+    loader(dirty, tokenizer, data__max_bad_share=4 / 24).close()
+
+
+def test_dropped_records_are_not_in_the_order(dirty, tokenizer, tmp_path):
+    changes = {"data__on_bad_sample": "drop", "data__cache_dir": str(tmp_path)}
+    with pytest.raises(DataError, match=r"there is no index.*on_bad_sample=replace"):
+        loader(dirty, tokenizer, **changes)
+    settings = config(data__train=[{"path": str(dirty / "train.json")}], **changes)
+    build(settings, settings.data.train, tokenizer, device=CPU)
+    with loader(dirty, tokenizer, train__global_batch=5, **changes) as made:
+        assert made.num_samples == NUM - len(BAD)
+        met = [name for step in range(4) for name in made.sample_ids(step)]
+        assert sorted(met, key=number) == [f"r{n}" for n in range(NUM) if n not in BAD]
+        assert sorted(ids(made.step(0))) == sorted(made.sample_ids(0))
+        assert made.num_bad(range(4)) == 0
+        assert {bad["id"] for bad in made.bad_samples} == {f"r{n}" for n in BAD}
+        assert made.report()["bad_records"] == 4
+
+
+def test_official_mode_takes_no_placeholders(dirty, tokenizer):
+    with pytest.raises(DataError, match=r"official averages over micro-batches.*drop"):
+        loader(dirty, tokenizer, loss__mode="official")
 
 
 def test_policy_error_names_the_images(dirty, tokenizer):
     with pytest.raises(
         DataError, match=r"(?s)4 images cannot be used.*3\.img \(record r3\): trunc"
     ):
-        loader(dirty, tokenizer, data__on_bad_sample="error")
+        loader(dirty, tokenizer, data__on_bad_sample="fail")
 
 
 def test_wrong_image_folder_is_an_error_under_every_policy(tmp_path, tokenizer):
     record = {"id": "r", "image": "gone.png", "conversations": ask("<image>", "red")}
     (tmp_path / "train.json").write_text(json.dumps([record]))
-    with pytest.raises(DataError, match=r"no record is left.*right folder"):
+    with pytest.raises(DataError, match=r"no record of .* is left.*right folder"):
         loader(tmp_path, tokenizer)
 
 
@@ -154,7 +220,7 @@ def test_one_missing_image_is_not_taken_for_all(clean, tokenizer, tmp_path):
         (tmp_path / name).write_bytes((clean / name).read_bytes())
     (tmp_path / "5.img").unlink()
     with pytest.raises(DataError, match=r"1 images cannot be used \(is data.*right folder\?\)"):
-        loader(tmp_path, tokenizer, data__on_bad_sample="error")
+        loader(tmp_path, tokenizer, data__on_bad_sample="fail")
 
 
 def test_an_image_that_breaks_later_names_step_rank_and_samples(tokenizer, tmp_path):
@@ -183,9 +249,9 @@ def test_overlong_records_are_replaced_and_counted(clean, tokenizer, tmp_path):
         assert report["cut_tokens"] == 1
         assert report["cut_tokens_total"] > 40
     with loader(tmp_path, tokenizer, train__global_batch=NUM, data__on_overlong="drop") as dropping:
-        assert ids(dropping.step(0)).count("r2") == 2
+        assert set(dropping.sample_ids(0)) - set(ids(dropping.step(0))) == {"r1"}
         report = dropping.report()
-        assert (report["dropped_samples"], report["replaced_samples"]) == (1, 1)
+        assert (report["dropped_samples"], report["placeholders"]) == (1, 1)
     with (
         loader(tmp_path, tokenizer, data__max_length=2) as hopeless,
         pytest.raises(DataError, match=r"none of \d+ fits into data.max_length=2; raise it"),
@@ -202,10 +268,11 @@ def test_a_source_without_a_good_image_is_named(clean, tokenizer, tmp_path):
         data__cache_dir=str(tmp_path / "cache"),
         train__global_batch=NUM + 1,
     )
-    with Loader(settings, tokenizer, split="train", device=CPU) as made:
+    with (
+        Loader(settings, tokenizer, split="train", device=CPU) as made,
+        pytest.raises(DataError, match=r"no record of .*other\.json is left.*right folder"),
+    ):
         made.prepare()
-        with pytest.raises(DataError, match="every image is bad in the source of 'lost'"):
-            made.step(0)
 
 
 def test_image_keys_and_codes(clean, tokenizer, tmp_path):

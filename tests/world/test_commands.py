@@ -213,7 +213,7 @@ def test_a_run_says_where_its_logs_are_and_what_it_came_to(trained, tmp_path, ca
     assert lines[0] == f"logs of the ranks: {run / 'attempts' / '0'}"
     assert f"run: {run}" in lines
     assert any(line.startswith("train at step 4: loss ") for line in lines)
-    assert "num_bad_images 1, replaced_samples 1" in lines[-1]
+    assert "num_bad_images 1, placeholders 1" in lines[-1]
     log = (run / "attempts" / "0" / "rank_0.log").read_text()
     assert "data.train: 1 of 12 images cannot be used; their 1 of 13 records are replaced" in log
     assert f"{files / 'images' / 'gone.png'}: missing file" in log
@@ -345,7 +345,7 @@ def test_a_mistake_found_by_a_rank_is_shown_as_itself(trained, tmp_path, capfd):
     (tmp_path / "train.json").write_text(json.dumps(records))
     source = f"data.train=[{{path: {tmp_path / 'train.json'}, images: {files / 'images'}}}]"
     train = ["train", str(folder / "run.yaml"), source, f"run.dir={tmp_path / 'run'}"]
-    assert main([*train, "data.on_bad_sample=error"]) == 1
+    assert main([*train, "data.on_bad_sample=fail"]) == 1
     printed = capfd.readouterr().err
     assert printed.startswith("asvr train: DataError: ")
     assert "gone.png" in printed

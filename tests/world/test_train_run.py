@@ -276,7 +276,7 @@ def test_official_mode_trains_on_one_conversation_a_record() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_bad_images_are_replaced_and_reported() -> None:
+def test_bad_images_hold_places_without_loss_and_are_named() -> None:
     folder = files().parent / "bad_files"
     make_files(folder, images=6)
     (folder / "images" / "2.png").write_bytes(b"no image")
@@ -285,9 +285,23 @@ def test_bad_images_are_replaced_and_reported() -> None:
     result = run_ranks(train, (config,), 1, timeout_s=240)
     (report,) = result["data"]
     assert report["num_bad_images"] == 2
-    assert report["replaced_samples"] == 2
+    assert report["placeholders"] == 2
+    run = RunFolder(config.run.dir)
+    named = [json.loads(line) for line in run.bad_samples.read_text().splitlines()]
+    assert [(bad["split"], bad["id"], bad["reason"][:12]) for bad in named] == [
+        ("train", "q2", "not an image"),
+        ("train", "q3", "missing file"),
+    ]
+    met = [json.loads(line)["bad_samples"] for line in run.metrics.open() if '"train"' in line]
+    assert met[-1] == result["bad_samples"] > 0
+    # The counts of targets, and so the losses, are those of what is left, whatever the layout.
+    other = run_config(
+        folder, folder.parent / "bad_run_2", data__eval=[], data__packing=True, parallel__tp=1
+    )
+    assert run_ranks(train, (other,), 2, timeout_s=240)["finished"]
+    assert losses(folder.parent / "bad_run_2") == pytest.approx(losses(run.root), rel=1e-5)
     config = run_config(
-        folder, folder.parent / "strict_run", data__eval=[], data__on_bad_sample="error"
+        folder, folder.parent / "strict_run", data__eval=[], data__on_bad_sample="fail"
     )
     with pytest.raises(LaunchError, match=r"(?s)DataError: .*2\.png"):
         run_ranks(train, (config,), 1, timeout_s=240)
