@@ -232,7 +232,7 @@ class Sources:
             raise_problems(self._listed(), f"images cannot be used ({hint})")
         if bad > data.max_bad_share * len(self.records):
             share = (
-                f"of {bad} of {len(self.records)} records, more than "
+                f"{bad} of {len(self.records)} records, more than "
                 f"data.max_bad_share={data.max_bad_share}; "
             )
             hint = folder if missing else "repair them, or raise it if the rest will do"

@@ -281,7 +281,8 @@ def test_bad_images_hold_places_without_loss_and_are_named() -> None:
     make_files(folder, images=6)
     (folder / "images" / "2.png").write_bytes(b"no image")
     (folder / "images" / "3.png").unlink()
-    config = run_config(folder, folder.parent / "bad_run", data__eval=[])
+    bad = {"data__eval": [], "data__max_bad_share": 0.5}
+    config = run_config(folder, folder.parent / "bad_run", **bad)
     result = run_ranks(train, (config,), 1, timeout_s=240)
     (report,) = result["data"]
     assert report["num_bad_images"] == 2
@@ -295,9 +296,7 @@ def test_bad_images_hold_places_without_loss_and_are_named() -> None:
     met = [json.loads(line)["bad_samples"] for line in run.metrics.open() if '"train"' in line]
     assert met[-1] == result["bad_samples"] > 0
     # The counts of targets, and so the losses, are those of what is left, whatever the layout.
-    other = run_config(
-        folder, folder.parent / "bad_run_2", data__eval=[], data__packing=True, parallel__tp=1
-    )
+    other = run_config(folder, folder.parent / "bad_run_2", data__packing=True, **bad)
     assert run_ranks(train, (other,), 2, timeout_s=240)["finished"]
     assert losses(folder.parent / "bad_run_2") == pytest.approx(losses(run.root), rel=1e-5)
     config = run_config(
