@@ -14,7 +14,8 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
-	test-mcore19 test-eval test-torture bench bench-short check format docs clean
+	test-mcore19 test-eval test-torture bench bench-short bench-convert bench-convert-short check \
+	format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -79,6 +80,12 @@ bench: setup  ## packing against its lower bound, DALI against PIL, waiting for 
 bench-short: setup  ## the same in seconds
 	$(BIN)/python -m benchmarks.packing --batches 1
 	$(BIN)/python -m benchmarks.images --short
+
+bench-convert: setup  ## convert a synthetic 8 GB model: speed beside a copy, peak memory
+	$(BIN)/python -m benchmarks.convert
+
+bench-convert-short: setup  ## the same with 0.2 GB, to see that it works
+	$(BIN)/python -m benchmarks.convert --gb 0.2
 
 check: setup  ## lint, formatting and types
 	$(BIN)/ruff check .

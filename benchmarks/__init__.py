@@ -1,1 +1,1 @@
-"""Measurements: each file is a program, run by `make bench` and, reduced, by CI."""
+"""Measurements: each file is a program, run by `make bench` or `make bench-convert`, and by CI."""

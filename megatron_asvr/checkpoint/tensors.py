@@ -29,7 +29,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-CHUNK_BYTES = 8 << 20  # blocks above 32 MB are given back to the system each time, which is slow
+CHUNK_BYTES = 1 << 20  # it stays in the cache of a core; measured best among 256 KB to 8 MB
 
 
 @dataclass(frozen=True, slots=True)

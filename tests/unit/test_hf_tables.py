@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_asvr.errors import ConversionError
-from megatron_asvr.hf import export, stock, tables
+from megatron_asvr.hf import export, official, stock, tables
 from tests.unit import hf_models
 
 FAMILIES = list(hf_models.LANGUAGES)
@@ -19,6 +19,16 @@ def test_grouped_qkv_is_per_group_queries_then_key_then_value():
     assert [p.tolist() for p in layout.split(whole)] == [q.tolist(), k.tolist(), v.tolist()]
 
 
+def gathered(rule, parts, step):
+    """Our tensor, from the places of its elements in the parts, so many at a time."""
+    out = torch.empty(rule.shape).flatten()
+    for start in range(0, out.numel(), step):
+        chunk = out[start : start + step]
+        for name, begin, place in rule.cut(start, start + chunk.numel()):
+            chunk[place] = parts[name].flatten()[begin : begin + place.stop - place.start]
+    return out.view(rule.shape)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_rule_is_undone(family):
     cfg = hf_models.config(family)
@@ -28,6 +38,7 @@ def test_every_rule_is_undone(family):
         parts = dict(rule.split(x))
         assert {k: tuple(v.shape) for k, v in parts.items()} == dict(rule.parts)
         assert torch.equal(rule.join(parts.__getitem__), x)
+        assert torch.equal(gathered(rule, parts, step=x[0].numel()), x)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,6 +60,22 @@ def test_settings_survive_the_way_through_transformers(family):
         if key not in ("num_kv_heads", "head_dim"):
             assert getattr(found, key) == getattr(model.language, key), key
     assert stock.vision_from(config, "here") == model.vision
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "part"),
+    [
+        (official.PerDepth(3), (3, 4, 2), (4, 6)),
+        (official.Stacked(), (3, 2, 2), (6, 2)),
+        (official.WithoutLast(), (4, 3), (5, 3)),
+    ],
+)
+def test_official_layouts_say_where_each_element_lies(layout, shape, part):
+    x = torch.arange(float(torch.Size(part).numel())).view(part)
+    rule = tables.Rule("ours", shape, (("theirs", part),), layout)
+    wanted = rule.join(lambda _: x)
+    for step in (5, 100):
+        assert torch.equal(gathered(rule, {"theirs": x}, step), wanted)
 
 
 def test_completeness_names_counts_and_first_offenders():
