@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--kind",
         choices=("llava", "text"),
         default="llava",
-        help="LlavaForConditionalGeneration (default), or the language model alone",
+        help="LLaVA, or LLaVA-NeXT of any resolution (default), or the language model alone",
     )
     export.add_argument(
         "--no-verify", action="store_true", help="do not compare what was written with the run"

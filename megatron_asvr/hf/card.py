@@ -3,15 +3,15 @@
 import torch
 
 from megatron_asvr.config.schema import Config
-from megatron_asvr.hf.stock import LLAVA_ARCHITECTURE, TEXT_ARCHITECTURES
+from megatron_asvr.hf.stock import TEXT_ARCHITECTURES, WHOLE
 
 _FIT = {
     "pad": "padded to a square with grey (127) first, then resized",
     "square": "resized to a square",
 }
-_LOAD_LLAVA = """from transformers import AutoProcessor, LlavaForConditionalGeneration
+_LOAD_WHOLE = """from transformers import AutoProcessor, {name}
 
-model = LlavaForConditionalGeneration.from_pretrained(folder)
+model = {name}.from_pretrained(folder)
 processor = AutoProcessor.from_pretrained(folder)"""
 _LOAD_TEXT = """from transformers import AutoModelForCausalLM, {loader}
 
@@ -33,7 +33,9 @@ def model_card(
     """
     language, vision = config.model.language, config.model.vision
     llava = kind == "llava"
-    name = LLAVA_ARCHITECTURE if llava else TEXT_ARCHITECTURES[language.family]
+    resolution = config.model.resolution
+    whole = WHOLE[resolution.mode != "single"]
+    name = whole if llava else TEXT_ARCHITECTURES[language.family]
     facts = [
         f"language model: {language.family}, {language.num_layers} layers, width "
         f"{language.hidden_size}, vocabulary {language.vocab_size}",
@@ -46,6 +48,9 @@ def model_card(
             f"images: {_FIT[config.data.image_fit]} to {vision.image_size} px (bicubic), "
             f"{vision.num_patches} tokens each",
         ]
+        if resolution.mode == "anyres":
+            grids = ", ".join(f"{rows} x {columns}" for rows, columns in resolution.grids)
+            facts.append(f"and the tiles of the best of these grids (rows x columns): {grids}")
     if has_head:
         facts.append(
             "`visual_head.safetensors`, `visual_head_config.json`: the head that predicted image "
@@ -65,7 +70,7 @@ def model_card(
             *(f"- {fact}" for fact in facts),
             "",
             "```python",
-            _LOAD_LLAVA if llava else _LOAD_TEXT.format(loader=loader),
+            _LOAD_WHOLE.format(name=name) if llava else _LOAD_TEXT.format(loader=loader),
             "```",
             "",
             "Licence and limits follow from the weights and data it was trained from.",

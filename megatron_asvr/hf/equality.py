@@ -22,6 +22,7 @@ from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.hf.memory import in_memory
+from megatron_asvr.hf.resolution import same_images
 from megatron_asvr.hf.source import Source, parts_of
 from megatron_asvr.hf.stream import flat_chunks, run_all
 
@@ -117,6 +118,9 @@ def _opened(folder: Path, origin: Origin) -> Source:
     wanted = {name: tensor.shape for name, tensor in origin.tensors.items()}
     tables.check_complete(f"{folder} against {origin.name}", got, wanted)
     source.check_fits(origin.model, parts_of(source.names))
+    ours, theirs = origin.model.resolution, source.model.resolution
+    if source.holds("projector") and not same_images(ours, theirs):
+        raise ConversionError(f"{folder} sees images by {theirs}; wanted {ours}")
     if source.kind != "asvr":
         _check_stock(source)
     return source

@@ -101,13 +101,8 @@ def export(
 
 def _stock_config(model: ModelConfig, ids: TokenIds, kind: str) -> tuple[Any, str]:
     if kind == "llava":
-        if model.resolution.mode != "single":
-            raise ConversionError(
-                f"model.resolution.mode={model.resolution.mode} cannot be exported yet; kind=text "
-                "exports the language model alone"
-            )
         config = stock.llava_config(model, ids.special(), ids.image)
-        return config, stock.LLAVA_ARCHITECTURE
+        return config, stock.WHOLE[model.resolution.mode != "single"]
     if kind != "text":
         raise ConversionError(f"kind is {kind!r}; allowed are 'llava' and 'text'")
     config = stock.text_config(model.language, ids.special())
@@ -116,7 +111,7 @@ def _stock_config(model: ModelConfig, ids: TokenIds, kind: str) -> tuple[Any, st
 
 def _checked_rules(model: ModelConfig, config: Any, architecture: str) -> dict[str, tables.Rule]:
     """Our table by name, after it was found to fill the stock model exactly."""
-    llava = architecture == stock.LLAVA_ARCHITECTURE
+    llava = architecture in stock.WHOLE
     rules = tables.llava_rules(model) if llava else tables.text_rules(model.language)
     written = in_memory(tables.source_shapes(rules), llava=llava)
     wanted = stock.stock_shapes(architecture, config)

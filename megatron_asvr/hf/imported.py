@@ -100,6 +100,8 @@ def _write_settings(
     model = to_dict(Config(model=source.model))["model"]
     model["language"]["vocab_size"] = max(model["language"]["vocab_size"], rows)
     kept: dict[str, Any] = {SETTINGS[p]: model[SETTINGS[p]] for p in parts_of(source.names)}
+    if "projector" in kept:
+        kept["resolution"] = model["resolution"]
     home = out.resolve()
     kept |= {name: str(home / file) for name, file in files.items()}
     init: dict[str, Any] = {"all": str(home)}

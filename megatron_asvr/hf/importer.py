@@ -12,6 +12,7 @@ from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.files import open_weights, read_json
 from megatron_asvr.hf.imported import REPORT, read_imported
+from megatron_asvr.hf.resolution import resolution_from
 from megatron_asvr.hf.source import Source, drop_tied_copy, matched, sort_out
 from megatron_asvr.hf.stock import language_config_from_hf, vision_config_from_hf
 
@@ -44,7 +45,7 @@ KINDS = {
             (r"^model\.language_model\.", "language_model.model."),
             (r"^lm_head\.", "language_model.lm_head."),
             (r"^(model\.)?vision_tower\.(vision_model\.)?", _TOWER),
-            (r"^model\.multi_modal_projector\.", "multi_modal_projector."),
+            (r"^model\.(?=multi_modal_projector\.|image_newline$)", ""),
         ),
         f"{_BUFFERS}|{_POOLING}",
     ),
@@ -63,7 +64,7 @@ RULES = {
     "vision": lambda model: tables.vision_rules(model.vision),
 }
 ARCHITECTURES = {
-    stock.LLAVA_ARCHITECTURE: "llava",
+    **dict.fromkeys(stock.WHOLE, "llava"),
     "SiglipModel": "vision",
     "SiglipVisionModel": "vision",
     **dict.fromkeys(stock.TEXT_ARCHITECTURES.values(), "text"),
@@ -97,6 +98,7 @@ def read_folder(path: str | Path, *, allow_missing: Sequence[str] = ()) -> Sourc
         model = replace(model, language=stock.language_from(config, str(folder)))
     if kind != "text":
         model = replace(model, vision=stock.vision_from(config, str(folder)))
+        model = replace(model, resolution=resolution_from(config, str(folder)))
     on_disk, ignored = sort_out(folder, open_weights(folder), partial(_known_as, kind=KINDS[kind]))
     if kind != "vision" and model.language.tied_embeddings:
         drop_tied_copy(folder, on_disk)

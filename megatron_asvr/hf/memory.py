@@ -44,4 +44,6 @@ def _renamed(name: str, llava: bool) -> str:
     name = name.replace("language_model.lm_head", "lm_head", 1)
     name = name.replace("language_model.model.", "model.language_model.", 1)
     name = name.replace(tables.HF_VISION, "model.vision_tower.", 1)
+    if name == tables.NEWLINE:
+        return f"model.{name}"
     return name.replace(tables.HF_PROJECTOR, f"model.{tables.HF_PROJECTOR}", 1)

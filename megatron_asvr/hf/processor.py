@@ -24,6 +24,7 @@ from megatron_asvr.data.hub_text import (
 from megatron_asvr.data.text import IMAGE_TOKEN, SENTENCEPIECE_MODEL, SPACE, TextTokenizer
 from megatron_asvr.errors import ConversionError, DataError
 from megatron_asvr.hf.files import read_json, write_json
+from megatron_asvr.hf.resolution import stock_pinpoints
 from megatron_asvr.hf.stock import transformers
 
 MEAN = STD = 0.5  # SigLIP's
@@ -290,7 +291,7 @@ def copy_tokenizer(source: Path, target: Path) -> TextTokenizer | None:
 
 
 def build_processor(config: Config, tokenizer: Any, chat_template: str | None) -> Any:
-    """The stock LLaVA processor that reproduces this project's preprocessing.
+    """The stock processor of LLaVA or LLaVA-NeXT that reproduces this project's preprocessing.
 
     Args:
         config: the run; its vision sizes and ``data.image_fit`` decide.
@@ -298,10 +299,18 @@ def build_processor(config: Config, tokenizer: Any, chat_template: str | None) -
         chat_template: Jinja text, or None.
     """
     library, vision = transformers(), config.model.vision
+    pinpoints = stock_pinpoints(config.model)
     square = {"height": vision.image_size, "width": vision.image_size}
-    images = library.models.llava.image_processing_pil_llava.LlavaImageProcessorPil(
+    if pinpoints is None:
+        form = library.models.llava.image_processing_pil_llava.LlavaImageProcessorPil
+        kind, own = library.LlavaProcessor, {"do_pad": config.data.image_fit == "pad"}
+    else:
+        form = library.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil
+        # Its do_pad gives images of a batch the same number of views.
+        kind, own = library.LlavaNextProcessor, {"do_pad": True, "image_grid_pinpoints": pinpoints}
+    images = form(
+        **own,
         do_convert_rgb=True,
-        do_pad=config.data.image_fit == "pad",
         do_resize=True,
         size=square,
         resample=BICUBIC,
@@ -313,7 +322,7 @@ def build_processor(config: Config, tokenizer: Any, chat_template: str | None) -
         image_mean=[MEAN] * 3,
         image_std=[STD] * 3,
     )
-    return library.LlavaProcessor(
+    return kind(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,

@@ -17,6 +17,7 @@ from megatron_asvr.config.schema import (
     VisionConfig,
 )
 from megatron_asvr.errors import ConversionError
+from megatron_asvr.hf.resolution import NEXT_ARCHITECTURE, NEXT_TYPE, stock_pinpoints
 
 TEXT_ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -35,6 +36,7 @@ TEXT_CONFIGS = {
     "qwen3_moe": "Qwen3MoeConfig",
 }
 LLAVA_ARCHITECTURE = "LlavaForConditionalGeneration"
+WHOLE = (LLAVA_ARCHITECTURE, NEXT_ARCHITECTURE)  # with images
 VISION_MODEL_TYPE = "siglip_vision_model"
 VARIABLE_RESOLUTION = (
     "a SigLIP2 encoder of variable resolution (naflex) has other patch embeddings and positions; "
@@ -262,7 +264,7 @@ def vision_from(config: Any, where: str, *, feature_layer: int = -2) -> VisionCo
             "(SigLIP, and SigLIP2 with a fixed resolution) can be converted"
         )
     _require(where, vision, hidden_act=("gelu_pytorch_tanh",), num_channels=(3,))
-    if config.model_type == "llava":
+    if config.model_type in ("llava", NEXT_TYPE):
         _require(where, config, vision_feature_select_strategy=("full",))
         _require(where, config, projector_hidden_act=("gelu",), multimodal_projector_bias=(True,))
         feature_layer = config.vision_feature_layer
@@ -333,8 +335,12 @@ def text_config(language: LanguageConfig, ids: dict[str, int | None]) -> Any:
 
 
 def llava_config(model: ModelConfig, ids: dict[str, int | None], image_token_id: int) -> Any:
-    """The transformers configuration of the whole model."""
-    vision = model.vision
+    """The transformers configuration of the whole model: LLaVA, or any-resolution LLaVA-NeXT.
+
+    Raises:
+        ConversionError: the model has no stock form.
+    """
+    vision, pinpoints = model.vision, stock_pinpoints(model)
     tower = {
         "hidden_size": vision.hidden_size,
         "num_hidden_layers": vision.num_layers,
@@ -357,7 +363,9 @@ def llava_config(model: ModelConfig, ids: dict[str, int | None], image_token_id:
         tie_word_embeddings=model.language.tied_embeddings,
         **ids,
     )
-    return _build("LlavaConfig", given)
+    if pinpoints is None:
+        return _build("LlavaConfig", given)
+    return _build("LlavaNextConfig", given | {"image_grid_pinpoints": pinpoints})
 
 
 def _build(kind: str, given: dict[str, Any]) -> Any:

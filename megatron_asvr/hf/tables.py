@@ -26,6 +26,7 @@ LM, HF_LM = "language_model.", "language_model."
 VISION, HF_VISION = "vision_encoder.", "vision_tower.vision_model."
 PROJECTOR, HF_PROJECTOR = "projector.", "multi_modal_projector."
 HEAD = "visual_head."
+NEWLINE = "image_newline"
 SHOWN_OFFENDERS = 5
 
 
@@ -273,10 +274,13 @@ def vision_rules(vision: VisionConfig) -> list[Rule]:
 
 
 def projector_rules(model: ModelConfig) -> list[Rule]:
-    """Rules of the two-layer projector from encoder features to the language model's width."""
+    """Rules of the projector from encoder features to the language model's width."""
     out, feature = model.language.hidden_size, model.vision.hidden_size
     shapes = _linear("linear_1", out, feature) + _linear("linear_2", out, out)
-    return _renamed(PROJECTOR, HF_PROJECTOR, shapes)
+    rules = _renamed(PROJECTOR, HF_PROJECTOR, shapes)
+    if model.resolution.newline:
+        rules.append(Rule(PROJECTOR + NEWLINE, (out,), ((NEWLINE, (out,)),)))
+    return rules
 
 
 def llava_rules(model: ModelConfig) -> list[Rule]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_asvr.data import locations
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock
-from megatron_asvr.hf.stock import LLAVA_ARCHITECTURE, transformers
+from megatron_asvr.hf.stock import transformers
 
 # fp32 against fp32 of the same weights; the orders of summation differ.
 LOGITS_TOLERANCE = 1e-4
@@ -136,7 +136,8 @@ def load_stock(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[
     """
     library = transformers()
     try:
-        model, info = getattr(library, LLAVA_ARCHITECTURE).from_pretrained(
+        (architecture,) = stock.read_hf_config(folder).architectures
+        model, info = getattr(library, architecture).from_pretrained(
             str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
         )
         processor = library.AutoProcessor.from_pretrained(str(folder), local_files_only=True)
@@ -157,14 +158,15 @@ def _compare(model: Any, processor: Any, sample: VerifySample, max_new_tokens: i
     theirs = tuple(inputs["input_ids"][0].tolist())
     if theirs != sample.token_ids:
         mismatches.append(f"{sample.name}: ids {_difference(sample.token_ids, theirs)}")
-    pixels = _pixel_difference(sample, inputs.get("pixel_values"))
+    their_pixels, sizes = _views(model, inputs)
+    pixels = _pixel_difference(sample, their_pixels)
     if sample.messages is not None:
         text = processor.apply_chat_template(sample.messages, add_generation_prompt=True)
         if text != sample.prompt:
             mismatches.append(f"{sample.name}: chat template {text!r}, prompt {sample.prompt!r}")
     ours_TS = torch.tensor([sample.token_ids])
-    logits = model(input_ids=ours_TS, pixel_values=sample.pixel_values_ICHW).logits[0]
-    whole = model(input_ids=ours_TS, pixel_values=inputs.get("pixel_values")).logits[0]
+    logits = model(input_ids=ours_TS, pixel_values=sample.pixel_values_ICHW, **sizes).logits[0]
+    whole = model(input_ids=ours_TS, pixel_values=their_pixels, **sizes).logits[0]
     if logits.shape != sample.logits_ST.shape:
         raise ConversionError(
             f"{sample.name}: our logits have shape {tuple(sample.logits_ST.shape)}, "
@@ -186,6 +188,18 @@ def _compare(model: Any, processor: Any, sample: VerifySample, max_new_tokens: i
         "logits_max_abs_own_pixels": float((whole - sample.logits_ST).abs().max()),
         "top1_agreement": float((logits.argmax(-1) == sample.logits_ST.argmax(-1)).double().mean()),
     }
+
+
+def _views(model: Any, inputs: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """The processor's pixels [I, C, H, W] of all views, and what else the model asks about them."""
+    pixels, sizes = inputs.get("pixel_values"), inputs.get("image_sizes")
+    if sizes is None:
+        return pixels, {}
+    side, pinpoints = model.config.vision_config.image_size, model.config.image_grid_pinpoints
+    count = transformers().models.llava_next.modeling_llava_next.image_size_to_num_patches
+    counts = [count(size, pinpoints, side) for size in sizes]
+    views = [own[:n] for own, n in zip(pixels, counts, strict=True)]
+    return torch.cat(views), {"image_sizes": sizes}
 
 
 def _pictures(images: Sequence[Any]) -> list[Any]:
