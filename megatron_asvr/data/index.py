@@ -48,7 +48,7 @@ from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import ImageLayouts, Size
 from megatron_asvr.errors import DataError
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 OVERLONG = "nothing of it fits into data.max_length"
@@ -170,6 +170,7 @@ class Index:
     Attributes:
         folder: it lies in.
         manifest: its counts and files.
+        samples: the table that data/samples.py describes.
         images: locations of the images of every sample.
         records: every sample's record, read when it is asked for.
         sizes: number of samples of every source.
@@ -177,10 +178,10 @@ class Index:
 
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder, self.manifest = folder, manifest
-        self._samples = pa.concat_tables(_open(folder / name) for name in manifest["parts"])
+        self.samples = pa.concat_tables(_open(folder / name) for name in manifest["parts"])
         self._states = _open(folder / manifest["images"])
-        self.images: list[list[str]] = self._samples["images"].to_pylist()
-        self.records = IndexedRecords(self._samples)
+        self.images: list[list[str]] = self.samples["images"].to_pylist()
+        self.records = IndexedRecords(self.samples)
         self.sizes: list[int] = [source["samples"] for source in manifest["sources"]]
 
     def entries(self) -> dict[str, Entry]:
@@ -193,7 +194,7 @@ class Index:
         """Lengths of the rows of every sample, or None when they were made by other rules."""
         if rules != self.manifest["lengths"]:
             return None
-        return Lengths(self._samples["lengths" if branches else "flat_lengths"])
+        return Lengths(self.samples["lengths" if branches else "flat_lengths"])
 
 
 class IndexedRecords(Sequence[Record]):

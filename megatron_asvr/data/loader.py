@@ -28,7 +28,7 @@ from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
-from megatron_asvr.data.plan import Imbalance, Plan, Planner, RowFacts
+from megatron_asvr.data.plan import Imbalance, Planner, RowFacts
 from megatron_asvr.data.sample import Row, Sample, SampleBuilder
 from megatron_asvr.data.sources import Sources
 from megatron_asvr.data.text import TextTokenizer
@@ -184,8 +184,21 @@ class Loader:
         From the index over ``PLANNED_STEPS``; without one over one step, whose samples are built.
         """
         steps = range(first_step, first_step + (PLANNED_STEPS if self._lengths is not None else 1))
-        future = self._worker.submit(lambda: [self._plan(self._numbers(step)) for step in steps])
-        return self._planner.imbalance(future.result(), self._view.dp)
+        plans = [self._planner.plan(self.facts(step)) for step in steps]
+        return self._planner.imbalance(plans, self._view.dp)
+
+    def facts(self, step: int) -> list[list[RowFacts]]:
+        """Lengths and images of the rows of each sample of a global batch, in order."""
+        return self._worker.submit(lambda: self._facts(self._numbers(step))).result()
+
+    def samples(self, step: int) -> list[tuple[Sample, list[list[str]]]]:
+        """The samples of a global batch, in order, each with the keys of every picture's views."""
+
+        def built() -> list[tuple[Sample, list[list[str]]]]:
+            found = [self._built(number) for number in self._numbers(step)]
+            return [(sample, self._views(sample, sample.rows[0])) for sample in found]
+
+        return self._worker.submit(built).result()
 
     def image_keys(self) -> list[str]:
         """Keys of all views of the split's good images; the same list on every rank."""
@@ -268,13 +281,13 @@ class Loader:
             self._check_any_fits()
         return found
 
-    def _plan(self, numbers: Sequence[int]) -> Plan:
-        """The plan looks at lengths; where an index has those, no sample is built for it."""
+    def _facts(self, numbers: Sequence[int]) -> list[list[RowFacts]]:
+        """What the plan looks at; where an index has the lengths, no sample is built for it."""
         facts = []
         for number in numbers:
             images = self._num_views(number) or int(self._collator.official)
             facts.append([RowFacts(length, images) for length in self._row_lengths(number)])
-        return self._planner.plan(facts)
+        return facts
 
     def _num_views(self, number: int) -> int:
         """Images that the encoder gets of a record."""
@@ -285,7 +298,7 @@ class Loader:
     def _rows(self, step: int) -> list[list[list[Document]]]:
         """The documents of every row of this rank's micro-batches."""
         numbers = self._numbers(step)
-        plan = self._plan(numbers)
+        plan = self._planner.plan(self._facts(numbers))
         batches = []
         for group in self._planner.deal(plan, self._view.dp)[self._view.dp_rank]:
             items = [[self._document(numbers, *row) for row in plan.items[i]] for i in group]
@@ -319,10 +332,14 @@ class Loader:
         return Document(row=sample.rows[row], sample_id=sample.id, keys=keys, place=(place, row))
 
     def _keys(self, sample: Sample, row: Row) -> list[str]:
+        return [key for views in self._views(sample, row) for key in views]
+
+    def _views(self, sample: Sample, row: Row) -> list[list[str]]:
+        """Keys of the views of every picture."""
         if self._config.data.blank_images:
-            return [BLANK_KEY] * sum(layout.num_views for layout in row.layouts)
+            return [[BLANK_KEY] * layout.num_views for layout in row.layouts]
         keys = [self._sources.key(path) for path in sample.images]
-        return [v for x, key in zip(row.layouts, keys, strict=True) for v in x.keys(key)]
+        return [layout.keys(key) for layout, key in zip(row.layouts, keys, strict=True)]
 
     def _pixels(self, keys: Sequence[str]) -> Tensor:
         return self._store.normalised(keys, self._sources.paths)

@@ -41,11 +41,13 @@ class Plan:
         items: rows of each, as (place of the sample in the global batch, number of its row).
         costs: modelled operations of each.
         lengths: positions of each with the padding of its documents.
+        images: that the encoder gets for all of them.
     """
 
     items: list[list[tuple[int, int]]]
     costs: list[float]
     lengths: list[int]
+    images: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +111,7 @@ class Planner:
             items=[[rows[i] for i in item] for item in chosen],
             costs=[sum(costs[i] for i in item) for item in chosen],
             lengths=[sum(lengths[i] for i in item) for item in chosen],
+            images=sum(row.images for row in facts),
         )
 
     def deal(self, plan: Plan, dp: int) -> Dealt:

@@ -28,6 +28,7 @@ _SAMPLES = pa.schema(
         ("turns", _TURNS),
         ("images", pa.list_(pa.string())),
         ("text_tokens", pa.int32()),
+        ("cut_tokens", pa.int32()),
         ("lengths", pa.list_(pa.int32())),  # of its rows, as long as attention keeps branches apart
         ("flat_lengths", pa.list_(pa.int32())),  # of its rows, one a conversation
     ]
@@ -96,6 +97,7 @@ def _row(
         "turns": [[asdict(turn) for turn in talk] for talk in record.conversations],
         "images": record.images,
         "text_tokens": sample.text_tokens,
+        "cut_tokens": sample.cut_tokens,
         "lengths": [row.length for row in sample.rows],
         "flat_lengths": [row.length for row in alone.rows],
     }

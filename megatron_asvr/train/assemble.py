@@ -122,7 +122,7 @@ def open_data(config: Config, *, groups: Groups) -> Data:
         if config.data.codes == "cache":
             cache = _open_cache(config, tokenizer)
     text = TextTokenizer(str(config.model.text_tokenizer))
-    branches, reason = _branches(config)
+    branches, reason = shares_images(config)
     if groups.rank == 0:
         logger.info("questions about one image %s: %s", _HOW[branches], reason)
     splits, view = {}, _view(groups)
@@ -215,7 +215,7 @@ def _backend(config: Config) -> Backend:
     return select_backend(select()[0], DTYPES[config.train.precision])[0]
 
 
-def _branches(config: Config) -> tuple[bool, str]:
+def shares_images(config: Config) -> tuple[bool, str]:
     """Whether independent questions of a record share its image tokens, and why."""
     if config.loss.mode == "official":
         return False, "the official code has no mask between them"
