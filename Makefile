@@ -14,8 +14,8 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
-	test-mcore19 test-eval test-torture bench bench-short bench-convert bench-convert-short check \
-	format docs clean
+	test-mcore19 test-eval test-torture test-dirt bench bench-short bench-convert \
+	bench-convert-short check format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -86,6 +86,9 @@ bench-convert: setup  ## convert a synthetic 8 GB model: speed beside a copy, pe
 
 bench-convert-short: setup  ## the same with 0.2 GB, to see that it works
 	$(BIN)/python -m benchmarks.convert --gb 0.2
+
+test-dirt: setup  ## index and load 5,000 images with dirt, and openclipart: none missed, no crash
+	$(BIN)/python -m tools.dirt runs/dirt --images 5000 --clipart
 
 check: setup  ## lint, formatting and types
 	$(BIN)/ruff check .
