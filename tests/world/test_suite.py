@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_asvr.cli.main import main
-from megatron_asvr.data.conversation import chat_template
+from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import DataError
 from megatron_asvr.hf.export import export, finalize
@@ -62,7 +62,7 @@ def model(tmp_path_factory):
         config,
         tokenizer=text.path,
         out=folder / "hf",
-        chat_template=chat_template("vicuna_short"),
+        template=find_template("vicuna_short", text),
     )
     return finalize(made, folder / "hf")
 
