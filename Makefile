@@ -84,8 +84,8 @@ bench-short: setup  ## the same in seconds
 bench-convert: setup  ## convert a synthetic 8 GB model: speed beside a copy, peak memory
 	$(BIN)/python -m benchmarks.convert
 
-bench-convert-short: setup  ## the same with 0.2 GB, to see that it works
-	$(BIN)/python -m benchmarks.convert --gb 0.2
+bench-convert-short: setup  ## the same with 0.5 GB, to see that it works
+	$(BIN)/python -m benchmarks.convert --gb 0.5
 
 test-dirt: setup  ## index and load 5,000 images with dirt, and openclipart: none missed, no crash
 	$(BIN)/python -m tools.dirt runs/dirt --images 5000 --clipart

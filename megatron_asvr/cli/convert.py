@@ -119,7 +119,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 def run_verify(args: argparse.Namespace) -> None:
     """Print the report of the comparison; fail when it found a difference."""
-    from megatron_asvr.hf.run import verify_weights
+    from megatron_asvr.hf.run import kind_of, verify_weights
     from megatron_asvr.launch.job import place
 
     full = args.verify == "full"
@@ -127,6 +127,11 @@ def run_verify(args: argparse.Namespace) -> None:
         raise ConversionError(
             "--data is what --verify full asks about: give both to compare logits and answers, or "
             "neither to compare the weights"
+        )
+    if full and (kind := kind_of(args.folder)) != "llava":
+        raise ConversionError(
+            f"{args.folder} is of kind {kind}: logits and answers are compared for whole models "
+            "alone; without --verify full and --data, its weights are compared"
         )
     here = place()
     report = None

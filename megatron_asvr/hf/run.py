@@ -131,15 +131,26 @@ def verify_weights(origin: str, folder: str, *, overrides: Sequence[str] = ()) -
     Raises:
         AsvrError: the origin cannot be read, or is damaged.
     """
-    if (Path(folder) / REPORT).is_file():
+    kind = kind_of(folder)
+    if kind == "import":
         return _verify_imported(origin, Path(folder), overrides)
     if overrides:
         raise ConversionError(f"{overrides[0]!r}: weights are compared as they are stored")
     if is_source(origin):
         return compare(folder, origin_of(read_folder(origin)))
-    architectures = read_json(Path(folder) / "config.json").get("architectures") or [None]
-    kind = "text" if architectures[0] in stock.TEXT_ARCHITECTURES.values() else "llava"
     return compare(folder, _run_origin(origin, kind)[1])
+
+
+def kind_of(folder: str | Path) -> str:
+    """What wrote ``folder``: an "import", or an export of a "text" model or a whole one, "llava".
+
+    Raises:
+        ConversionError: neither did.
+    """
+    if (Path(folder) / REPORT).is_file():
+        return "import"
+    architectures = read_json(Path(folder) / "config.json").get("architectures") or [None]
+    return "text" if architectures[0] in stock.TEXT_ARCHITECTURES.values() else "llava"
 
 
 def _verify_imported(origin: str, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:

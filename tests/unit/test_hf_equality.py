@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_asvr.checkpoint.tensors import Stored
+from megatron_asvr.cli.main import main
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import CheckpointError, ConversionError
 from megatron_asvr.hf.equality import Origin, compare, origin_of, require_equal
@@ -178,3 +179,14 @@ def test_an_import_is_compared_with_its_source(kind, family, tmp_path):
     report = verify_weights(str(tmp_path / "in"), str(tmp_path / "out"))
     assert report["num_mismatches"] == 1
     assert f"{name} ({name}): 1 of 32 numbers differ" in report["mismatches"][0]
+
+
+def test_behaviour_is_compared_for_whole_models_only(tmp_path, capsys):
+    stock_model("text", "llama").save_pretrained(tmp_path / "in")
+    write_imported(read_folder(tmp_path / "in"), tmp_path / "out")
+    for folder, kind in (("in", "text"), ("out", "import")):
+        command = ["convert", "verify", "runs/x", str(tmp_path / folder), "--verify", "full"]
+        assert main([*command, "--data", "test.json"]) == 1
+        assert f"is of kind {kind}" in capsys.readouterr().err
+    assert main(["convert", "verify", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out)["share_compared"] == 1
