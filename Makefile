@@ -73,12 +73,14 @@ test-eval: $(EVAL)/.installed  ## run the tests of the suite of benchmarks, with
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture
 
-bench: setup  ## packing against its lower bound, DALI against PIL, waiting for data
+bench: setup  ## packing against its lower bound, DALI against PIL, codes, waiting for data
 	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.codes
 	$(BIN)/python -m benchmarks.images
 
 bench-short: setup  ## the same in seconds
 	$(BIN)/python -m benchmarks.packing --batches 1
+	$(BIN)/python -m benchmarks.codes --short
 	$(BIN)/python -m benchmarks.images --short
 
 bench-convert: setup  ## convert a synthetic 8 GB model: speed beside a copy, peak memory

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import logging
 import math
 import os
 import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from megatron_asvr.platforms import mcore  # noqa: F401
 
@@ -15,9 +17,11 @@ import pytest
 import torch
 
 from megatron_asvr.checkpoint.folder import RunFolder
+from megatron_asvr.train import metrics
 from megatron_asvr.train.loop import due
 from megatron_asvr.train.metrics import (
     MetricsLog,
+    Progress,
     Window,
     clock,
     keep_lines,
@@ -200,6 +204,21 @@ def test_a_signal_is_remembered_and_the_handlers_are_restored() -> None:
         assert stop.reason == "SIGUSR1"
         assert signal.getsignal(signal.SIGUSR1) == before
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_progress_tells_what_is_left(monkeypatch, caplog) -> None:
+    seconds = iter([100.0, 101.0, 112.0, 131.0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    caplog.set_level(logging.INFO, "megatron_asvr")
+    progress = Progress("codes", 100, unit="images")
+    progress.skip(40)  # by an earlier start, in no time of this one
+    progress.add(1)  # after a second: too early for a line
+    progress.add(11)
+    progress.add(8, "part 2")
+    assert [record.getMessage() for record in caplog.records] == [
+        "codes: 52 of 100 images, ETA 0:00:48",
+        "codes: 60 of 100 images, ETA 0:01:02, part 2",
+    ]
 
 
 def test_due_counts_from_the_first_step_and_zero_is_never() -> None:

@@ -124,6 +124,14 @@ def test_a_share_of_the_codes_is_computed_again_and_changes_nothing() -> None:
     assert [line["codes_checked_images"] for line in split] == numbers
 
 
+def test_tiles_are_checked_like_images() -> None:
+    tiles = {"mode": "anyres", "grids": [[1, 2], [2, 1]]}
+    settings = {"train__steps": 2, "data__codes_verify_fraction": 1.0}
+    (line,) = checked_run("tiles", model__resolution=tiles, **settings)
+    assert line["codes_checked_images"] in (21, 24)  # 3 views; one sample in 13 has no image
+    assert all(line[f"code_flips_{depth}"] == 0 for depth in range(3))
+
+
 def test_codes_that_this_machine_does_not_compute_stop_the_run() -> None:
     checked_run("made", train__steps=1)
     (folder,) = (files().parent / "checked").glob("*/manifest.json")
