@@ -110,6 +110,7 @@ def _write_page(config: Config, text: Any, args: argparse.Namespace) -> None:
             args.step,
             loader.samples(args.step),
             Planner(config, sizes).plan(loader.facts(args.step)),
+            total=len(loader.sample_ids(args.step)),
             shown=args.samples,
             tokenizer=text,
             pixels=loader.pixels_of,

@@ -46,6 +46,7 @@ def step_page(
     samples: Sequence[tuple[Sample, list[list[str]]]],
     plan: Plan,
     *,
+    total: int,
     shown: int,
     tokenizer: TextTokenizer,
     pixels: Pixels,
@@ -57,6 +58,7 @@ def step_page(
         step: number of the step.
         samples: of its global batch, in order, with the keys of every picture's views.
         plan: of the step.
+        total: samples of the global batch, bad ones included.
         shown: samples that are shown whole; the map shows all.
         tokenizer: of the text.
         pixels: decodes views.
@@ -64,7 +66,8 @@ def step_page(
     """
     cut = [sample for sample, _ in samples if sample.cut_tokens]
     facts = {
-        "samples": len(samples),
+        "samples": total,
+        "without anything to learn": total - len(samples),
         "rows or packed sequences": len(plan.items),
         "images for the encoder": plan.images,
         "samples that lost text": len(cut),

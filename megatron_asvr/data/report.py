@@ -93,7 +93,14 @@ def _images(config: Config, index: Index) -> dict[str, Any]:
 
 def _steps(config: Config, loader: Loader, codebook_sizes: Sequence[int]) -> dict[str, Any]:
     facts = [loader.facts(step) for step in range(min(STEPS, max(1, loader.steps)))]
-    found: dict[str, Any] = {"an_epoch": loader.steps, "looked_at": len(facts), "balance": {}}
+    held = sum(map(len, facts)) / len(facts)
+    total = sum(len(loader.sample_ids(step)) for step in range(len(facts))) / len(facts)
+    found: dict[str, Any] = {
+        "an_epoch": loader.steps,
+        "looked_at": len(facts),
+        "placeholders": total - held,
+        "balance": {},
+    }
     for packing in (False, True):
         data = replace(config.data, packing=packing)
         planner = Planner(replace(config, data=data), codebook_sizes)
@@ -142,7 +149,8 @@ def report_lines(split: str, report: dict[str, Any]) -> list[str]:
         *_spread("height", images["height"]),
         *_spread("pixels", images["pixels"]),
         *_spread("positions of an image", images["positions"]),
-        f"  steps of an epoch: {steps['an_epoch']:,}; of the first {steps['looked_at']}:",
+        f"  steps of an epoch: {steps['an_epoch']:,}; of the first {steps['looked_at']}, each "
+        f"with {steps['placeholders']:,.1f} samples that hold nothing:",
         *_spread("images encoded", steps["encoder_images"]),
     ]
     for name in ("unpacked", "packed"):

@@ -68,7 +68,7 @@ def test_interrupted_anywhere_and_continued_on_other_ranks(tmp_path, packing):
     wanted = [alone.step(step) for step in range(STEPS)]
     alone.close()
     assert len({digest for _, digest in wanted}) == STEPS
-    assert all(sum(found.values()) == 8 for found, _ in wanted)
+    assert all(0 < sum(found.values()) <= 8 for found, _ in wanted)  # bad ones hold nothing
 
     generator, used = random.Random(int(packing)), set()
     for indexed in (False, True):

@@ -77,7 +77,8 @@ def test_the_report_counts_what_is_there(made, capsys):
     assert images["positions"]["p0"] == images["positions"]["p100"] == 4
     assert steps["an_epoch"] == steps["looked_at"] == 1
     assert steps["of_the_run"] == 10
-    assert steps["packed"]["rows"] < steps["unpacked"]["rows"] == 24
+    assert steps["packed"]["rows"] < steps["unpacked"]["rows"] == 20
+    assert steps["placeholders"] == images["bad"] == 4
     assert steps["packed"]["useful"] > steps["unpacked"]["useful"]
     assert steps["encoder_images"]["p100"] <= 26
     balance = steps["balance"]
@@ -136,10 +137,11 @@ def test_the_page_shows_a_step_and_runs_nothing(made, capsys):
     assert f"yes {HOSTILE}" in marked.replace("\n", "")
     assert "red?" not in marked  # a question
     assert set(page.images) == {(16, 16)}
-    assert page.tags.count("h3") == 24
+    assert page.tags.count("h3") == 20  # four are bad
     assert page.tags.count("h2") == 3  # bad images too
-    assert text.count("class=document") == 24
+    assert text.count("class=document") == 20
     assert "truncated" in text
+    assert "<td>without anything to learn<td>4" in text
 
 
 def test_a_step_that_is_not_there_is_refused(made, capsys):
