@@ -48,7 +48,8 @@ class MicroBatch:
         newline_positions: int64 flat positions, in this rank's part, that hold the learned newline
             vector instead of a token or a patch; None where the model has none.
         pixel_values_ICHW: float32, this rank's share of the images (images
-            ``image_share[0]:image_share[1]`` of the micro-batch), or None without images.
+            ``image_share[0]:image_share[1]`` of the micro-batch, all crops of each one after
+            another), or None without images.
         image_share: first and one-past-last image encoded by this rank, among those of the
             tensor- and context-parallel group of its stage.
         num_images: images of the micro-batch, on all ranks together; where a picture is cut into

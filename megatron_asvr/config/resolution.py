@@ -21,7 +21,14 @@ def check_resolution(config: Config) -> None:
         raise ConfigError(
             f"{where}.mode={r.mode} needs loss.mode=exact: the official code has one size of images"
         )
-    _check_anyres(config)
+    if r.mode == "anyres":
+        _check_anyres(config)
+    rising = list(r.scales) == sorted(set(r.scales))
+    if r.mode == "s2" and (len(r.scales) < 2 or r.scales[0] != 1 or not rising):
+        raise ConfigError(
+            f"{where}.scales={list(r.scales)} must begin with 1, the scale that codes come from, "
+            "and rise, as [1, 2, 3] does"
+        )
 
 
 def _check_anyres(config: Config) -> None:

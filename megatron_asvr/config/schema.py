@@ -129,17 +129,31 @@ class ResolutionConfig:
 
     ``single``: the whole image at the encoder's own size. ``anyres``: that, and the tiles of the
     grid that fits the image best, each an image of its own for the encoder and the tokenizer.
+    ``s2``: the whole image at several scales, whose features are joined; as many positions as
+    ``single``.
     """
 
-    mode: Literal["single", "anyres"] = "single"
+    mode: Literal["single", "anyres", "s2"] = "single"
     # anyres: rows and columns of tiles, one pair for each grid to choose from
     grids: tuple[tuple[int, ...], ...] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
     newline: bool = False  # anyres: a learned vector after every row of the grid's patches
     unpad: bool = False  # anyres: leave out rows and columns of patches that show padding only
 
+    scales: tuple[int, ...] = (1, 2, 3)  # s2: sides of the image in sides of the encoder
+
+    @property
+    def num_scales(self) -> int:
+        """Features that are joined for one patch."""
+        return len(self.scales) if self.mode == "s2" else 1
+
+    @property
+    def num_crops(self) -> int:
+        """Encoder images of one view: all scales together, cut to the encoder's size."""
+        return sum(scale**2 for scale in self.scales) if self.mode == "s2" else 1
+
     @property
     def most_views(self) -> int:
-        """Encoder images of one picture, at most."""
+        """Views of one picture, at most; each has positions of its own in the sequence."""
         if self.mode == "anyres":
             return 1 + max(rows * columns for rows, columns in self.grids)
         return 1

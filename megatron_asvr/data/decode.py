@@ -85,7 +85,7 @@ class Decoder:
         return torch.stack([views[0] for views in self.views(encoded)])
 
     def views(self, encoded: Sequence[bytes]) -> list[Tensor]:
-        """All views of each image (data/views.py), uint8 [V, C, H, W]; it is decoded once.
+        """All views of each image, or crops of its scales (data/views.py), uint8 [V, C, H, W].
 
         Raises:
             DataError: an image cannot be decoded (which one, ``find_bad`` tells).

@@ -217,8 +217,9 @@ class Loader:
         return self.pixels_of([keys[index] for index in indices])
 
     def pixels_of(self, keys: Sequence[str]) -> Tensor:
-        """float32 pixels [I, C, H, W] of the images with these keys."""
-        return self._worker.submit(self._pixels, keys).result()
+        """float32 pixels [I, C, H, W] of the images with these keys, as the tokenizer sees them."""
+        crops = self._config.model.resolution.num_crops
+        return self._worker.submit(self._pixels, keys).result()[::crops]
 
     def report(self) -> dict[str, Any]:
         """What was bad, cut, dropped or repeated, as plain values.

@@ -47,7 +47,7 @@ def decode(encoded: bytes, *, image_size: int, fit: Fit) -> np.ndarray:
 def decode_views(
     encoded: bytes, *, image_size: int, fit: Fit, resolution: ResolutionConfig
 ) -> np.ndarray:
-    """All views of an image, uint8 [V, C, H, W]; see data/views.py.
+    """All views of an image, or the crops of its scales: uint8 [V, C, H, W]; see data/views.py.
 
     Args:
         encoded: the whole file.
@@ -59,6 +59,9 @@ def decode_views(
     whole = channels_first(_square(image, image_size, fit))[None]
     if resolution.mode == "single":
         return whole
+    if resolution.mode == "s2":
+        squares = (_square(image, image_size * scale, fit) for scale in resolution.scales)
+        return np.concatenate([tiles(channels_first(x), image_size) for x in squares])
     size = image.size[1], image.size[0]
     rows, columns = best_grid(size, resolution, image_size)
     height, width = rows * image_size, columns * image_size

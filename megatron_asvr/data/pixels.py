@@ -86,12 +86,13 @@ class PixelStore:
         self._device = device
         self._layouts = ImageLayouts(config.model)
         self._size = config.model.vision.image_size
-        self._capacity = cache_bytes // (3 * self._size**2)  # images
+        self._crops = config.model.resolution.num_crops
+        self._capacity = cache_bytes // (3 * self._size**2 * self._crops)  # views
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
         self._decoder = Decoder(config, device)
 
     def normalised(self, keys: Sequence[str], paths: dict[str, str]) -> Tensor:
-        """float32 pixels in [-1, 1], [I, C, H, W].
+        """float32 pixels in [-1, 1], [I, C, H, W]; all crops of a view, one after another.
 
         Args:
             keys: of views of pictures (data/views.py), in order.
@@ -106,11 +107,11 @@ class PixelStore:
         new = [key for key in dict.fromkeys(keys) if key not in self._kept]
         pictures = (key if key in paths else picture_key(key) for key in new)
         fresh = self._decode({key: paths[key] for key in pictures if key in paths})
-        pixels_ICHW = torch.stack([self._raw(key, fresh) for key in keys]).float()
+        pixels_ICHW = torch.cat([self._raw(key, fresh) for key in keys]).float()
         pixels_ICHW.sub_(PIXEL_MEAN).div_(PIXEL_STD)
         for place, key in enumerate(keys):
             if key == ZERO_KEY:
-                pixels_ICHW[place] = 0.0
+                pixels_ICHW[place * self._crops : (place + 1) * self._crops] = 0.0
         self._keep(fresh)
         return pixels_ICHW
 
@@ -130,7 +131,8 @@ class PixelStore:
             return self._kept[key]
         if key not in (BLANK_KEY, ZERO_KEY):
             raise DataError(f"there is no picture with the view {key}; {_CHANGED}")
-        grey = torch.full((3, self._size, self._size), MEAN_COLOUR, dtype=torch.uint8)
+        shape = (self._crops, 3, self._size, self._size)
+        grey = torch.full(shape, MEAN_COLOUR, dtype=torch.uint8)
         return grey.to(self._device)
 
     def _keep(self, fresh: dict[str, Tensor]) -> None:
@@ -154,7 +156,8 @@ class PixelStore:
             size = upright_size(image) if self._layouts.needs_sizes else (1, 1)
             # A clone each: a slice would keep its whole batch alive in the cache.
             names = self._layouts.of(size).keys(key)
-            found.update((name, v.clone()) for name, v in zip(names, views, strict=True))
+            parts = views.split(self._crops)
+            found.update((name, part.clone()) for name, part in zip(names, parts, strict=True))
         return found
 
     def _read(self, key: str, path: str) -> bytes:

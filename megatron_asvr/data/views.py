@@ -6,6 +6,9 @@ the tiles of a grid, row by row. Each view has its own features and its own code
 the patches of the first view come first; those of all tiles follow as the rows of one large grid,
 so that neighbours in the picture are neighbours in a row whatever tile they are in.
 
+Under ``s2`` a picture has one view, of which the encoder gets several *crops*: all scales, each cut
+to the encoder's size. The first one is the whole picture; codes come from it.
+
 Everything here follows from a picture's size alone, so lengths are known before it is decoded.
 Source: LLaVA-NeXT as in transformers 5.23 (``select_best_resolution``, ``get_patch_output_size``,
 ``pack_image_features``); the same arithmetic, rounding included, because exports must agree.

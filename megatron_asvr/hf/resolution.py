@@ -10,7 +10,7 @@ NEXT_TYPE = "llava_next"
 
 
 def stock_pinpoints(model: ModelConfig) -> list[list[int]] | None:
-    """``image_grid_pinpoints`` of the stock form; None for a model of one size, plain LLaVA.
+    """``image_grid_pinpoints`` of the stock form; None for plain LLaVA.
 
     Raises:
         ConversionError: the model has no stock form.
@@ -18,6 +18,12 @@ def stock_pinpoints(model: ModelConfig) -> list[list[int]] | None:
     resolution = model.resolution
     if resolution.mode == "single":
         return None
+    if resolution.mode == "s2":
+        raise ConversionError(
+            "model.resolution.mode=s2 has no stock form: no class of transformers joins the "
+            "features of several scales; train with model.resolution.mode=single, or anyres with "
+            "newline and unpad, to export it; or use kind=text for the language model alone"
+        )
     lacking = [name for name in ("newline", "unpad") if not getattr(resolution, name)]
     if lacking:
         raise ConversionError(

@@ -275,7 +275,8 @@ def vision_rules(vision: VisionConfig) -> list[Rule]:
 
 def projector_rules(model: ModelConfig) -> list[Rule]:
     """Rules of the projector from encoder features to the language model's width."""
-    out, feature = model.language.hidden_size, model.vision.hidden_size
+    out = model.language.hidden_size
+    feature = model.vision.hidden_size * model.resolution.num_scales
     shapes = _linear("linear_1", out, feature) + _linear("linear_2", out, out)
     rules = _renamed(PROJECTOR, HF_PROJECTOR, shapes)
     if model.resolution.newline:

@@ -37,7 +37,7 @@ from megatron_asvr.model.language import LanguageModel, gather_positions, transf
 from megatron_asvr.model.loss import LossSums, cross_entropy
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
-from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder
+from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder, join_scales
 from megatron_asvr.model.visual_head import VisualHead
 from megatron_asvr.parallel.collectives import gather_images
 from megatron_asvr.parallel.groups import Groups
@@ -178,7 +178,9 @@ class AsvrModel(MegatronModule):
         encoder = self.vision_encoder
         trained = encoder.embeddings.patch_embedding.weight.requires_grad
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            return self._gather(encoder(self._pixels(batch)), batch)
+            model, features_CNF = self.run_config.model, encoder(self._pixels(batch))
+            joined_INF = join_scales(features_CNF, model.resolution, model.vision.grid)
+            return self._gather(joined_INF, batch)
 
     def embeddings(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
         """Token embeddings of this rank's columns with the image features in place, [S, B, H].
@@ -222,7 +224,8 @@ class AsvrModel(MegatronModule):
                 "the micro-batch brings no codes and the model has no tokenizer; fill the code "
                 "cache (data.codes=cache) or set data.codes=online"
             )
-        return self._gather(self.tokenizer.encode(self._pixels(batch)), batch).flatten(0, 1)
+        whole_ICHW = self._pixels(batch)[:: self.run_config.model.resolution.num_crops]
+        return self._gather(self.tokenizer.encode(whole_ICHW), batch).flatten(0, 1)
 
     def forward(self, batch: MicroBatch) -> LossSums | Tensor | tuple[Tensor, LossSums]:
         """Loss sums on the last stage, hidden states for the next stage on the others.

@@ -24,7 +24,7 @@ class Projector(MLP):
     def __init__(self, config: ModelConfig, *, tp: ProcessGroup | None, dtype: torch.dtype) -> None:
         super().__init__(
             "model.language.hidden_size",
-            config.vision.hidden_size,
+            config.vision.hidden_size * config.resolution.num_scales,
             config.language.hidden_size,
             tp=tp,
             dtype=dtype,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_asvr.config.schema import VisionConfig
+from megatron_asvr.config.schema import ResolutionConfig, VisionConfig
 from megatron_asvr.shapes import check_shape
 
 NUM_CHANNELS = 3  # red, green, blue
@@ -91,6 +91,32 @@ class SiglipStack(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_layers))
+
+
+def join_scales(features_CNF: Tensor, resolution: ResolutionConfig, grid: int) -> Tensor:
+    """Features [I, N, scales * F] of images from those of the crops of all their scales.
+
+    The crops of a scale make one large grid of patches again, which is averaged down to the first
+    scale's; the scales stand one after another in a feature.
+
+    Args:
+        features_CNF: of the crops, image by image, scale by scale, row by row.
+        resolution: the scales.
+        grid: patches along one side of a crop.
+
+    Source: S2 (arXiv 2403.13043), with area interpolation.
+    """
+    if resolution.num_scales == 1:
+        return features_CNF
+    crops, width = resolution.num_crops, features_CNF.shape[-1]
+    features = features_CNF.reshape(len(features_CNF) // crops, crops, grid, grid, width)
+    joined, start = [], 0
+    for scale in resolution.scales:
+        own = features[:, start : start + scale**2].unflatten(1, (scale, scale))
+        large = own.transpose(2, 3).reshape(-1, grid, scale, grid, scale, width)
+        joined.append(large.float().mean((2, 4)).flatten(1, 2).to(features.dtype))
+        start += scale**2
+    return torch.cat(joined, dim=-1)
 
 
 class SiglipEncoder(nn.Module):

@@ -18,7 +18,7 @@ def count_parameters(
     lm, vision = model.language, model.vision
     counts = {
         "vision_encoder": _vision(vision),
-        "projector": _linear(vision.hidden_size, lm.hidden_size)
+        "projector": _linear(vision.hidden_size * model.resolution.num_scales, lm.hidden_size)
         + _linear(lm.hidden_size, lm.hidden_size)
         + (lm.hidden_size if model.resolution.newline else 0),
         "language_model": _language(lm),

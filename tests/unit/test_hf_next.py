@@ -48,6 +48,16 @@ def test_grids_that_are_not_of_whole_tiles_are_refused(tmp_path):
         read_folder(tmp_path)
 
 
+def test_several_scales_are_not_exported(tmp_path):
+    config = replace(hf_models.config(), model=model(mode="s2", newline=False, unpad=False))
+    text = hf_models.train_tokenizer(tmp_path / "text.model")
+    with pytest.raises(
+        ConversionError, match=r"mode=s2 has no stock form: .*; train with .*single"
+    ):
+        export(hf_models.state(config).items(), config, tokenizer=text, out=tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
 @pytest.mark.parametrize("setting", ["newline", "unpad"])
 def test_what_transformers_would_compute_otherwise_is_not_exported(setting, tmp_path):
     config = replace(hf_models.config(), model=model(**{setting: False}))

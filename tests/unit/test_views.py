@@ -15,7 +15,7 @@ from megatron_asvr.config.schema import ModelConfig, ResolutionConfig, VisionCon
 from megatron_asvr.data.decode import Decoder
 from megatron_asvr.data.gate import upright_size
 from megatron_asvr.data.pil import decode_views
-from megatron_asvr.data.pixels import PixelStore
+from megatron_asvr.data.pixels import BLANK_KEY, PixelStore
 from megatron_asvr.data.views import (
     NEWLINE,
     ImageLayouts,
@@ -25,6 +25,7 @@ from megatron_asvr.data.views import (
     unpadded,
 )
 from megatron_asvr.errors import ConfigError, DataError
+from megatron_asvr.model.vision import join_scales
 from tests.unit.data_corpus import config
 
 CPU = torch.device("cpu")
@@ -189,3 +190,57 @@ def test_settings_come_back_from_a_file():
     made = config(model__resolution={"mode": "anyres", "grids": [[1, 2], [2, 1]], "newline": True})
     assert made.model.resolution.grids == ((1, 2), (2, 1))
     assert from_dict(to_dict(made)) == made
+
+
+S2 = ResolutionConfig(mode="s2", scales=(1, 2, 3))
+
+
+@pytest.mark.parametrize("fit", ["square", "pad"])
+def test_every_scale_is_the_whole_picture_cut_to_the_encoders_size(fit):
+    settings = config(
+        model__vision__image_size=16, model__resolution={"mode": "s2"}, data__image_fit=fit
+    )
+    encoded = picture(40, 70)
+    (got,) = Decoder(settings, CPU).views([encoded])
+    want = decode_views(encoded, image_size=16, fit=fit, resolution=S2)
+    assert got.shape == want.shape == (14, 3, 16, 16)
+    assert np.abs(got.numpy().astype(int) - want.astype(int)).max() <= 10
+    large = decode_views(encoded, image_size=32, fit=fit, resolution=ResolutionConfig())[0]
+    assert (want[2] == large[:, :16, 16:]).all()  # the second crop of the second scale
+
+
+def test_scales_are_joined_as_area_interpolation_does():
+    grid, width = 3, 5
+    pictures = torch.randn(2, width, 6 * grid, 6 * grid, generator=torch.Generator().manual_seed(0))
+    area = torch.nn.functional.interpolate
+    crops, wanted = [], []
+    for one in pictures:
+        parts = []
+        for scale in S2.scales:
+            large = area(one[None], size=scale * grid, mode="area")[0]
+            cut = large.unflatten(1, (scale, grid)).unflatten(3, (scale, grid))
+            crops.append(cut.permute(1, 3, 2, 4, 0).reshape(scale**2, grid**2, width))
+            parts.append(area(large[None], size=grid, mode="area")[0].flatten(1).T)
+        wanted.append(torch.cat(parts, dim=-1))
+    got = join_scales(torch.cat(crops), S2, grid)
+    torch.testing.assert_close(got, torch.stack(wanted))
+    assert join_scales(torch.empty(0, grid**2, width), S2, grid).shape == (0, grid**2, 3 * width)
+
+
+def test_the_tokenizer_sees_the_first_scale(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(40, 20))
+    key = str(tmp_path / "a.png")
+    one, three = (
+        PixelStore(config(model__resolution={"mode": mode}), device=CPU).normalised(
+            [key, BLANK_KEY], {key: key}
+        )
+        for mode in ("single", "s2")
+    )
+    assert (len(one), len(three)) == (2, 28)
+    assert torch.equal(three[::14], one)
+
+
+def test_scales_must_begin_with_the_encoders_own_size():
+    wrong = config(model__resolution={"mode": "s2", "scales": [2, 3]})
+    with pytest.raises(ConfigError, match="must begin with 1"):
+        check(wrong)

@@ -53,6 +53,8 @@ def test_layouts_take_the_steps_of_one_process(files):
         run(files, {}, plain, options={**one, **shifted}),
         run(files, {}, RESOLUTION, options=one, data__codes="online"),
     ]
+    scales = {"mode": "s2"}
+    alone.append(run(files, {}, scales, options=one))
     want = run_ranks(run_cases, (alone,), 1, timeout_s=200)
     assert_same(want[2], want[0], "online codes")
     lost = want[0]["totals"][0][3:].sum() / want[1]["totals"][0][3:].sum()
@@ -62,11 +64,13 @@ def test_layouts_take_the_steps_of_one_process(files):
         cases = [
             run(files, degrees, RESOLUTION),
             run(files, degrees, plain, options=shifted),
+            run(files, degrees, scales, data__codes="online"),
         ]
         world = int(np.prod([degrees.get(k, 1) for k in ("tp", "pp", "cp", "dp")]))
         got = run_ranks(run_cases, (cases,), world, timeout_s=400)
         assert_same(got[0], want[0], f"{name}, newline and unpad")
         assert_same(got[1], want[1], f"{name}, plain")
+        assert_same(got[2], want[3], f"{name}, several scales, online")
     newline = want[0]["grads"]["projector.image_newline"]
     assert torch.count_nonzero(newline) == newline.numel()
     assert "projector.image_newline" not in want[1]["grads"]

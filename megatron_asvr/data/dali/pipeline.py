@@ -65,7 +65,7 @@ class ImageDecoder:
         return torch.stack([views[0] for views in self.views(encoded)])
 
     def views(self, encoded: Sequence[bytes]) -> list[Tensor]:
-        """All views of each image, uint8 [V, C, H, W]; it is decoded once.
+        """All views of each image, or crops of its scales, uint8 [V, C, H, W]; decoded once.
 
         Raises:
             DataError: an image cannot be decoded (which one, ``find_bad`` tells).
@@ -145,6 +145,9 @@ class ImageDecoder:
                 )
                 fitted = _resized(image, fn.cast(inner, dtype=types.FLOAT))
                 views.append(_centred(fitted, inner, canvas, colour=0))
+            if self.resolution.mode == "s2":
+                sides = (self.image_size * scale for scale in self.resolution.scales[1:])
+                views += [_resized(image, [side] * 2) for side in sides]
             return tuple(fn.transpose(view, perm=[2, 0, 1]) for view in views)
 
         pipeline = graph()
