@@ -133,12 +133,16 @@ class ResolutionConfig:
     ``single``.
     """
 
-    mode: Literal["single", "anyres", "s2"] = "single"
-    # anyres: rows and columns of tiles, one pair for each grid to choose from
-    grids: tuple[tuple[int, ...], ...] = ((1, 2), (2, 1), (2, 2), (1, 3), (3, 1))
+    mode: Literal["single", "anyres", "s2"] = "single"  # what the encoder gets of an image
+    grids: tuple[tuple[int, ...], ...] = (
+        (1, 2),
+        (2, 1),
+        (2, 2),
+        (1, 3),
+        (3, 1),
+    )  # anyres: rows and columns of tiles, to choose from
     newline: bool = False  # anyres: a learned vector after every row of the grid's patches
     unpad: bool = False  # anyres: leave out rows and columns of patches that show padding only
-
     scales: tuple[int, ...] = (1, 2, 3)  # s2: sides of the image in sides of the encoder
 
     @property
