@@ -64,11 +64,11 @@ def rates(config: Config, codebook_sizes: Sequence[int], *, uneven: float = 1.0)
     resolution = config.model.resolution
     feature = vision.hidden_size * resolution.num_scales
     projector = 2.0 * vision.num_patches * width * (feature + width)
-    encoder = [resolution.num_crops * cost for cost in _encoder(vision)]
+    encoder = _both_passes(*_encoder(vision), encoder_trained, encoder_trained)
     linear, attention = _layer(lm)
     again = {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}[config.train.recompute]
     return Rates(
-        image=_both_passes(*encoder, encoder_trained, encoder_trained) * uneven
+        image=encoder * resolution.num_crops * uneven
         + _both_passes(projector, 0.0, projector_trained, into_projector),
         position=lm.num_layers
         * (_both_passes(linear, 0.0, lm_trained, into_lm) + into_lm * again[0] * linear),
