@@ -118,21 +118,18 @@ class HubTokenizer:
             self._tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
 
     def _begin(self) -> int | None:
-        """The token that is put before every text."""
-        if "add_bos_token" in self._config or "add_eos_token" in self._config:
-            ends = self._config.get("add_eos_token")
-            begins = self._config.get("add_bos_token") and "bos_token" in self.named
-            before = [self._id_of("bos_token")] if begins else []
-        else:
-            bare, whole = self._ids("a"), self._tokenizer.encode("a").ids
-            start = next(
-                (i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), len(whole)
-            )
-            before, ends = whole[:start], whole[start + len(bare) :]
+        """The token that the file's post-processor puts before every text.
+
+        ``add_bos_token`` in the settings counts for nothing where there is such a file
+        (transformers 5.23, tokenization_utils_base.py).
+        """
+        bare, whole = self._ids("a"), self._tokenizer.encode("a").ids
+        start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        before, ends = whole[:start], whole[start + len(bare) :]
         if ends or len(before) > 1:
             raise DataError(
                 f"model.text_tokenizer={self._file} puts more around a text than one begin token; "
-                "a prompt could not be continued. Set add_eos_token=false beside it"
+                "a prompt could not be continued. Take the end token out of its post_processor"
             )
         return before[0] if before else None
 
@@ -145,7 +142,7 @@ class HubTokenizer:
         return self._tokenizer.token_to_id(self.named[name])
 
     def _facts(self) -> dict[str, Any]:
-        keys = (*_NAMED, *_EXTRA, "added_tokens_decoder", "add_bos_token", "add_eos_token")
+        keys = (*_NAMED, *_EXTRA, "added_tokens_decoder")
         return {key: self._config[key] for key in keys if key in self._config}
 
 
