@@ -4,8 +4,9 @@ So its presence means completeness, and each of its claims can be checked, those
 
 What a run needs to go on beside weights and optimizer is a step number. The order of the samples
 is a pure function of (seed, step), the learning rate one of the step, initial weights of (seed,
-name), and nothing in a step draws random numbers: no layer has dropout, and images are not
-augmented. So neither generator states nor a position in the data exist that could be lost.
+name), and nothing in a step draws random numbers: no layer has dropout, and the augmentation of
+images is a function of the order. So neither generator states nor a position in the data exist that
+could be lost.
 """
 
 import dataclasses

@@ -27,6 +27,7 @@ def check(config: Config, world: int | None = None) -> Config:
     _check_optim(config.train.optim)
     _check_data(config)
     _check_sources(config)
+    _check_augment(config)
     _check_loss(config)
     check_resolution(config)
     check_layout(config, world)
@@ -194,6 +195,28 @@ def _check_data(config: Config) -> None:
         d.max_length <= positions,
         f"data.max_length={d.max_length} exceeds model.language.max_positions={positions}; use at "
         "most that, or raise max_positions if the model is meant for it",
+    )
+
+
+def _check_augment(config: Config) -> None:
+    augment = config.data.augment
+    _require(0 <= augment.flip <= 1, f"data.augment.flip={augment.flip} must be from 0 to 1")
+    _require(
+        0 < augment.min_crop <= 1,
+        f"data.augment.min_crop={augment.min_crop} must be above 0 and at most 1 (the whole image)",
+    )
+    _require(0 <= augment.colour < 1, f"data.augment.colour={augment.colour} must be in [0, 1)")
+    if not augment.is_on:
+        return
+    _require(
+        config.data.codes == "online" or config.loss.visual_weight == 0,
+        "data.augment changes images at every step, and cached codes are of the unchanged ones; "
+        "set data.codes=online, or leave data.augment out",
+    )
+    _require(
+        config.model.resolution.mode == "single",
+        f"data.augment does not know the tiles of model.resolution.mode="
+        f"{config.model.resolution.mode}; leave one of them out",
     )
 
 

@@ -244,6 +244,20 @@ BadSample = Literal["replace", "drop", "fail"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """Random changes of training images; off by default. They need ``data.codes=online``."""
+
+    flip: float = 0.0  # probability of mirroring; text and "left of" are then wrong
+    min_crop: float = 1.0  # smallest share of the area that a random crop keeps
+    colour: float = 0.0  # brightness, contrast and saturation change by at most this share
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed."""
+        return self != AugmentConfig()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """What is trained and evaluated on, and how samples become tokens."""
 
@@ -259,6 +273,7 @@ class DataConfig:
     on_bad_sample: BadSample = "replace"  # by a placeholder without loss; drop: from the order
     max_bad_share: float = 0.1  # of a split's records; more bad ones stop the run
     pil_kinds: tuple[str, ...] = ()  # kinds of images that PIL decodes, not DALI: `jpeg_cmyk`
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     parity_max_flip: tuple[float, ...] = ()  # share of codes DALI may flip, of all depths or each
     on_parity: Literal["refuse", "pil"] = "refuse"  # pil: PIL decodes kinds beyond parity_max_flip
     max_image_pixels: int = 50_000_000  # larger images are refused from their header

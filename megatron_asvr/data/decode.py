@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_asvr.config.schema import Config, ResolutionConfig
 from megatron_asvr.data import pil
+from megatron_asvr.data.augment import Window
 from megatron_asvr.data.gate import FORMATS, TRAITS, kind_of
 from megatron_asvr.errors import ConfigError, DataError
 
@@ -53,6 +54,7 @@ class Decoder:
         self._device = device
         self._more = config.data.pil_kinds
         self._dali: ImageDecoder | None = None
+        self._cutter: ImageDecoder | None = None
         for kind in self._more:
             name, _, trait = kind.partition("_")
             if name.upper() not in FORMATS or trait not in ("", *TRAITS):
@@ -65,16 +67,20 @@ class Decoder:
     def dali(self) -> "ImageDecoder":
         """DALI's part alone; importing DALI takes a second, so only here."""
         if self._dali is None:
-            from megatron_asvr.data.dali.pipeline import ImageDecoder
-
-            self._dali = ImageDecoder(
-                image_size=self._config.model.vision.image_size,
-                fit=self._config.data.image_fit,
-                device=self._device,
-                threads=self._config.data.decode_threads,
-                resolution=self._resolution,
-            )
+            self._dali = self._make_dali()
         return self._dali
+
+    def _make_dali(self, *, cut: bool = False) -> "ImageDecoder":
+        from megatron_asvr.data.dali.pipeline import ImageDecoder
+
+        return ImageDecoder(
+            image_size=self._config.model.vision.image_size,
+            fit=self._config.data.image_fit,
+            device=self._device,
+            threads=self._config.data.decode_threads,
+            resolution=self._resolution,
+            cut=cut,
+        )
 
     def decode(self, encoded: Sequence[bytes]) -> Tensor:
         """Pixels of the images, of the first view of each: uint8 [I, C, H, W].
@@ -98,6 +104,27 @@ class Decoder:
             for image, pil_way in zip(encoded, mine, strict=True)
         ]
 
+    def parts(self, encoded: Sequence[bytes], windows: Sequence[Window]) -> list[Tensor]:
+        """A part of each upright image, brought to a square: uint8 [C, H, W].
+
+        Args:
+            encoded: the files.
+            windows: which part of each (``augment.Window``).
+
+        Raises:
+            DataError: an image cannot be decoded (which one, ``find_bad`` tells).
+        """
+        pairs = list(zip(encoded, windows, strict=True))
+        mine = [self._takes_pil(image) for image in encoded]
+        theirs = [pair for pair, pil_way in zip(pairs, mine, strict=True) if not pil_way]
+        if theirs and self._cutter is None:
+            self._cutter = self._make_dali(cut=True)
+        decoded = iter(self._cutter.parts(*zip(*theirs, strict=True)) if theirs else ())
+        return [
+            self._by_pil(*pair)[0] if pil_way else next(decoded)
+            for pair, pil_way in zip(pairs, mine, strict=True)
+        ]
+
     def find_bad(self, encoded: Sequence[bytes]) -> dict[int, str]:
         """Images that cannot be decoded completely: their index and the reason.
 
@@ -116,11 +143,11 @@ class Decoder:
         except Exception:  # no header: whoever gets it refuses it
             return True
 
-    def _by_pil(self, encoded: bytes) -> Tensor:
+    def _by_pil(self, encoded: bytes, window: Window | None = None) -> Tensor:
         size, fit = self._config.model.vision.image_size, self._config.data.image_fit
         try:
             pixels = pil.decode_views(
-                encoded, image_size=size, fit=fit, resolution=self._resolution
+                encoded, image_size=size, fit=fit, resolution=self._resolution, window=window
             )
         except Exception as error:  # a damaged file can raise anything
             raise DataError(f"cannot be decoded: PIL: {type(error).__name__}: {error}") from error

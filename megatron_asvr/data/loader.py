@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import Config
+from megatron_asvr.data.augment import marked
 from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.order import StepOrder, blend
@@ -93,6 +94,8 @@ class Loader:
         )
         self._planner = Planner(config, codebook_sizes)
         self._store = PixelStore(config, device=device, verify=True)
+        data = config.data
+        self._augment = split == "train" and data.augment.is_on and not data.blank_images
         self._order = StepOrder(
             self._sources.sizes,
             config.train.global_batch,
@@ -299,10 +302,13 @@ class Loader:
     def _rows(self, step: int) -> list[list[list[Document]]]:
         """The documents of every row of this rank's micro-batches."""
         numbers = self._numbers(step)
+        good, first = set(numbers), step * self._config.train.global_batch
+        indices = enumerate(self._order.indices(step), first)
+        spots = [spot for spot, index in indices if index in good]
         plan = self._planner.plan(self._facts(numbers))
         batches = []
         for group in self._planner.deal(plan, self._view.dp)[self._view.dp_rank]:
-            items = [[self._document(numbers, *row) for row in plan.items[i]] for i in group]
+            items = [[self._document(numbers, spots, *row) for row in plan.items[i]] for i in group]
             packed = self._config.data.packing
             batches.append(items if packed else [[row] for item in items for row in item])
         return batches
@@ -325,11 +331,15 @@ class Loader:
             self._sums[name] += amount
         return batch
 
-    def _document(self, numbers: Sequence[int], place: int, row: int) -> Document:
+    def _document(
+        self, numbers: Sequence[int], spots: Sequence[int], place: int, row: int
+    ) -> Document:
         sample = self._built(numbers[place])
         if row == 0:  # rows of one sample may come to several ranks
             self._note(sample)
         keys = self._keys(sample, sample.rows[row])
+        if self._augment:
+            keys = [marked(key, spots[place], image) for image, key in enumerate(keys)]
         return Document(row=sample.rows[row], sample_id=sample.id, keys=keys, place=(place, row))
 
     def _keys(self, sample: Sample, row: Row) -> list[str]:

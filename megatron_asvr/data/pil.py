@@ -45,7 +45,12 @@ def decode(encoded: bytes, *, image_size: int, fit: Fit) -> np.ndarray:
 
 
 def decode_views(
-    encoded: bytes, *, image_size: int, fit: Fit, resolution: ResolutionConfig
+    encoded: bytes,
+    *,
+    image_size: int,
+    fit: Fit,
+    resolution: ResolutionConfig,
+    window: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """All views of an image, or the crops of its scales: uint8 [V, C, H, W]; see data/views.py.
 
@@ -54,8 +59,12 @@ def decode_views(
         image_size: side of a view in pixels.
         fit: of the first view; see :func:`decode`.
         resolution: which views there are.
+        window: only this part of the upright image: top, left, height and width in pixels.
     """
     image = upright(encoded)
+    if window is not None:
+        top, left, height, width = window
+        image = image.crop((left, top, left + width, top + height))
     whole = channels_first(_square(image, image_size, fit))[None]
     if resolution.mode == "single":
         return whole

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data import locations
+from megatron_asvr.data.augment import Mark, draw, parse
 from megatron_asvr.data.decode import Decoder
 from megatron_asvr.data.gate import look, upright_size
 from megatron_asvr.data.pil import MEAN_COLOUR, PIXEL_MEAN, PIXEL_STD
@@ -104,10 +105,12 @@ class PixelStore:
         size = self._size
         if not keys:
             return torch.empty(0, 3, size, size, device=self._device)
-        new = [key for key in dict.fromkeys(keys) if key not in self._kept]
+        marks = {key: mark for key in dict.fromkeys(keys) if (mark := parse(key)) is not None}
+        new = [key for key in dict.fromkeys(keys) if key not in self._kept and key not in marks]
         pictures = (key if key in paths else picture_key(key) for key in new)
         fresh = self._decode({key: paths[key] for key in pictures if key in paths})
-        pixels_ICHW = torch.cat([self._raw(key, fresh) for key in keys]).float()
+        changed = self._augmented(marks, paths)
+        pixels_ICHW = torch.cat([self._raw(key, fresh | changed) for key in keys]).float()
         pixels_ICHW.sub_(PIXEL_MEAN).div_(PIXEL_STD)
         for place, key in enumerate(keys):
             if key == ZERO_KEY:
@@ -159,6 +162,23 @@ class PixelStore:
             parts = views.split(self._crops)
             found.update((name, part.clone()) for name, part in zip(names, parts, strict=True))
         return found
+
+    def _augmented(self, marks: dict[str, Mark], paths: dict[str, str]) -> dict[str, Tensor]:
+        """Pictures as they are seen at one place of the order; they are not met again."""
+        if not marks:
+            return {}
+        settings, seed = self._config.data.augment, self._config.run.seed
+        drawn = [draw(settings, seed=seed, place=m.place, image=m.image) for m in marks.values()]
+        names = [paths[mark.key] for mark in marks.values()]
+        encoded = [self._read(m.key, path) for m, path in zip(marks.values(), names, strict=True)]
+        windows = [each.window(upright_size(e)) for each, e in zip(drawn, encoded, strict=True)]
+        try:
+            parts = self._decoder.parts(encoded, windows)
+        except DataError as error:
+            bad = {names[i]: why for i, why in self._decoder.find_bad(encoded).items()}
+            raise DataError(f"images cannot be used: {bad or error}; {_CHANGED}") from error
+        finished = (each.finish(part)[None] for each, part in zip(drawn, parts, strict=True))
+        return dict(zip(marks, finished, strict=True))
 
     def _read(self, key: str, path: str) -> bytes:
         """The file's bytes, after checking that they are those of the key where that is known."""

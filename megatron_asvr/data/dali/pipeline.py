@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_asvr.config.schema import ResolutionConfig
+from megatron_asvr.data.augment import Window
 from megatron_asvr.data.gate import Fit, upright_size
 from megatron_asvr.data.pil import MEAN_COLOUR, tiles
 from megatron_asvr.data.views import Size, best_grid, inside
@@ -38,6 +39,7 @@ class ImageDecoder:
         device: where to decode; the result stays there.
         threads: CPU threads of DALI.
         resolution: which views of an image there are (data/views.py); default: the whole of it.
+        cut: only a part of each image is looked at; ask for it by ``parts``.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class ImageDecoder:
         device: torch.device,
         threads: int,
         resolution: ResolutionConfig | None = None,
+        cut: bool = False,
     ) -> None:
         self.image_size = image_size
         self.resolution = resolution or ResolutionConfig()
+        self.cut = cut
         self.fit = fit
         self.device = device
         self.threads = threads
@@ -75,6 +79,15 @@ class ImageDecoder:
             views for start in starts for views in self._run(encoded[start : start + MAX_BATCH])
         ]
 
+    def parts(self, encoded: Sequence[bytes], windows: Sequence[Window]) -> list[Tensor]:
+        """A part of each upright image, brought to a square: uint8 [C, H, W]; with ``cut``.
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        spans = (slice(s, s + MAX_BATCH) for s in range(0, len(encoded), MAX_BATCH))
+        return [views[0] for s in spans for views in self._run(encoded[s], windows[s])]
+
     def find_bad(self, encoded: Sequence[bytes]) -> dict[int, str]:
         """Images that cannot be decoded: their index and DALI's reason.
 
@@ -91,10 +104,12 @@ class ImageDecoder:
             return self.find_bad(encoded[:half]) | {half + i: why for i, why in later.items()}
         return {}
 
-    def _run(self, encoded: Sequence[bytes]) -> list[Tensor]:
+    def _run(self, encoded: Sequence[bytes], windows: Sequence[Window] = ()) -> list[Tensor]:
         try:
             buffers = [np.frombuffer(image, dtype=np.uint8) for image in encoded]
             self._pipeline.feed_input("encoded", buffers)
+            if self.cut:
+                self._pipeline.feed_input("window", [np.array(w, np.int64) for w in windows])
             if self.resolution.mode == "anyres":
                 canvases = [self._canvas(image) for image in encoded]
                 self._pipeline.feed_input("canvas", [np.array(c, np.int64) for c, _ in canvases])
@@ -135,8 +150,12 @@ class ImageDecoder:
             image = fn.decoders.image(
                 encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB
             )
+            shape = fn.peek_image_shape(encoded, dtype=types.INT64)
+            if self.cut:
+                window = fn.external_source(name="window", dtype=types.INT64, ndim=1)
+                image, shape = _part(image, window), window[2:4]
             if self.fit == "pad":
-                image = _pad_to_square(image, fn.peek_image_shape(encoded, dtype=types.INT64))
+                image = _pad_to_square(image, shape)
             views = [_resized(image, [self.image_size] * 2)]
             if self.resolution.mode == "anyres":
                 canvas, inner = (
@@ -159,6 +178,18 @@ def _resized(image: object, size: object) -> object:
     """The image at a height and width."""
     return fn.resize(
         image, size=size, interp_type=types.INTERP_CUBIC, antialias=True, dtype=types.UINT8
+    )
+
+
+def _part(image: object, window: object) -> object:
+    """The part of the image that a window (top, left, height, width) names."""
+    return fn.slice(
+        image,
+        window[0:2],
+        window[2:4],
+        axes=(0, 1),
+        normalized_anchor=False,
+        normalized_shape=False,
     )
 
 
