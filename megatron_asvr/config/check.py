@@ -215,7 +215,7 @@ def _check_augment(config: Config) -> None:
     )
     _require(
         config.model.resolution.mode == "single",
-        f"data.augment does not know the tiles of model.resolution.mode="
+        "data.augment does not know the views of model.resolution.mode="
         f"{config.model.resolution.mode}; leave one of them out",
     )
 

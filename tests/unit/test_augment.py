@@ -152,7 +152,7 @@ def test_evaluation_is_not_augmented(files):
                 "data__codes": "online",
                 "model__resolution": {"mode": "anyres"},
             },
-            "tiles of model.resolution.mode=anyres",
+            "views of model.resolution.mode=anyres",
         ),
     ],
 )
