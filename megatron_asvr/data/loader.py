@@ -35,7 +35,7 @@ from megatron_asvr.data.sources import Sources
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError, DataError
 
-AMOUNTS = ("cut_tokens", "lost_targets", "lost_first_patches", "repeated_images")
+AMOUNTS = ("cut_tokens", "dropped_tokens", "lost_targets", "lost_first_patches", "repeated_images")
 NAMED = 32  # samples of a global batch in an error message
 PLANNED_STEPS = 32  # whose balance is told at the start
 SAMPLE_CACHE_POSITIONS = 2_000_000  # positions of tokenised samples kept in memory (28 bytes each)
@@ -403,6 +403,7 @@ class Loader:
         for name, amount in (
             ("cut_tokens", sample.cut_tokens),
             ("dropped_rows", sample.dropped_rows),
+            ("dropped_tokens", sample.dropped_tokens),
             ("lost_targets", sample.lost_targets),
             ("lost_first_patches", self._collator.lost_first_patches(sample)),
             ("repeated_images", repeated),

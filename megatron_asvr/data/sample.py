@@ -66,6 +66,7 @@ class Sample:
         rows: one, or one a conversation when images are repeated.
         cut_tokens: text positions cut from the end to fit ``data.max_length``.
         dropped_rows: rows that did not fit.
+        dropped_tokens: text positions of those rows.
         lost_targets: supervised tokens right after a prefix shared by several branches, where no
             single position could predict them, or first of all, where there is no position.
         text_tokens: tokens of the record's text, before anything is cut.
@@ -76,6 +77,7 @@ class Sample:
     rows: tuple[Row, ...]
     cut_tokens: int = 0
     dropped_rows: int = 0
+    dropped_tokens: int = 0
     lost_targets: int = 0
     text_tokens: int = 0
 
@@ -162,6 +164,11 @@ class SampleBuilder:
                 if cut is not None
             ),
             dropped_rows=len(rows) - len(kept),
+            dropped_tokens=sum(
+                row.length - sum(layout.length for layout in row.layouts)
+                for row, cut in zip(rows, fitted, strict=True)
+                if cut is None
+            ),
             lost_targets=lost,
             text_tokens=sum(piece.num_words for piece in pieces),
         )

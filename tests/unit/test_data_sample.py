@@ -11,6 +11,7 @@ from megatron_asvr.data.records import parse_record, read_records
 from megatron_asvr.data.sample import SampleBuilder
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError, DataError
+from tests.unit import hub_folders
 from tests.unit.data_corpus import TEXTS, ask, config, turn
 
 N = 4  # patches of one image in the small configuration
@@ -90,6 +91,45 @@ def test_repeated_images_count_once_and_teach_the_same(tokenizer, tmp_path):
     )
 
 
+@pytest.fixture(scope="module")
+def unbegun(tmp_path_factory):
+    """A tokenizer that puts no token before a text, as Qwen's."""
+    return TextTokenizer(hub_folders.write("qwen2", tmp_path_factory.mktemp("qwen") / "text"))
+
+
+@pytest.mark.parametrize("images", [(), ("a.png",), ("a.png", "b.png")])
+@pytest.mark.parametrize("template", ["chatml", "tokenizer"])
+def test_branches_without_a_begin_token(unbegun, tmp_path, images, template):
+    changes = {"data__template": template, "model__language__vocab_size": 600}
+    sample = build(unbegun, shared_record(images=images), tmp_path, **changes)
+    (row,) = sample.rows
+    assert (row.branch_S == 0).any() == bool(images)
+    for number, (question, answer) in enumerate(QUESTIONS, start=1):
+        alone = build(unbegun, single_record(question, answer, images), tmp_path, **changes)
+        (single,) = alone.rows
+        assert alone.lost_targets == sample.lost_targets == 0
+        seen = (row.branch_S == 0) | (row.branch_S == number)
+        for name in ("tokens_S", "targets_S", "positions_S"):
+            np.testing.assert_array_equal(getattr(row, name)[seen], getattr(single, name))
+        said = single.targets_S[single.targets_S != IGNORE]
+        assert unbegun.decode(said) == answer
+        assert said[-1] == unbegun.special_id("<|im_end|>")
+
+
+def test_a_first_word_that_nothing_precedes_is_counted(unbegun, tmp_path):
+    changes = {"data__template": "plain", "model__language__vocab_size": 600}
+    text = {"conversations": [turn("gpt", "red")]}
+    sample = build(unbegun, text, tmp_path, **changes)
+    assert sample.lost_targets == 1
+    assert (sample.rows[0].targets_S != IGNORE).sum() == sample.rows[0].length - 1
+    several = {"conversations": [[turn("gpt", "red")], [turn("gpt", "no")]]}
+    assert build(unbegun, several, tmp_path, **changes).lost_targets == 2
+    image = {"image": "a.png", "conversations": [turn("human", "<image>"), turn("gpt", "red")]}
+    sample = build(unbegun, image, tmp_path, **changes)
+    assert sample.rows[0].image_starts == (0,)
+    assert sample.lost_targets == 0
+
+
 def test_captions_that_share_an_image_lose_their_first_word_counted(tokenizer, tmp_path):
     raw = {"image": "a.png", "conversations": [[turn("human", ""), turn("gpt", "red")]] * 2}
     assert build(tokenizer, raw, tmp_path, data__template="plain").lost_targets == 2
@@ -117,6 +157,8 @@ def test_overlong_text_is_cut_or_dropped_but_never_an_image(tokenizer, tmp_path)
     inside = build(tokenizer, raw, tmp_path, data__max_length=images_end - 1)
     assert not inside.rows
     assert inside.dropped_rows == 1
+    assert inside.dropped_tokens == whole.length - N
+    assert cut.dropped_tokens == inside.cut_tokens == 0
     dropped = build(tokenizer, raw, tmp_path, data__max_length=40, data__on_overlong="drop")
     assert not dropped.rows
     question_only = build(
