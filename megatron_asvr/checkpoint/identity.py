@@ -7,6 +7,7 @@ up to rounding, which is logged.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def identity(
     facts: dict[str, Any] = {}
     for key, value in flatten(config).items():
         if key not in _FREE | _BY_CONTENT and not key.startswith(_LAYOUT):
-            facts[key] = list(value) if isinstance(value, tuple) else value
+            facts[key] = json.loads(json.dumps(value))  # as a checkpoint gives it back
     facts["data.train (number of files)"] = len(config.data.train)
     for number, source in enumerate(config.data.train):
         name = f"data.train[{number}].path"
