@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_asvr.checkpoint.folder import fsync
-from megatron_asvr.checkpoint.tensors import Stored, open_safetensors
 from megatron_asvr.errors import CheckpointError
+from megatron_asvr.parallel.stored import Stored, open_safetensors
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _READ_BYTES = 1 << 24

@@ -9,8 +9,6 @@ from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -19,12 +17,14 @@ from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.frozen import frozen_damage, open_frozen
 from megatron_asvr.checkpoint.identity import check_identity
 from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
+from megatron_asvr.checkpoint.read import read
 from megatron_asvr.checkpoint.save import layout, trained_shapes
 from megatron_asvr.checkpoint.state import load_state, sharded_state
 from megatron_asvr.errors import CheckpointError
-from megatron_asvr.model.sharding import load_weights, named
+from megatron_asvr.model.sharding import load_shared
 from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.stored import Stored
 
 logger = logging.getLogger(__name__)
 
@@ -130,21 +130,21 @@ def load_frozen(
     Raises:
         CheckpointError: a file is missing, or the weights are another model's.
     """
-    tensors = {}
-    for name in meta.frozen.values():
-        tensors |= open_frozen(folder.frozen / name)
-    missing = load_weights(
-        chunks,
-        lambda name: tensors[name].read() if name in tensors else None,
-        groups=groups,
-        strict=False,
-    )
-    frozen = {name for name, param in named(chunks) if not param.requires_grad}
-    if lost := sorted(frozen.intersection(missing)):
+    files = [folder.frozen / name for name in meta.frozen.values()]
+    weights = on_first(functools.partial(_open_all, files), group=groups.world)
+
+    def frozen(_: str, parameter: nn.Parameter) -> bool:
+        return not parameter.requires_grad
+
+    if lost := load_shared(chunks, weights, groups=groups, only=frozen, strict=False):
         raise CheckpointError(
             f"{folder.frozen} lacks {len(lost)} weights that this run does not train, for example "
             f"{lost[0]}; train.trainable or the model differs from the run's first start"
         )
+
+
+def _open_all(files: Sequence[Path]) -> dict[str, Stored]:
+    return {name: x for file in files for name, x in open_frozen(file).items()}
 
 
 def load_trained(
@@ -169,12 +169,7 @@ def load_trained(
     """
     path = folder.step(meta.resume.step)
     _check_shapes(path, meta.trained, trained_shapes(chunks, groups=groups))
-    try:
-        state = dist_checkpointing.load(
-            sharded_state(chunks, optimizer, is_loading=True), str(path)
-        )
-    except CheckpointingException as err:
-        raise CheckpointError(f"{path} does not fit this run: {err}") from err
+    state = read(sharded_state(chunks, optimizer, is_loading=True), path, group=groups.world)
     load_state(state, chunks, optimizer, step=meta.resume.step)
     now = layout(groups)
     changed = [f"{k} {meta.layout.get(k)} -> {now[k]}" for k in now if meta.layout.get(k) != now[k]]

@@ -28,13 +28,13 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_asvr.checkpoint.index import COMMON
 from megatron_asvr.checkpoint.meta import FileFacts
 
 # Where the helpers would leave their results; made by itself it starts a process.
 filesystem_async._results_queue = queue.SimpleQueue()
 
 _BACKEND = ("torch_dist", 1)
-_COMMON = "common.pt"  # what is no tensor and no part of one; both megatron-cores read it
 _BUFFER_BYTES = 1 << 20
 _HAS_PLANNERS = tuple(int(x) for x in mcore.version.split(".")[:2]) >= (0, 17)
 # Newer versions of torch know several formats; this is the one of all.
@@ -122,9 +122,9 @@ def write(share: Share) -> Written:
                 done.results.append(filesystem._write_item(*how))
         done.files[name] = file.facts
     if share.common is not None:
-        with HashingFile(share.path / _COMMON) as file:
+        with HashingFile(share.path / COMMON) as file:
             file.write(share.common)
-        done.files[_COMMON] = file.facts
+        done.files[COMMON] = file.facts
     return done
 
 

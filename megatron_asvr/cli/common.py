@@ -118,7 +118,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
         state = "trained" if part in config.train.trainable else "frozen"
         source = config.init.source(part)
         if source is not None:
-            open_source(source, part, config)
+            open_source(source, [part], config)
         origin = source or f"run.seed={config.run.seed}"
         lines.append(f"{part}: {number:,} parameters, {state}, from {origin}")
     text = TextTokenizer(str(config.model.text_tokenizer))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import ModelConfig
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
@@ -25,6 +24,7 @@ from megatron_asvr.hf.memory import in_memory
 from megatron_asvr.hf.resolution import same_images
 from megatron_asvr.hf.source import Source, parts_of
 from megatron_asvr.hf.stream import flat_chunks, run_all
+from megatron_asvr.parallel.stored import Stored
 
 SHOWN = 5
 CODEBOOKS = f"{tables.HEAD}codebooks."  # searched in fp32, so they stay that

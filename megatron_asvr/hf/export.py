@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import Config, ModelConfig
 from megatron_asvr.data.conversation import Template
 from megatron_asvr.data.text import SENTENCEPIECE_MODEL
@@ -38,6 +37,7 @@ from megatron_asvr.hf.processor import (
 )
 from megatron_asvr.hf.shards import ShardWriter
 from megatron_asvr.hf.stream import flat_chunks, run_all
+from megatron_asvr.parallel.stored import Stored
 
 __all__ = ["export", "finalize"]
 

@@ -8,14 +8,15 @@ outside the folder is ever read, whatever an index or a link says.
 import json
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.tensors import Stored, open_safetensors
 from megatron_asvr.errors import ConversionError
+from megatron_asvr.parallel.stored import Stored, open_safetensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -109,7 +110,36 @@ def _open_file(path: Path) -> dict[str, Stored]:
     return open_safetensors(path, ConversionError)
 
 
+class _Pickle:
+    """A pickled state dictionary, opened where its first tensor is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._held: dict[str, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type["_Pickle"], tuple[Path]]:
+        return _Pickle, (self.path,)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, mapped into memory where the format allows it."""
+        if self._held is None:
+            self._held = _load_pickle(self.path)
+        return self._held
+
+    def fill(self, name: str, out: Tensor, start: int) -> None:
+        """Fill ``out`` with a tensor's elements from ``start`` on."""
+        out.copy_(self.tensors()[name].reshape(-1)[start : start + out.numel()])
+
+
 def _open_pickle(path: Path) -> dict[str, Stored]:
+    file = _Pickle(path)
+    return {
+        name: Stored(tuple(x.shape), x.dtype, partial(file.fill, name), str(path))
+        for name, x in file.tensors().items()
+    }
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -126,7 +156,7 @@ def _open_pickle(path: Path) -> dict[str, Stored]:
         held = held["state_dict"]
     if not isinstance(held, dict) or not all(isinstance(x, Tensor) for x in held.values()):
         raise ConversionError(f"{path} holds no state dictionary: wanted tensors by name")
-    return {name: Stored.of(x) for name, x in held.items()}
+    return held
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.load import load, to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConversionError
@@ -25,6 +24,7 @@ from megatron_asvr.hf.stream import flat_chunks, run_all
 from megatron_asvr.hf.tables import Rule
 from megatron_asvr.hf.vocabulary import EMBEDDING
 from megatron_asvr.model.tokenizer import VisualTokenizer
+from megatron_asvr.parallel.stored import Stored
 
 FORMAT = 1
 REPORT = "import.json"

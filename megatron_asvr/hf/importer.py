@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import ModelConfig, VisualHeadConfig
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock, tables
@@ -15,6 +14,7 @@ from megatron_asvr.hf.imported import REPORT, read_imported
 from megatron_asvr.hf.resolution import resolution_from
 from megatron_asvr.hf.source import Source, drop_tied_copy, matched, sort_out
 from megatron_asvr.hf.stock import language_config_from_hf, vision_config_from_hf
+from megatron_asvr.parallel.stored import Stored
 
 __all__ = ["Source", "is_source", "language_config_from_hf", "read_folder", "vision_config_from_hf"]
 

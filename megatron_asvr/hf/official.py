@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.load import override
 from megatron_asvr.config.schema import Config, ModelConfig, VisionConfig, VisualHeadConfig
 from megatron_asvr.errors import ConversionError
@@ -28,6 +27,7 @@ from megatron_asvr.hf.files import check_finite, open_weights, read_json
 from megatron_asvr.hf.source import Source, drop_tied_copy, matched, may_miss, sort_out
 from megatron_asvr.hf.tables import Rule, Run, Shape
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
+from megatron_asvr.parallel.stored import Stored
 
 KIND = "asvr-official"
 TOKENIZER = "visual_tokenizer."  # the tokenizer's own encoder, among our names of an import

@@ -9,7 +9,6 @@ import torch
 from megatron_asvr.checkpoint.identity import VISUAL_TOKENIZER
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
@@ -24,6 +23,7 @@ from megatron_asvr.hf.official import read_official, read_tokenizer
 from megatron_asvr.hf.partial import partial_folder, removed_on_error
 from megatron_asvr.hf.tables import LM
 from megatron_asvr.model.tokenizer import VisualTokenizer
+from megatron_asvr.parallel.stored import Stored
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -82,6 +82,8 @@ def export_run(
 ) -> dict[str, Any] | None:
     """The report of the verification, after ``out`` got the weights of a run in stock form.
 
+    In fp32 they are the optimizer's master weights, of which a bf16 run's own are roundings.
+
     Args:
         run: run folder or checkpoint.
         out: folder to write; it must not exist.
@@ -96,7 +98,7 @@ def export_run(
             tokenizer is no longer the one that the run learned with, or the verification failed,
             after which nothing is left.
     """
-    config, origin, fingerprint = _run_origin(run, kind)
+    config, origin, fingerprint = _run_origin(run, kind, DTYPES[dtype])
     text = TextTokenizer(str(config.model.text_tokenizer))
     partial = export(
         origin.tensors,
@@ -138,7 +140,8 @@ def verify_weights(origin: str, folder: str, *, overrides: Sequence[str] = ()) -
         raise ConversionError(f"{overrides[0]!r}: weights are compared as they are stored")
     if is_source(origin):
         return compare(folder, origin_of(read_folder(origin)))
-    return compare(folder, _run_origin(origin, kind)[1])
+    dtype = stock.read_hf_config(folder).dtype
+    return compare(folder, _run_origin(origin, kind, dtype)[1])
 
 
 def kind_of(folder: str | Path) -> str:
@@ -171,9 +174,9 @@ def _verify_imported(origin: str, folder: Path, overrides: Sequence[str]) -> dic
     return report
 
 
-def _run_origin(run: str, kind: str) -> tuple[Config, Origin, str | None]:
+def _run_origin(run: str, kind: str, dtype: torch.dtype) -> tuple[Config, Origin, str | None]:
     """A run's configuration, what an export of it holds, and the visual tokenizer's fingerprint."""
-    config, weights = read_run(run)
+    config, weights = read_run(run, masters=dtype == torch.float32)
     tensors, fingerprint = dict(weights.stored), None
     if kind == "text":
         tensors = {name: x for name, x in tensors.items() if name.startswith(LM)}

@@ -16,10 +16,10 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.tensors import DTYPE_NAMES
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.files import INDEX, SINGLE, write_json
 from megatron_asvr.hf.tables import check_complete
+from megatron_asvr.parallel.stored import DTYPE_NAMES
 
 Shape = tuple[int, ...]
 

@@ -8,12 +8,12 @@ there, unless the caller names it as one that may be missing.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.config.compare import differences
 from megatron_asvr.config.schema import (
     PARTS,
@@ -24,6 +24,7 @@ from megatron_asvr.config.schema import (
 )
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.tables import Rule, check_complete, source_shapes
+from megatron_asvr.parallel.stored import Stored, compose
 
 SETTINGS = {
     "vision_encoder": "vision",
@@ -91,12 +92,14 @@ class Source:
             ConversionError: its parts have several types.
         """
         rule = self.rules[name]
+        parts = {part: self.stored[part] for part, _ in rule.parts}
+        fill = partial(_fill, rule, parts)
+        return compose(rule.shape, self.dtype(name), fill, list(parts.values()), rule.layout.join)
 
-        def fill(out: Tensor, start: int) -> None:
-            for part, begin, place in rule.cut(start, start + out.numel()):
-                self.stored[part].fill(out[place], begin)
-
-        return Stored(rule.shape, self.dtype(name), fill)
+    @property
+    def weights(self) -> dict[str, Stored]:
+        """All tensors by our name; see ``open``."""
+        return {name: self.open(name) for name in self.rules}
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of the tensor called ``name``.
@@ -129,6 +132,11 @@ class Source:
                 raise ConversionError(
                     f"{self.path}, {part}: {shown}. Take the settings from the folder"
                 )
+
+
+def _fill(rule: Rule, parts: dict[str, Stored], out: Tensor, start: int) -> None:
+    for part, begin, place in rule.cut(start, start + out.numel()):
+        parts[part].fill(out[place], begin)
 
 
 def matched(

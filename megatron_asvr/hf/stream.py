@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.tensors import Stored
+from megatron_asvr.parallel.stored import Stored
 
 MAX_THREADS = 4  # more of them wait for the disk and for memory
 

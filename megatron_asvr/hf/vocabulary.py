@@ -12,32 +12,44 @@ Rows that pad the vocabulary to a multiple for tensor parallelism are something 
 memory only and their logits are masked (model/language.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_asvr.config.schema import ModelConfig
 from megatron_asvr.hf.tables import LM
+from megatron_asvr.parallel.stored import Stored, compose
 
 EMBEDDING = LM + "embedding.word_embeddings.weight"
 TABLES = (EMBEDDING, LM + "output_layer.weight")
 
 
-def grown(get: Callable[[str], Tensor | None], rows: int) -> Callable[[str], Tensor | None]:
-    """A reader like ``get`` whose vocabulary tables have at least ``rows`` rows.
+def grown(weights: Mapping[str, Stored], rows: int) -> dict[str, Stored]:
+    """The same weights, whose vocabulary tables have at least ``rows`` rows.
 
     Args:
-        get: full tensor of a canonical name, or None.
+        weights: by canonical name.
         rows: ``model.language.vocab_size`` of the run.
     """
+    made = dict(weights)
+    for name in TABLES:
+        x = weights.get(name)
+        if x is not None and x.shape[0] < rows:
+            shape = (rows, *x.shape[1:])
+            join = partial(_first_with_rows, rows=rows)
+            made[name] = compose(shape, x.dtype, partial(_fill, x, rows), [x], join)
+    return made
 
-    def read(name: str) -> Tensor | None:
-        x = get(name)
-        return x if x is None or name not in TABLES else with_rows(x, rows)
 
-    return read
+def _first_with_rows(parts: list[Tensor], rows: int) -> Tensor:
+    return with_rows(parts[0], rows)
+
+
+def _fill(x: Stored, rows: int, out: Tensor, start: int) -> None:
+    out.copy_(with_rows(x.read(), rows).view(-1)[start : start + out.numel()])
 
 
 def with_rows(x: Tensor, rows: int) -> Tensor:

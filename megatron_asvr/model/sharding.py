@@ -13,7 +13,7 @@ are global, chunks merge.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.parallel.collectives import broadcast_tensor, gather_equal, gather_objects
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.stored import Stored, read_shared
 from megatron_asvr.precision import FUSED_NAMES
 
 Modules = nn.Module | Sequence[nn.Module]
@@ -217,22 +218,77 @@ def load_weights(
         if full is None:
             missing.append(name)
             continue
-        wanted = full_shape(parameter, groups=groups)
-        if tuple(full.shape) != wanted:
-            raise CheckpointError(
-                f"{name} has shape {tuple(full.shape)}; this model wants {wanted}. "
-                "The weights belong to another model: compare its configuration with this run's"
-            )
+        _check_shape(name, tuple(full.shape), full_shape(parameter, groups=groups))
         with torch.no_grad():
             parameter.copy_(_shard(full, parameter, groups))
+    if strict:
+        _check_missing(missing, number, optional)
+    return missing
+
+
+def load_shared(
+    modules: Modules,
+    weights: Mapping[str, Stored],
+    *,
+    groups: Groups,
+    only: Choice | None = None,
+    strict: bool = True,
+    optional: Sequence[str] = (),
+    convert: Callable[[Tensor], Tensor] | None = None,
+) -> list[str]:
+    """As ``load_weights``, from files, each of which one rank reads for all.
+
+    All ranks take part, those too whose stage holds nothing of it, and bring the same arguments;
+    errors are raised on all. Names that are missing are those of the whole model. What does not fit
+    is known before the first number is read.
+
+    Args:
+        modules: what this stage holds of the model.
+        weights: what is on disk, by canonical name.
+        groups: process groups of the layout.
+        only: which parameters are wanted; all without it.
+        strict: a missing tensor is an error.
+        optional: shell patterns of names that may be missing all the same.
+        convert: applied to every full tensor first.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the model, cannot be read, or ``strict``
+            and one is missing.
+    """
+    shapes = full_shapes(modules, groups=groups, only=only)
+    missing = [name for name in shapes if name not in weights]
+    if strict:
+        _check_missing(missing, len(shapes), optional)
+    found = [name for name in shapes if name in weights]
+    for name in found:
+        _check_shape(name, weights[name].shape, shapes[name])
+    mine: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named(modules):
+        mine.setdefault(name, []).append(parameter)
+    for name, full in read_shared(weights, found, group=groups.world):
+        for parameter in mine.get(name, ()):
+            with torch.no_grad():
+                part = full if convert is None else convert(full)
+                parameter.copy_(_shard(part, parameter, groups))
+    return missing
+
+
+def _check_shape(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if got != wanted:
+        raise CheckpointError(
+            f"{name} has shape {got}; this model wants {wanted}. "
+            "The weights belong to another model: compare its configuration with this run's"
+        )
+
+
+def _check_missing(missing: Sequence[str], number: int, optional: Sequence[str]) -> None:
     lost = [name for name in missing if not any(fnmatchcase(name, p) for p in optional)]
-    if strict and lost:
+    if lost:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
         raise CheckpointError(
             f"{len(lost)} of {number} weights are missing: "
             f"{', '.join(lost[:_SHOWN])}{more}. Give a complete source for this part"
         )
-    return missing
 
 
 def full_shapes(

@@ -10,6 +10,7 @@ weights) beside ``tokenizer.safetensors``.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +30,8 @@ from megatron_asvr.errors import CheckpointError, ConfigError
 from megatron_asvr.model.kmeans import fit_codebooks
 from megatron_asvr.model.quantize import Codebooks, residual_codes
 from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder
+from megatron_asvr.parallel.collectives import on_first
+from megatron_asvr.parallel.stored import Stored, open_safetensors, read_shared
 
 FORMAT = 1  # of the folder
 CODES_VERSION = 1  # raised when the same weights and pixels give other codes than before
@@ -226,21 +229,22 @@ class VisualTokenizer(nn.Module):
         return _read_config(pathlib.Path(folder))[0]
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "VisualTokenizer":
+    def load(
+        cls, folder: str | os.PathLike, *, group: dist.ProcessGroup | None = None
+    ) -> "VisualTokenizer":
         """The tokenizer saved in ``folder``, on the CPU, after checking its fingerprint.
+
+        Args:
+            folder: of the tokenizer.
+            group: ranks that all want it, of which one reads it; None: this process alone.
 
         Raises:
             CheckpointError: a file is missing, damaged, or not of this fingerprint.
         """
         path = pathlib.Path(folder)
-        config, wanted = _read_config(path)
+        config, wanted, stored = on_first(functools.partial(_open, path), group=group)
         tokenizer = cls(config)
-        try:
-            state = load_file(path / WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path / WEIGHTS_FILE} cannot be read ({error}); fit the tokenizer again"
-            ) from error
+        state = {name: x.cpu().clone() for name, x in read_shared(stored, stored, group=group)}
         got = _fingerprint(config, state)
         if got != wanted:
             raise CheckpointError(
@@ -251,6 +255,15 @@ class VisualTokenizer(nn.Module):
             tokenizer.encoder.to(state["encoder.post_layernorm.weight"].dtype)
         tokenizer.load_state_dict(state)
         return tokenizer
+
+
+def _open(path: pathlib.Path) -> tuple[TokenizerConfig, str, dict[str, Stored]]:
+    """Configuration, fingerprint, and what the file of weights holds."""
+    config, fingerprint = _read_config(path)
+    try:
+        return config, fingerprint, open_safetensors(path / WEIGHTS_FILE, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; fit the tokenizer again") from error
 
 
 def _grid(vision: VisionConfig) -> str:

@@ -194,6 +194,11 @@ def on_first(fn: Callable[[], Any], *, group: ProcessGroup | None) -> Any:
     return value
 
 
+def device_of(group: ProcessGroup) -> str:
+    """Where the group's backend wants its tensors."""
+    return _DEVICE.get(dist.get_backend(group), "cpu")
+
+
 def barrier(*, group: ProcessGroup | None) -> None:
     """Return when every rank of the group has come here."""
     if not _alone(group):

@@ -1,8 +1,9 @@
 """From a configuration to everything a run needs, in the order in which mistakes can be found."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from megatron_asvr.checkpoint.folder import META, RunFolder
 from megatron_asvr.checkpoint.identity import TEXT_TOKENIZER, VISUAL_TOKENIZER
@@ -28,16 +28,15 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.importer import is_source, read_folder
 from megatron_asvr.hf.vocabulary import as_large_as, grown
 from megatron_asvr.model.asvr import DTYPES, AsvrModel
-from megatron_asvr.model.sharding import full_shapes, load_weights
+from megatron_asvr.model.sharding import full_shapes, load_shared
 from megatron_asvr.model.tokenizer import VisualTokenizer
-from megatron_asvr.parallel.collectives import gather_objects
+from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.parallel.stored import Check, Stored, read_shared, run_checks
 from megatron_asvr.precision import Backend, check_attention, select_backend
 
 logger = logging.getLogger(__name__)
-
-Reader = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +97,9 @@ def codebook_sizes(config: Config) -> tuple[int, ...]:
     """
     if not config.loss.visual_weight:
         return ()
-    return VisualTokenizer.describe(str(config.model.visual_tokenizer)).codebook_sizes
+    folder = str(config.model.visual_tokenizer)
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return on_first(partial(VisualTokenizer.describe, folder), group=group).codebook_sizes
 
 
 def open_data(config: Config, *, groups: Groups) -> Data:
@@ -117,7 +118,7 @@ def open_data(config: Config, *, groups: Groups) -> Data:
     """
     tokenizer, cache = None, None
     if config.loss.visual_weight:
-        tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer))
+        tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer), group=groups.world)
         tokenizer.check_fits(config.model.vision)
         if config.data.codes == "cache":
             cache = _open_cache(config, tokenizer)
@@ -231,7 +232,7 @@ def load_sources(
 
     A part without a source keeps the weights drawn from ``run.seed``. So does a part that the
     common source ``init.all`` does not hold; a source named for the part must hold it. All ranks
-    take part: a stage learns where the parts of the others come from.
+    take part: the first one opens the sources, and every file is read by one rank for all.
 
     Args:
         chunks: the bare model of this rank, drawn from the seed.
@@ -244,54 +245,84 @@ def load_sources(
         CheckpointError: a source lacks weights or holds weights of another shape.
         ConversionError: a Hugging Face folder is not understood.
     """
-    origins: dict[str, str] = {}
-    for part in PARTS:
-        modules = [held for chunk in chunks if (held := chunk.parts().get(part)) is not None]
-        names = full_shapes(modules, groups=groups, prefix=f"{part}.")
-        if not modules:
-            continue
-        origins[part] = f"run.seed={config.run.seed}"
-        source = config.init.source(part)
-        if source is None:
-            continue
-        get = open_source(source, part, config)
-        if getattr(config.init, part) is None and all(get(name) is None for name in names):
-            origins[part] += f" (init.all={source} does not hold it)"
-            continue
-        missing = load_weights(
-            modules, get, groups=groups, prefix=f"{part}.", optional=config.init.allow_missing
-        )
-        _check_learned(source, part, get, modules[0], facts)
-        drawn = f" ({len(missing)} weights from run.seed={config.run.seed})" if missing else ""
-        origins[part] = source + drawn
-    stages = gather_objects(origins, group=groups.pp)
-    return {part: stage[part] for part in PARTS for stage in stages if part in stage}
+    names = full_shapes(chunks, groups=groups)
+    held = [part for part in PARTS if any(_part_of(name) == part for name in names)]
+    origins = dict.fromkeys(held, f"run.seed={config.run.seed}")
+    sources: dict[str, list[str]] = {}
+    for part in held:
+        if (source := config.init.source(part)) is not None:
+            sources.setdefault(source, []).append(part)
+    for path, parts in sources.items():
+        opened = on_first(partial(open_source, path, parts, config), group=groups.world)
+        there = {_part_of(name) for name in opened.weights}
+        for part in parts:
+            if part not in there and getattr(config.init, part) is None:
+                origins[part] += f" (init.all={path} does not hold it)"
+                continue
+            wanted = [name for name in names if _part_of(name) == part]
+            checks = [check for name in wanted for check in opened.checks_of.get(name, ())]
+            run_checks(list(dict.fromkeys(checks)), group=groups.world)
+            missing = load_shared(
+                chunks,
+                opened.weights,
+                groups=groups,
+                only=lambda name, _, part=part: _part_of(name) == part,
+                optional=config.init.allow_missing,
+            )
+            _check_learned(opened, path, part, chunks, facts, groups)
+            seed = f" ({len(missing)} weights from run.seed={config.run.seed})"
+            origins[part] = path + (seed if missing else "")
+    return origins
 
 
-def open_source(path: str, part: str, config: Config) -> Reader:
-    """A function from canonical name to full tensor, for one part of the model.
+def _part_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A source of weights whose settings fit.
+
+    Attributes:
+        weights: by canonical name.
+        checks_of: what to call before a weight is read, if anything.
+        learned_with: what its run was identified by; None when it is no run.
+    """
+
+    weights: Mapping[str, Stored]
+    checks_of: Mapping[str, Sequence[Check]]
+    learned_with: Mapping[str, Any] | None
+
+
+def open_source(path: str, parts: Sequence[str], config: Config) -> Opened:
+    """The weights in a folder, of which only headers are read.
 
     Args:
         path: a run folder, one of its checkpoints, or a folder that `hf.importer` reads.
-        part: the part that is taken from it.
+        parts: the parts of the model that are taken from it, as far as it has them.
         config: the run, whose model the source must fit.
 
     Raises:
         ConfigError: the folder holds no weights, or its settings differ from the model's.
+        CheckpointError: it is a run without a complete checkpoint.
+        ConversionError: a Hugging Face folder is not understood.
     """
     folder, rows = Path(path), config.model.language.vocab_size
     if _is_run(folder):
-        theirs, get = read_run(folder)
-        _check_same(path, part, theirs.model, as_large_as(config.model, theirs.model))
-        return grown(get, rows)
+        theirs, found = read_run(folder)
+        for part in parts:
+            _check_same(path, part, theirs.model, as_large_as(config.model, theirs.model))
+        facts = read_meta(find_checkpoint(folder)).identity
+        weights = grown(found.stored, rows)
+        return Opened(weights=weights, checks_of=found.checks_of, learned_with=facts)
     if is_source(folder):
         source = read_folder(folder, allow_missing=config.init.allow_missing)
-        if source.holds(part):
-            source.check_fits(as_large_as(config.model, source.model), (part,))
-        return grown(source, rows)
+        there = tuple(part for part in parts if source.holds(part))
+        source.check_fits(as_large_as(config.model, source.model), there)
+        return Opened(weights=grown(source.weights, rows), checks_of={}, learned_with=None)
     raise ConfigError(
-        f"init source {path!r} of {part} is neither a run folder, nor a checkpoint, nor a Hugging "
-        "Face folder (config.json), nor one that `asvr convert import` wrote"
+        f"init source {path!r} of {parts[0]} is neither a run folder, nor a checkpoint, "
+        "nor a Hugging Face folder (config.json), nor one that `asvr convert import` wrote"
     )
 
 
@@ -312,19 +343,27 @@ _LEARNED_WITH = {"language_model": TEXT_TOKENIZER, "visual_head": VISUAL_TOKENIZ
 
 
 def _check_learned(
-    path: str, part: str, get: Reader, module: nn.Module, facts: Mapping[str, Any]
+    opened: Opened,
+    path: str,
+    part: str,
+    chunks: Sequence[AsvrModel],
+    facts: Mapping[str, Any],
+    groups: Groups,
 ) -> None:
-    """Refuse words or codes that were learned with another tokenizer."""
+    """Refuse words or codes that were learned with another tokenizer; all ranks take part."""
     fact = _LEARNED_WITH.get(part)
     if fact is None:
         return
     same = True  # a Hugging Face folder does not say which text tokenizer is ours
-    if _is_run(Path(path)):
-        same = read_meta(find_checkpoint(Path(path))).identity.get(fact) == facts[fact]
+    if opened.learned_with is not None:
+        same = opened.learned_with.get(fact) == facts[fact]
     elif part == "visual_head":
-        tables = enumerate(module.codebooks.tables())
-        pairs = ((get(f"visual_head.codebooks.{d}"), table.cpu()) for d, table in tables)
-        same = all(theirs is None or torch.equal(theirs.float(), own) for theirs, own in pairs)
+        tables = [n for n in opened.weights if n.startswith("visual_head.codebooks.")]
+        heads = [head for chunk in chunks if (head := chunk.parts().get(part)) is not None]
+        for name, theirs in read_shared(opened.weights, tables, group=groups.world):
+            own = [head.codebooks.tables()[int(name.rpartition(".")[2])] for head in heads]
+            same = same and all(torch.equal(theirs.float().cpu(), table.cpu()) for table in own)
+        same = all(gather_objects(same, group=groups.world))
     if not same:
         raise ConfigError(
             f"{part} in {path} was trained with another {fact.partition(' ')[0]} than this run's; "

@@ -63,7 +63,7 @@ def make_excerpt(config: Config, folder: Path, *, prepare: bool) -> Excerpt:
     for part in PARTS:
         source = config.init.source(part)
         if source is not None:
-            _attempt(problems, open_source, source, part, config)
+            _attempt(problems, open_source, source, [part], config)
     chosen: list[Record] = []
     replaced: dict[str, str] = {}
     index = ImageIndex(config, folder=cache_root(config), device=select()[0].device)

@@ -6,6 +6,7 @@ the codes are not needed for answers and not built.
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from megatron_asvr.platforms import select
 
@@ -24,8 +25,10 @@ from megatron_asvr.data.text import IMAGE_TOKEN, TextTokenizer
 from megatron_asvr.data.views import NEWLINE, ImageLayout, Size
 from megatron_asvr.errors import DataError
 from megatron_asvr.model.asvr import build_model
-from megatron_asvr.model.sharding import load_weights
+from megatron_asvr.model.sharding import load_shared
+from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.stored import run_checks
 from megatron_asvr.train.generate import Generator, Prompt
 
 
@@ -52,6 +55,10 @@ def inference_config(run: str, overrides: Iterable[str] = ()) -> Config:
 def _only_matrices_split(config: Config) -> Config:
     """The same without stages, parts of sequences or shared experts: answers are short."""
     return dataclasses.replace(config, parallel=ParallelConfig(tp=config.parallel.tp))
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
 
 
 class Answerer:
@@ -84,13 +91,11 @@ class Answerer:
         self._pixels = PixelStore(config, device=select()[0].device)
         self._sizes: dict[str, Size] = {}  # of images of prompts, by path
         model = build_model(config, groups=groups, tokenizer=None)
-        _, get = read_run(run)
-
-        def rounded(name: str) -> Tensor | None:
-            full = get(name)
-            return full if full is None or rounded_to is None else full.to(rounded_to)
-
-        load_weights(model, rounded, groups=groups)
+        exact = rounded_to is not None  # an export starts from the optimizer's weights
+        _, weights = on_first(partial(read_run, run, masters=exact), group=groups.world)
+        run_checks(weights.checks, group=groups.world)
+        convert = None if rounded_to is None else partial(_rounded, dtype=rounded_to)
+        load_shared(model, weights.stored, groups=groups, convert=convert)
         self._generator = Generator(
             model.eval(),
             self.pixels,

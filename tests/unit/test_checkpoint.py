@@ -12,15 +12,18 @@ from megatron_asvr.platforms import mcore  # noqa: F401
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file
 
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.frozen import frozen_damage, open_frozen, write_frozen
 from megatron_asvr.checkpoint.identity import check_identity, identity
+from megatron_asvr.checkpoint.index import read_index
 from megatron_asvr.checkpoint.load import Resume, find_resume, load_frozen, load_trained
-from megatron_asvr.checkpoint.meta import read_meta
-from megatron_asvr.checkpoint.reader import SafeReader, read_run
+from megatron_asvr.checkpoint.meta import Meta, ResumeState, read_meta, write_meta
+from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.checkpoint.save import prune
+from megatron_asvr.config.load import to_dict
 from megatron_asvr.errors import CheckpointError, ConfigError
 from megatron_asvr.model.sharding import canonical_names
 from megatron_asvr.parallel.groups import Groups
@@ -255,7 +258,7 @@ def test_an_index_that_names_foreign_classes_is_not_unpickled(tmp_path: Path) ->
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(CheckpointError, match="which no index needs"):
-        SafeReader(tmp_path).read_metadata()
+        read_index(tmp_path)
     assert not (tmp_path / "touched").exists()
 
 
@@ -311,3 +314,29 @@ def test_attempts_are_counted_and_the_newest_is_known(tmp_path: Path) -> None:
     assert run_folder.claim_attempt() == 2  # made by a launcher for the start that claims it
     assert run_folder.claim_attempt() == 3
     assert RunFolder(tmp_path / "other").claim_attempt() == 0
+
+
+def test_weights_of_8_bits_are_read_from_their_masters_or_not_at_all(tmp_path: Path) -> None:
+    """A checkpoint as torch writes one; no run on the CPU has such weights."""
+    name, master = "projector.linear_1.weight", torch.randn(4, 6)
+    eight = {name: master.to(torch.float8_e4m3fn)}
+    full = {**eight, f"optimizer.state.param.{name}": master}
+    for step, state in enumerate((eight, full)):
+        path = RunFolder(tmp_path).step(step)
+        path.mkdir(parents=True)
+        torch.distributed.checkpoint.save(state, checkpoint_id=path, no_dist=True)
+        write_meta(
+            path,
+            Meta(
+                resume=ResumeState(step=step),
+                config=to_dict(config()),
+                identity=IDENTITY,
+                layout={},
+                trained={name: [4, 6]},
+                frozen={},
+            ),
+        )
+    _, get = read_run(RunFolder(tmp_path).step(1))
+    assert torch.equal(get(name), master)
+    with pytest.raises(CheckpointError, match=r"in torch\.float8_e4m3fn and no fp32 master"):
+        read_run(RunFolder(tmp_path).step(0))

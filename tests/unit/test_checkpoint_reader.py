@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from megatron_asvr.checkpoint import reader, write
+from megatron_asvr.checkpoint import index, write
 from megatron_asvr.checkpoint.meta import Meta, ResumeState, write_meta
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.load import to_dict
@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_every_tensor_is_read_whole_and_in_parts(checkpoint, told, monkeypatch):
     """Also with a torch that does not tell where in a file the numbers lie."""
     if not told:
-        monkeypatch.setattr(reader, "_place", lambda _: None)
+        monkeypatch.setattr(index, "_first_byte", lambda _: None)
     _, weights = read_run(checkpoint)
     assert weights.stored.keys() == SHAPES.keys()
     for name, wanted in WHOLE.items():
@@ -79,9 +79,13 @@ def test_every_tensor_is_read_whole_and_in_parts(checkpoint, told, monkeypatch):
 
 
 def test_in_place_means_without_torch(checkpoint):
-    pieces = reader._pieces(checkpoint, SHAPES)
-    assert all(reader._place(piece) is not None for piece in pieces["grid"])
-    assert reader._place(pieces["turned"][0]) is None
+    tensors = index.open_index(checkpoint)
+    places = {
+        name: [index._first_byte(chunk.stored.fill.args[0]) for chunk in tensors[name].chunks]
+        for name in ("grid", "turned")
+    }
+    assert None not in places["grid"]
+    assert places["turned"] == [None]
 
 
 def test_a_damaged_file_is_found_before_its_numbers_are_used(checkpoint):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_asvr.checkpoint.tensors import Stored
 from megatron_asvr.cli.main import main
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import CheckpointError, ConversionError
@@ -19,6 +18,7 @@ from megatron_asvr.hf.imported import write_imported
 from megatron_asvr.hf.importer import HEAD_FILE, read_folder
 from megatron_asvr.hf.run import verify_weights
 from megatron_asvr.hf.shards import ShardWriter
+from megatron_asvr.parallel.stored import Stored
 from tests.unit import hf_models
 from tests.unit.test_hf_import import stock_model
 
