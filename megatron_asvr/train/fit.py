@@ -15,6 +15,7 @@ import json
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from megatron_asvr.model.kmeans import fit_codebooks
 from megatron_asvr.model.quantize import quantisation_report
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.collectives import on_first
+from megatron_asvr.parallel.stored import read_shared
 from megatron_asvr.train.fit_sample import FitSample
 from megatron_asvr.train.metrics import show_log
 
@@ -154,8 +156,9 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
 
 
 def new_tokenizer(request: FitRequest) -> VisualTokenizer:
-    """A tokenizer with the encoder's weights and codebooks yet to be fitted."""
-    source = read_folder(request.vision)
+    """A tokenizer with the encoder's weights and codebooks yet to be fitted; all ranks call it."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    source = on_first(partial(read_folder, request.vision), group=group)
     if source.vision is None:
         raise ConfigError(f"{request.vision} holds no vision encoder; give a SigLIP folder")
     tokenizer = VisualTokenizer(
@@ -167,8 +170,10 @@ def new_tokenizer(request: FitRequest) -> VisualTokenizer:
         )
     )
     if tokenizer.encoder is not None:
-        names = tokenizer.encoder.state_dict()
-        tokenizer.encoder.load_state_dict({name: source(_PREFIX + name) for name in names})
+        names = [_PREFIX + name for name in tokenizer.encoder.state_dict()]
+        found = read_shared(source.weights, names, group=group)
+        state = {name.removeprefix(_PREFIX): x.cpu().clone() for name, x in found}
+        tokenizer.encoder.load_state_dict(state)
     return tokenizer
 
 
