@@ -38,7 +38,7 @@ from tests.run_data import make_files, run_config
 
 STEPS = 40  # of a run
 RANKS = 2
-TIMEOUT_S = 120.0
+TIMEOUT_S = 900.0
 DISK_BYTES = 24 << 20  # the small disk: room for a few checkpoints more than are kept
 SAVE_S = 0.15  # a save takes about that long: kills fall into such a window from its start
 FILLER = "filler"

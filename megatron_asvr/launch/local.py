@@ -272,7 +272,9 @@ def _failures(job: Job, outcome: _Outcome) -> dict[int, str]:
     for rank, (code, time_ns) in outcome.ended.items():
         if code != 0 and rank not in found:
             text = f"{_cause(code)}\n{_log_tail(job, rank)}"
-            found[rank] = (time_ns - SIGNAL_HEAD_START_NS, text)
+            # Nothing that another rank does kills one, so a kill is never what came second.
+            first = 0 if code == -signal.SIGKILL else time_ns - SIGNAL_HEAD_START_NS
+            found[rank] = (first, text)
     return {rank: found[rank][1] for rank in sorted(found, key=lambda rank: found[rank][0])}
 
 

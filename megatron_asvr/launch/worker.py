@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -134,6 +135,8 @@ def _write(path: pathlib.Path, data: bytes) -> None:
 
 def _enter(job: Job, rank: int) -> None:
     """Environment, output and exit behaviour of a rank."""
+    # Ctrl-C ends a rank without a word, wherever it stands; training asks to be told instead.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.update(job.env)
     os.environ.update(rank_env(rank, job.world_size))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine

