@@ -141,9 +141,7 @@ def check(
         "good_but_named": sorted(
             str(e["name"]) for e in meta if e["usable"] is True and str(e["name"]) in named
         ),
-        "refused_by_limits_only": dict(
-            Counter(why.split(":")[0][-40:] for why in refused.values())
-        ),
+        "refused_by_limits_only": dict(Counter(refused)),
         "samples_met": met,
         "placeholders": report["placeholders"],
         "pil_images": report["pil_images"],
