@@ -129,7 +129,7 @@ def check(
     files += sorted(pictures.iterdir()) if pictures is not None else []
     rejected = {file.name: who for file in files if (who := judge.rejects(file.read_bytes()))}
     must = {str(each["name"]) for each in meta if each["usable"] is False} | set(rejected)
-    refused = [why.split(":")[0][-40:] for name, why in named.items() if name not in rejected]
+    refused = {name: why for name, why in named.items() if name not in rejected}
     return {
         "images": len(files),
         "generated": len(meta),
