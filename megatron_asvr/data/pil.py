@@ -114,17 +114,27 @@ def upright(encoded: bytes) -> Image.Image:
     Args:
         encoded: the whole file.
     """
-    image = open_header(encoded)
+    return as_rgb(open_header(encoded))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB, turned upright, transparency on white; raises what PIL raises.
+
+    Args:
+        image: as PIL opened it, in any mode.
+    """
     image.load()
     turn = _TURNS.get(orientation(image))
     if turn is not None:
         image = image.transpose(turn)
     if image.mode in MODES_16:
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    image = image.convert("RGB")
+    image.info = {}  # whoever reads the orientation again would turn it again
+    return image
 
 
 def problem(encoded: bytes) -> str | None:

@@ -9,15 +9,14 @@ the whole, from the text and the picture, generate our answer.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from megatron_asvr.data import locations
+from megatron_asvr.data.pil import upright
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf import stock
 from megatron_asvr.hf.stock import transformers
@@ -203,12 +202,12 @@ def _views(model: Any, inputs: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
 
 
 def _pictures(images: Sequence[Any]) -> list[Any]:
-    """PIL pictures; files are opened as transformers does it, which turns them by their EXIF."""
-    load = transformers().image_utils.load_image
-    return [
-        load(Image.open(BytesIO(locations.read(str(x))))) if isinstance(x, str | Path) else x
-        for x in images
-    ]
+    """PIL pictures; files are opened as this project reads them: upright, transparency on white.
+
+    What a processor makes of a file's EXIF and transparency is not the model's: transformers drops
+    the latter, so whoever asks an exported model opens such files like this.
+    """
+    return [upright(locations.read(str(x))) if isinstance(x, str | Path) else x for x in images]
 
 
 def _pixel_difference(sample: VerifySample, theirs: Tensor | None) -> Tensor:

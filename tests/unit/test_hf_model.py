@@ -15,6 +15,7 @@ from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.hf.export import export
 from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.hf.suite.answer import Answerer
 from megatron_asvr.hf.verify import VerifySample, verify
 from megatron_asvr.model import sharding
 from megatron_asvr.model.asvr import build_model
@@ -175,6 +176,25 @@ def test_the_exported_model_is_the_trained_model(family, fit, groups, text, file
     state = dict(sharding.full_state(model, groups=groups))
     assert set(again.names) == set(state)
     assert all(torch.equal(again(name), x) for name, x in state.items())
+
+
+def test_a_suite_shows_transparency_as_training_did(groups, text, files, tmp_path):
+    cfg = run_config("llama", "pad")
+    model = build(cfg, groups)
+    folder = export(
+        sharding.full_state(model, groups=groups),
+        cfg,
+        tokenizer=text.path,
+        out=tmp_path / "out",
+        template=find_template(cfg.data.template, text),
+    )
+    raw = [file for file in files if file.stem in ("clear", "turned")]
+    shown = [[Image.open(file)] for file in raw]
+    upright = [[pil.upright(file.read_bytes())] for file in raw]
+    asked = [QUESTIONS[0]] * len(raw)
+    answerer = Answerer(str(folder))
+    wanted = answerer.answers(asked, upright, max_new_tokens=NEW_TOKENS)
+    assert answerer.answers(asked, shown, max_new_tokens=NEW_TOKENS) == wanted
 
 
 def test_encoded_bytes_and_pictures_agree(files):

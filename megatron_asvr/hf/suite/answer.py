@@ -9,6 +9,7 @@ from megatron_asvr.platforms import select
 
 import torch
 
+from megatron_asvr.data.pil import as_rgb
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.stock import transformers
 from megatron_asvr.hf.verify import load_stock
@@ -53,7 +54,7 @@ class Answerer:
         """
         inputs = self._processor(
             text=[self._text(*asked) for asked in zip(prompts, pictures, strict=True)],
-            images=[list(images) for images in pictures if images] or None,
+            images=[list(map(as_rgb, images)) for images in pictures if images] or None,
             padding=True,
             return_tensors="pt",
         )
