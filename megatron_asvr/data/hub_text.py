@@ -1,8 +1,10 @@
 """A ``tokenizer.json`` of Hugging Face (Llama 3, Qwen, SmolLM2): its ids and special tokens.
 
-The ids are those of transformers' AutoTokenizer for the same folder: the file itself goes through
-the library that AutoTokenizer uses, and what ``tokenizer_config.json`` (in older folders
+The ids are those of transformers' PreTrainedTokenizerFast for the same folder: the file itself goes
+through the library that transformers uses, and what ``tokenizer_config.json`` (in older folders
 ``special_tokens_map.json`` and ``added_tokens.json``) says beyond it is added in the same order.
+AutoTokenizer gives the same ids, unless the folder names a class that transformers 5 builds without
+the file's rules (GPT2Tokenizer: spaces before digits). The model learned with the file.
 """
 
 import hashlib

@@ -238,8 +238,8 @@ def change_config(path):
     [
         (damage_weights, "fingerprint is"),
         (change_config, "fingerprint is"),
-        (lambda path: (path / "tokenizer.safetensors").unlink(), "cannot be read"),
-        (lambda path: (path / "tokenizer.safetensors").write_bytes(b"no"), "cannot be read"),
+        (lambda path: (path / "tokenizer.safetensors").unlink(), "not a complete"),
+        (lambda path: (path / "tokenizer.safetensors").write_bytes(b"no"), "not a complete"),
         (lambda path: (path / "config.json").unlink(), "asvr tokenizer fit"),
         (lambda path: (path / "config.json").write_text("{}"), "asvr tokenizer fit"),
     ],

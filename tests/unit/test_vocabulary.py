@@ -60,19 +60,20 @@ def test_a_missing_row_is_the_mean_of_the_others(family, tokenizer, tmp_path):
     rows = len(state[EMBEDDING])
     assert config.model.language.vocab_size == text.vocab_size == rows + 1
     assert text.image_id == rows
-    get = open_source(str(tmp_path / "imported"), "language_model", config)
+    found = open_source(str(tmp_path / "imported"), ["language_model"], config).weights
     for name in TABLES:
         if name in state:
-            assert torch.equal(get(name)[:rows], state[name])
-            assert torch.equal(get(name)[rows], state[name].mean(0))
-    logits = get(TABLES[-1] if TABLES[-1] in state else EMBEDDING) @ torch.randn(32, 9)
+            assert torch.equal(found[name].read()[:rows], state[name])
+            assert torch.equal(found[name].read()[rows], state[name].mean(0))
+    output = found[TABLES[-1] if TABLES[-1] in state else EMBEDDING].read()
+    logits = output @ torch.randn(32, 9)
     assert (logits.argmax(0) != text.image_id).all()
 
     small = replace(config.model.language, vocab_size=rows - 1)
     with pytest.raises(ConversionError, match=f"vocab_size is {rows}, the run asks for {rows - 1}"):
         open_source(
             str(source),
-            "language_model",
+            ["language_model"],
             replace(config, model=replace(config.model, language=small)),
         )
 
@@ -83,8 +84,8 @@ def test_spare_rows_are_used_and_left_as_they_are(tmp_path):
     config = run_from(tmp_path / "imported")
     text = TextTokenizer(config.model.text_tokenizer)
     assert config.model.language.vocab_size == len(state[EMBEDDING]) > text.vocab_size
-    get = open_source(str(source), "language_model", config)
-    assert torch.equal(get(EMBEDDING), state[EMBEDDING])
+    found = open_source(str(source), ["language_model"], config).weights
+    assert torch.equal(found[EMBEDDING].read(), state[EMBEDDING])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -234,7 +234,8 @@ def test_ranks_of_torchrun_train_and_speak_once(trained, tmp_path):
     assert torch.equal(*weights)
     out = tmp_path / "hf"
     assert main(["convert", "export", str(run), "--out", str(out)]) == 0
-    printed = start([*launch, "convert", "verify", str(run), str(out), *questions(files)]).stdout
+    full = ["convert", "verify", str(run), str(out), "--verify", "full"]
+    printed = start([*launch, *full, *questions(files)]).stdout
     assert printed.count('"ok": true') == 1
     printed = start([*launch, "eval", str(run), *questions(files)]).stdout
     assert printed.count("accuracy") == 1
