@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
 def stock(folders):
     """What transformers makes of the folders, with the image token added."""
     found = {k: transformers.AutoTokenizer.from_pretrained(v) for k, v in folders.items()}
-    # transformers 5 makes a GPT2Tokenizer of its own, which leaves out what the file says of digits.
+    # transformers 5 makes a GPT2Tokenizer of its own, without what the file says of digits.
     plain = transformers.PreTrainedTokenizerFast
     found["smollm2"] = plain.from_pretrained(folders["smollm2"])
     for tokenizer in found.values():
