@@ -11,8 +11,14 @@ import torch
 from megatron_asvr.checkpoint.folder import META, RunFolder
 from megatron_asvr.checkpoint.frozen import frozen_damage
 from megatron_asvr.checkpoint.meta import damage, read_meta
-from megatron_asvr.checkpoint.reader import find_checkpoint, frozen_folder, read_run, weight_names
-from megatron_asvr.config.load import flatten, from_dict
+from megatron_asvr.checkpoint.reader import (
+    find_checkpoint,
+    frozen_folder,
+    read_run,
+    settings,
+    weight_names,
+)
+from megatron_asvr.config.load import flatten
 from megatron_asvr.errors import CheckpointError
 
 
@@ -102,7 +108,9 @@ def differences(one: Path, other: Path) -> dict[str, Any]:
     """
     places = [find_checkpoint(one), find_checkpoint(other)]
     metas = [read_meta(place) for place in places]
-    settings = _different(*(_plain(flatten(from_dict(meta.config))) for meta in metas))
+    changed = _different(
+        *(_plain(flatten(settings(*of))) for of in zip(places, metas, strict=True))
+    )
     weights: dict[str, str] = {}
     (_, mine), (_, theirs) = (read_run(place) for place in places)
     names = sorted({*weight_names(places[0]), *weight_names(places[1])})
@@ -115,7 +123,7 @@ def differences(one: Path, other: Path) -> dict[str, Any]:
         elif not torch.equal(a.float(), b.float()):
             largest = float((a.double() - b.double()).abs().max())
             weights[name] = f"largest difference {largest:.3e}"
-    return {"settings": settings, "weights": weights, "equal": len(names) - len(weights)}
+    return {"settings": changed, "weights": weights, "equal": len(names) - len(weights)}
 
 
 def pruned(

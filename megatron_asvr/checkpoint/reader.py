@@ -12,7 +12,7 @@ from megatron_asvr.checkpoint.index import master_weights, open_index
 from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.config.load import from_dict
 from megatron_asvr.config.schema import Config
-from megatron_asvr.errors import CheckpointError
+from megatron_asvr.errors import CheckpointError, ConfigError
 from megatron_asvr.parallel.stored import Check, Stored
 
 
@@ -58,8 +58,8 @@ def read_run(path: str | Path, *, masters: bool = False) -> tuple[Config, Weight
             there are any. Weights of 8 bits are always taken from them.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, a file of it is missing, or it holds
-            weights of 8 bits alone.
+        CheckpointError: there is no complete checkpoint, a file of it is missing, it holds weights
+            of 8 bits alone, or another version wrote it, with settings that are unknown here.
     """
     step = find_checkpoint(Path(path))
     meta = read_meta(step)
@@ -69,7 +69,22 @@ def read_run(path: str | Path, *, masters: bool = False) -> tuple[Config, Weight
     for name in meta.frozen.values():
         file = frozen_folder(step) / name
         weights.add(open_frozen(file), Check(partial(_check_frozen, file)))
-    return from_dict(meta.config), weights
+    return settings(step, meta), weights
+
+
+def settings(step: Path, meta: Meta) -> Config:
+    """The configuration of the run that wrote a checkpoint.
+
+    Raises:
+        CheckpointError: another version wrote it, with settings that are unknown here.
+    """
+    try:
+        return from_dict(meta.config)
+    except ConfigError as err:
+        raise CheckpointError(
+            f"{step / META} has settings that this version does not know: {err}; read it with the "
+            "version that wrote it"
+        ) from err
 
 
 def weight_names(step: Path) -> list[str]:

@@ -83,6 +83,11 @@ def run_import(args: argparse.Namespace) -> None:
     from megatron_asvr.hf.run import import_tokenizer, import_weights
 
     if args.format == "dualtoken":
+        if args.allow_missing:
+            raise ConversionError(
+                f"--allow-missing {args.allow_missing[0]}: a tokenizer alone is complete, or its "
+                "codes would be others; leave the option out"
+            )
         fingerprint = import_tokenizer(args.source, args.out, overrides=args.overrides)
         print(f"wrote {args.out}: visual tokenizer {fingerprint[:16]}")
         return

@@ -131,10 +131,12 @@ def read_official(
     """
     folder = Path(path)
     raw = read_json(folder / "config.json")
-    if raw.get("use_s2"):
-        raise ConversionError(
-            f"{folder} looks at several scales of an image (use_s2), which no model here does"
-        )
+    for setting, other in (("use_s2", True), ("image_aspect_ratio", "anyres")):
+        if raw.get(setting) == other:
+            raise ConversionError(
+                f"{folder}/config.json: {setting}={other!r}, but only checkpoints that were "
+                "trained on one view of an image can be imported"
+            )
     tensors, ignored = _sorted(folder)
     shapes = {name: stored.shape for name, stored in tensors.items()}
     model = ModelConfig(language=stock.language_from_raw(raw, str(folder)))

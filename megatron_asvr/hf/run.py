@@ -160,7 +160,16 @@ def _verify_imported(origin: str, folder: Path, overrides: Sequence[str]) -> dic
     """A report on a folder that `asvr convert import` wrote."""
     said = read_json(folder / REPORT)
     missing = said.get("missing", [])
+    if not is_source(origin):
+        raise ConversionError(
+            f"{origin} is no folder of weights that an import reads; {folder} was imported from "
+            f"{said.get('source')}: give that"
+        )
     if said.get("kind") != "asvr-official":
+        if overrides:
+            raise ConversionError(
+                f"{overrides[0]!r}: only the import of an official checkpoint is given settings"
+            )
         return compare(folder, origin_of(read_folder(origin, allow_missing=missing)))
     own = [] if (folder / TOKENIZER_FOLDER).is_dir() else ["visual_tokenizer.*"]
     source, tokenizer = read_official(origin, overrides=overrides, allow_missing=[*missing, *own])

@@ -52,13 +52,19 @@ class Questions:
     max_new_tokens: int = 32
 
 
-def read_items(questions: Questions) -> list[EvalItem]:
+def read_items(questions: Questions, *, first_only: bool = False) -> list[EvalItem]:
     """The questions of a source, in order.
+
+    Args:
+        questions: which.
+        first_only: take the first question of each dialogue alone; the limit counts these.
 
     Raises:
         DataError: records have the wrong form, or none has an answer.
     """
     items = read_questions([questions.source])
+    if first_only:
+        items = [item for item in items if len(item.turns) == 1]
     if questions.limit is None or questions.limit >= len(items):
         return items
     return [items[len(items) * i // questions.limit] for i in range(questions.limit)]
@@ -139,7 +145,7 @@ def verify_run(
     Raises:
         ConfigError: more than one data-parallel rank.
     """
-    items = [item for item in read_items(questions) if len(item.turns) == 1]
+    items = read_items(questions, first_only=True)
     check_exist([path for item in items for path in item.images])
     answerer, groups = open_run(
         run,

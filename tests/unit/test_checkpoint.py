@@ -236,6 +236,15 @@ def test_damage_is_found_by_whoever_reads_the_weights(two_saves: RunFolder) -> N
     assert frozen_damage(file) == "is damaged: its header cannot be read"
 
 
+def test_settings_of_another_version_are_named_with_their_file(two_saves: RunFolder) -> None:
+    step = two_saves.step(2)
+    meta = read_meta(step)
+    data = {**meta.config["data"], "on_bad_sample": "ignore"}
+    write_meta(step, dataclasses.replace(meta, config={**meta.config, "data": data}))
+    with pytest.raises(CheckpointError, match=r"step_2/meta.json .* data.on_bad_sample='ignore'"):
+        read_run(two_saves.root)
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     run_folder = folder(tmp_path)
     with one_rank() as groups:

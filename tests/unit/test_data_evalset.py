@@ -7,6 +7,7 @@ import pytest
 from megatron_asvr.config.schema import SourceConfig
 from megatron_asvr.data.evalset import read_questions
 from megatron_asvr.errors import DataError
+from megatron_asvr.train.evaluate import Questions, read_items
 from tests.unit.data_corpus import ask, turn
 
 
@@ -44,3 +45,12 @@ def test_nothing_asked_is_an_error(tmp_path):
         read(tmp_path, [{"image": "a.png", "conversations": [turn("human", "<image>")]}])
     (item,) = read(tmp_path, [{"id": 7, "conversations": ask("hi", "red")}])
     assert (item.id, item.images) == ("7", ())
+
+
+def test_a_limit_counts_what_is_compared(tmp_path):
+    """The proof of an export takes first questions; later ones do not use up its limit."""
+    turns = [*ask("A?", "1"), *ask("B?", "2"), *ask("C?", "3")]
+    read(tmp_path, [{"id": i, "conversations": turns} for i in range(4)])
+    questions = Questions(source=SourceConfig(path=str(tmp_path / "test.json")), limit=3)
+    assert [item.id for item in read_items(questions)] == ["0#0", "1#1", "2#2"]
+    assert [item.id for item in read_items(questions, first_only=True)] == ["0#0", "1#0", "2#0"]

@@ -179,6 +179,14 @@ def test_an_import_is_compared_with_its_source(kind, family, tmp_path):
     report = verify_weights(str(tmp_path / "in"), str(tmp_path / "out"))
     assert report["num_mismatches"] == 1
     assert f"{name} ({name}): 1 of 32 numbers differ" in report["mismatches"][0]
+    with pytest.raises(ConversionError, match=r"'model\.vision\.num_heads=2': only .* official"):
+        verify_weights(
+            str(tmp_path / "in"), str(tmp_path / "out"), overrides=["model.vision.num_heads=2"]
+        )
+    with pytest.raises(
+        ConversionError, match=r"runs/x is no folder .*/out was imported from .*/in"
+    ):
+        verify_weights("runs/x", str(tmp_path / "out"))
 
 
 def test_behaviour_is_compared_for_whole_models_only(tmp_path, capsys):

@@ -211,9 +211,10 @@ def test_another_checkpoint_is_refused(official, tmp_path, change, message):
 def test_what_its_files_do_not_tell_must_be_said(official, tmp_path):
     with pytest.raises(ConversionError, match=r"width 64 is none of .* model\.vision\.num_heads=N"):
         read_official(official)
-    folder = changed(official, tmp_path, lambda s: None, use_s2=True)
-    with pytest.raises(ConversionError, match="several scales"):
-        read_official(folder, overrides=[NUM_HEADS])
+    for setting, value in (("use_s2", True), ("image_aspect_ratio", "anyres")):
+        folder = changed(official, tmp_path, lambda s: None, **{setting: value})
+        with pytest.raises(ConversionError, match=rf"{setting}={value!r}, .* one view of an image"):
+            read_official(folder, overrides=[NUM_HEADS])
     folder = changed(official, tmp_path, lambda s: None, model_type="asvr_phi")
     with pytest.raises(ConversionError, match="'asvr_phi' is derived from none"):
         read_official(folder, overrides=[NUM_HEADS])
@@ -239,7 +240,7 @@ def test_a_checkpoint_without_tower_and_tokenizer(official, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["checkpoint", "bare", "pickle"])
-def test_a_tokenizer_alone(form, official, imported, tmp_path):
+def test_a_tokenizer_alone(form, official, imported, tmp_path, capsys):
     """As part of a whole checkpoint, and as the file that the official code loads it from."""
     path, out = official, tmp_path / "out"
     if form != "checkpoint":
@@ -263,6 +264,9 @@ def test_a_tokenizer_alone(form, official, imported, tmp_path):
     pixels = oracle.inputs("one_each")["images"]
     assert torch.equal(tokenizer.encode(pixels), oracle.tokenizer().encode(pixels))
     assert main([*command, NUM_HEADS]) == 1  # nothing is overwritten
+    capsys.readouterr()
+    assert main([*command, NUM_HEADS, "--allow-missing", "encoder.*"]) == 1
+    assert "--allow-missing encoder.*: a tokenizer alone is complete" in capsys.readouterr().err
 
 
 def test_dualtoken_says_which_layer_it_quantises(official, tmp_path):
