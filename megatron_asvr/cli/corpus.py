@@ -99,6 +99,9 @@ def _write_page(config: Config, text: Any, args: argparse.Namespace) -> None:
     from megatron_asvr.data.plan import Planner
     from megatron_asvr.train.assemble import codebook_sizes
 
+    out = Path(args.out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--out={args.out}: the page is HTML; give a name that ends in .html")
     if args.split not in splits(config):
         raise ConfigError(f"data.{args.split} lists no sources; nothing can be shown of it")
     sizes = codebook_sizes(config)
@@ -116,7 +119,6 @@ def _write_page(config: Config, text: Any, args: argparse.Namespace) -> None:
             pixels=loader.pixels_of,
             report=loader.report(),
         )
-    out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     print(f"step {args.step} of data.{args.split}: {out}")

@@ -45,7 +45,8 @@ class FitSample:
         group: ranks that share the blocks.
 
     Raises:
-        ConfigError: the folder holds the beginnings of another fit.
+        ConfigError: the folder holds the beginnings of another fit, or fewer vectors are kept than
+            a codebook has codewords.
         DataError: it cannot be written.
     """
 
@@ -67,6 +68,12 @@ class FitSample:
             max_vectors = max(LEAST_VECTORS, VECTORS_OF_A_CODEWORD * max(codebook_sizes))
         self.num_all = len(keys) * num_patches
         self.num_vectors = min(max_vectors, self.num_all)
+        if self.num_vectors < max(codebook_sizes):
+            raise ConfigError(
+                f"codebook sizes {list(codebook_sizes)} need at least {max(codebook_sizes)} "
+                f"vectors, and {self.num_vectors} of {self.num_all} are kept; give more images, a "
+                "larger --max-vectors or smaller codebooks"
+            )
         self._folder, self._keys, self._group = folder, keys, group
         self._num_patches, self._batch, self._seed = num_patches, batch, seed
         self._rank, self._world = (group.rank(), group.size()) if group is not None else (0, 1)

@@ -152,6 +152,14 @@ def test_a_step_that_is_not_there_is_refused(made, capsys):
     assert "data.eval lists no sources" in capsys.readouterr().err
 
 
+def test_a_page_is_not_called_a_picture(made, capsys):
+    folder, _ = made
+    out = folder / "page.png"
+    assert main(["data", "show", str(folder / "run.yaml"), "--out", str(out)]) == 1
+    assert "ends in .html" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_words_that_bear_loss(made):
     folder, cfg = made
     text = TextTokenizer(folder / "tokenizer.model")

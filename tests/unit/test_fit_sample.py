@@ -76,6 +76,13 @@ def test_few_vectors_are_all_kept(tmp_path):
     assert held(made) == list(range(13 * N))
 
 
+@pytest.mark.parametrize(("images", "changes"), [(1, {}), (13, {"max_vectors": 5})])
+def test_too_few_vectors_are_refused_before_anything_is_read(tmp_path, images, changes):
+    with pytest.raises(ConfigError, match=r"need at least 8 vectors, and [45] of \d+ are kept"):
+        sample(tmp_path, images, codebook_sizes=(8, 2), **changes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_read_is_not_read_again_unless_it_was_damaged(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         sample(tmp_path / "a", 30).read(Encoder(fail_after=4))
