@@ -11,6 +11,8 @@ from megatron_asvr.config.load import flatten, load
 from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.planner.parameters import count_parameters
 
+NEW_TOKENS = 32  # of an answer, unless the command says otherwise
+
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add the configuration file; settings and ranks as in ``add_overrides``."""
@@ -31,7 +33,9 @@ def add_questions(parser: argparse.ArgumentParser, *, required: bool = True) -> 
     """Add what `eval` and `verify` ask, and where their report goes."""
     parser.add_argument("--data", required=required, help="LLaVA-format JSON with the questions")
     parser.add_argument("--images", help="folder of its images (default: the JSON's)")
-    parser.add_argument("--max-new-tokens", type=positive, default=32)
+    parser.add_argument(
+        "--max-new-tokens", type=positive, help=f"longest answer (default: {NEW_TOKENS})"
+    )
     parser.add_argument("--out", help="JSON file for the report")
 
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from megatron_asvr.cli.common import (
+    NEW_TOKENS,
     add_overrides,
     add_questions,
     positive,
@@ -14,6 +15,8 @@ from megatron_asvr.cli.common import (
     write_report,
 )
 from megatron_asvr.errors import ConversionError
+
+SAMPLES = 16
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -52,7 +55,9 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         "those of transformers on the images of --data",
     )
     add_questions(parser, required=False)
-    parser.add_argument("--samples", type=positive, default=16, help="questions to compare")
+    parser.add_argument(
+        "--samples", type=positive, help=f"questions to compare (default: {SAMPLES})"
+    )
     add_overrides(parser)
     parser.set_defaults(run=run_verify)
 
@@ -133,6 +138,9 @@ def run_verify(args: argparse.Namespace) -> None:
             "--data is what --verify full asks about: give both to compare logits and answers, or "
             "neither to compare the weights"
         )
+    for name in ("images", "samples", "max_new_tokens", "ranks"):
+        if getattr(args, name) is not None and not full:
+            raise ConversionError(f"--{name.replace('_', '-')} belongs to --verify full")
     if full and (kind := kind_of(args.folder)) != "llava":
         raise ConversionError(
             f"{args.folder} is of kind {kind}: logits and answers are compared for whole models "
@@ -165,8 +173,8 @@ def _behaviour(args: argparse.Namespace) -> dict[str, Any] | None:
     config, world = run_config(args)
     questions = Questions(
         source=question_source(args),
-        limit=args.samples,
-        max_new_tokens=args.max_new_tokens,
+        limit=args.samples or SAMPLES,
+        max_new_tokens=args.max_new_tokens or NEW_TOKENS,
     )
     return start_ranks(
         verify_run, (args.model, args.folder, questions, args.overrides), config, world

@@ -3,6 +3,7 @@
 import argparse
 
 from megatron_asvr.cli.common import (
+    NEW_TOKENS,
     add_overrides,
     add_questions,
     positive,
@@ -14,7 +15,7 @@ from megatron_asvr.cli.common import (
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConfigError
 
-DEFAULT_NEW_TOKENS = 32
+BATCH = 8
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -24,16 +25,19 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("model", metavar="RUN", help="run folder, checkpoint; --suite: HF folder")
     add_questions(parser)
-    parser.set_defaults(max_new_tokens=None)
     parser.add_argument(
         "--limit", type=positive, help="so many questions, spread evenly over all (default: all)"
     )
     suite = parser.add_argument_group(
-        "suite", "--data and --out are folders then, and --limit takes the first of each benchmark"
+        "suite",
+        "--data and --out are folders then, --limit takes the first of each benchmark, and the "
+        "longest answer is that of the task",
     )
     suite.add_argument("--suite", choices=("asvr14",), help="the paper's benchmarks by lmms-eval")
     suite.add_argument("--baseline", help="results.json of another model, to compare with")
-    suite.add_argument("--batch", type=positive, default=8, help="questions answered together")
+    suite.add_argument(
+        "--batch", type=positive, help=f"questions answered together (default: {BATCH})"
+    )
     suite.add_argument("--dry-run", action="store_true", help="list what is there, ask nothing")
     add_overrides(parser)
     parser.set_defaults(run=run)
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if args.suite:
         run_suite(args)
         return
-    for name in ("baseline", "dry_run"):
+    for name in ("baseline", "batch", "dry_run"):
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --suite asvr14")
     from megatron_asvr.train.evaluate import Questions, evaluate_run
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     questions = Questions(
         source=question_source(args),
         limit=args.limit,
-        max_new_tokens=args.max_new_tokens or DEFAULT_NEW_TOKENS,
+        max_new_tokens=args.max_new_tokens or NEW_TOKENS,
     )
     result = start_ranks(evaluate_run, (args.model, questions, args.overrides), config, world)
     if result is None:
@@ -85,7 +89,7 @@ def run_suite(args: argparse.Namespace) -> None:
         data=args.data,
         out=args.out,
         limit=args.limit,
-        batch=args.batch,
+        batch=args.batch or BATCH,
         max_new_tokens=args.max_new_tokens,
         baseline=args.baseline,
     )

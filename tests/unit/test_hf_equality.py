@@ -196,5 +196,9 @@ def test_behaviour_is_compared_for_whole_models_only(tmp_path, capsys):
         command = ["convert", "verify", "runs/x", str(tmp_path / folder), "--verify", "full"]
         assert main([*command, "--data", "test.json"]) == 1
         assert f"is of kind {kind}" in capsys.readouterr().err
-    assert main(["convert", "verify", str(tmp_path / "in"), str(tmp_path / "out")]) == 0
+    weights = ["convert", "verify", str(tmp_path / "in"), str(tmp_path / "out")]
+    for option in (["--samples", "4"], ["--images", "x"], ["--max-new-tokens", "4"]):
+        assert main([*weights, *option]) == 1
+        assert f"{option[0]} belongs to --verify full" in capsys.readouterr().err
+    assert main(weights) == 0
     assert json.loads(capsys.readouterr().out)["share_compared"] == 1

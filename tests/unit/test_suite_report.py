@@ -96,6 +96,7 @@ def test_folders_and_names_are_unique():
         (["--suite", "asvr14", "parallel.tp=2"], "parallel.tp=2 does not belong to --suite"),
         (["--dry-run"], "--dry-run belongs to --suite asvr14"),
         (["--baseline", "x"], "--baseline belongs to --suite asvr14"),
+        (["--batch", "2"], "--batch belongs to --suite asvr14"),
     ],
 )
 def test_mistakes_are_one_clear_line(arguments, words, capsys, monkeypatch):
