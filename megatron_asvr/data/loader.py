@@ -198,8 +198,9 @@ class Loader:
         """The samples of a global batch, in order, each with the keys of every picture's views."""
 
         def built() -> list[tuple[Sample, list[list[str]]]]:
-            found = [self._built(number) for number in self._numbers(step)]
-            return [(sample, self._views(sample, sample.rows[0])) for sample in found]
+            numbers = self._numbers(step)
+            found = zip(map(self._built, numbers), self._spots(step, numbers), strict=True)
+            return [(sample, self._views(sample, sample.rows[0], spot)) for sample, spot in found]
 
         return self._worker.submit(built).result()
 
@@ -285,6 +286,12 @@ class Loader:
             self._check_any_fits()
         return found
 
+    def _spots(self, step: int, numbers: Sequence[int]) -> list[int]:
+        """Where the records of a global batch stand in the concatenation of all steps."""
+        good, first = set(numbers), step * self._config.train.global_batch
+        indices = enumerate(self._order.indices(step), first)
+        return [spot for spot, index in indices if index in good]
+
     def _facts(self, numbers: Sequence[int]) -> list[list[RowFacts]]:
         """What the plan looks at; where an index has the lengths, no sample is built for it."""
         facts = []
@@ -302,9 +309,7 @@ class Loader:
     def _rows(self, step: int) -> list[list[list[Document]]]:
         """The documents of every row of this rank's micro-batches."""
         numbers = self._numbers(step)
-        good, first = set(numbers), step * self._config.train.global_batch
-        indices = enumerate(self._order.indices(step), first)
-        spots = [spot for spot, index in indices if index in good]
+        spots = self._spots(step, numbers)
         plan = self._planner.plan(self._facts(numbers))
         batches = []
         for group in self._planner.deal(plan, self._view.dp)[self._view.dp_rank]:
@@ -337,19 +342,17 @@ class Loader:
         sample = self._built(numbers[place])
         if row == 0:  # rows of one sample may come to several ranks
             self._note(sample)
-        keys = self._keys(sample, sample.rows[row])
-        if self._augment:
-            keys = [marked(key, spots[place], image) for image, key in enumerate(keys)]
+        views = self._views(sample, sample.rows[row], spots[place])
+        keys = [key for own in views for key in own]
         return Document(row=sample.rows[row], sample_id=sample.id, keys=keys, place=(place, row))
 
-    def _keys(self, sample: Sample, row: Row) -> list[str]:
-        return [key for views in self._views(sample, row) for key in views]
-
-    def _views(self, sample: Sample, row: Row) -> list[list[str]]:
+    def _views(self, sample: Sample, row: Row, spot: int) -> list[list[str]]:
         """Keys of the views of every picture."""
         if self._config.data.blank_images:
             return [[BLANK_KEY] * layout.num_views for layout in row.layouts]
         keys = [self._sources.key(path) for path in sample.images]
+        if self._augment:
+            keys = [marked(key, spot, image) for image, key in enumerate(keys)]
         return [layout.keys(key) for layout, key in zip(row.layouts, keys, strict=True)]
 
     def _pixels(self, keys: Sequence[str]) -> Tensor:

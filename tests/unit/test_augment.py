@@ -131,6 +131,17 @@ def test_pixels_follow_the_place_in_the_order_only(files):
         made.close()
 
 
+def test_a_page_shows_the_pictures_of_training(files):
+    with loader(*files, data__augment=SETTINGS, data__codes="online") as made:
+        wanted = pictures(made.step(1))
+        shown = {
+            sample.id: made.pixels_of(views[0])[0] for sample, views in made.samples(1) if views
+        }
+    assert shown.keys() == wanted.keys()
+    assert len(shown) > 1
+    assert all(torch.equal(shown[name], x) for name, x in wanted.items())
+
+
 def test_evaluation_is_not_augmented(files):
     with loader(*files, split="eval", data__augment=SETTINGS) as made, loader(*files) as plain:
         keys = plain.image_keys()
