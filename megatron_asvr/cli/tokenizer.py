@@ -25,8 +25,8 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision", required=True, help="Hugging Face folder of the encoder")
-    parser.add_argument("--data", required=True, help="LLaVA-format JSON with the images to use")
-    parser.add_argument("--images", help="folder of its images (default: the JSON's)")
+    parser.add_argument("--data", required=True, help="images to use: any form of data.train")
+    parser.add_argument("--images", help="folder of a JSON's images (default: its own)")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--depth", type=positive, default=8, help="levels (default: 8)")
     parser.add_argument(

@@ -50,7 +50,7 @@ class FitRequest:
 
     Attributes:
         vision: Hugging Face folder of the encoder.
-        sources: images to fit on, in LLaVA format.
+        sources: images to fit on, as in ``data.train``.
         out: the tokenizer's folder, on storage that all ranks share.
         codebook_sizes: codewords of each level.
         kind: semantic or appearance.
