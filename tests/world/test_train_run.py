@@ -144,7 +144,7 @@ def test_codes_that_this_machine_does_not_compute_stop_the_run() -> None:
     write_part(files().parent / "changed" / folder.parent.name, keys, codes, form)
     changed = {"data__cache_dir": str(files().parent / "changed")}
     with pytest.raises(LaunchError, match=r"images, depth 2: 25.00% of \d+ codes \(limit 2.00%\)"):
-        checked_run("refused", **changed)
+        checked_run("other_codes_refused", **changed)
     lines = checked_run("allowed", data__codes_max_flip=[0.0, 0.0, 0.3], **changed)
     assert next(line["code_flips_2"] for line in lines if "code_flips_2" in line) == 0.25
     with pytest.raises(LaunchError, match="codes_max_flip gives 2 limits for codes of 3 depths"):
