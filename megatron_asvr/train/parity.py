@@ -6,13 +6,14 @@ compared (``asvr data parity``), and a run with ``data.parity_max_flip`` does so
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_asvr.platforms import select
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data import locations, pil
@@ -37,9 +38,9 @@ class Parity:
         kind: as in ``gate.kind_of``.
         images: how many were compared.
         decoder: ``dali``, or ``pil`` where PIL decodes the kind, and nothing can differ.
-        pixel_max: largest difference of a pixel, of 255.
+        pixel_max: largest difference of a pixel in any view of an image, of 255.
         pixel_mean: mean difference.
-        flips_D: share of the codes of each depth that are others.
+        flips_D: share of the codes of each depth that are others, of all views with codes.
     """
 
     kind: str
@@ -177,27 +178,40 @@ def _compare(
     tokenizer: VisualTokenizer,
     device: torch.device,
 ) -> Parity:
-    dali = Decoder(config, device).dali
+    dali, resolution = Decoder(config, device).dali, config.model.resolution
     size, fit = config.model.vision.image_size, config.data.image_fit
-    worst, total, flips_D = 0, 0.0, torch.zeros(tokenizer.depth, dtype=torch.float64)
+    worst, total, num_views, num_coded = 0, 0.0, 0, 0
+    flips_D = torch.zeros(tokenizer.depth, dtype=torch.float64)
     for start in range(0, len(paths), BATCH):
         encoded = [locations.read(path) for path in paths[start : start + BATCH]]
-        want = np.stack([pil.decode(each, image_size=size, fit=fit) for each in encoded])
-        pixels = dali.decode(encoded)
-        reference = torch.from_numpy(want).to(device)
-        difference = (pixels.int() - reference.int()).abs()
-        worst = max(worst, int(difference.max()))
-        total += float(difference.double().mean()) * len(encoded)
-        codes, wanted = (
-            tokenizer.encode((x.float() - pil.PIXEL_MEAN) / pil.PIXEL_STD)
-            for x in (pixels, reference)
-        )
-        flips_D += (codes != wanted).double().mean(1).sum(0).cpu()
+        got = dali.views(encoded)
+        want = [
+            torch.from_numpy(
+                pil.decode_views(each, image_size=size, fit=fit, resolution=resolution)
+            ).to(device)
+            for each in encoded
+        ]
+        for mine, theirs in zip(torch.cat(got).int(), torch.cat(want).int(), strict=True):
+            difference = (mine - theirs).abs()
+            worst = max(worst, int(difference.max()))
+            total += float(difference.double().mean())
+            num_views += 1
+        if resolution.mode == "s2":  # codes are of the base scale
+            got, want = [views[:1] for views in got], [views[:1] for views in want]
+        for mine, theirs in zip(_codes(got, tokenizer), _codes(want, tokenizer), strict=True):
+            flips_D += (mine != theirs).double().mean(0).cpu()
+            num_coded += 1
     return Parity(
         kind=kind,
         images=len(paths),
         decoder="dali",
         pixel_max=worst,
-        pixel_mean=total / len(paths),
-        flips_D=tuple((flips_D / len(paths)).tolist()),
+        pixel_mean=total / num_views,
+        flips_D=tuple((flips_D / num_coded).tolist()),
     )
+
+
+def _codes(views: Sequence[Tensor], tokenizer: VisualTokenizer) -> Iterator[Tensor]:
+    """Codes [N, D] of each view of some images, a batch of views at a time."""
+    for pixels in torch.cat(tuple(views)).split(BATCH):
+        yield from tokenizer.encode((pixels.float() - pil.PIXEL_MEAN) / pil.PIXEL_STD)

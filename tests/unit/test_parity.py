@@ -8,6 +8,8 @@ import torch
 
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.load import save
+from megatron_asvr.config.schema import ResolutionConfig
+from megatron_asvr.data.dali.pipeline import ImageDecoder
 from megatron_asvr.data.decode import takes_pil
 from megatron_asvr.data.pixels import PixelStore
 from megatron_asvr.data.sources import Sources
@@ -75,6 +77,24 @@ def test_parity_of_every_kind(run):
     # Measured 0.083: one patch in twelve.
     assert max(each.flips_D[0] for each in found.values()) <= 0.25
     assert found["jpeg"].images == 9
+
+
+def test_tiles_are_compared_too(run, monkeypatch):
+    anyres = ResolutionConfig(mode="anyres", grids=((1, 2), (2, 1), (2, 2)))
+    model = replace(run.model, resolution=anyres)
+    tiled = replace(run, model=model, data=replace(run.data, max_length=1024))
+    sound = measured(tiled)
+    assert sound["jpeg"].images == 9
+    assert 0 < sound["jpeg"].pixel_mean < 3
+    views = ImageDecoder.views
+
+    def spoiled(self, encoded):  # the last tile of each image alone
+        return [torch.cat([x[:-1], 255 - x[-1:]]) for x in views(self, encoded)]
+
+    monkeypatch.setattr(ImageDecoder, "views", spoiled)
+    found = measured(tiled)
+    assert found["jpeg"].pixel_mean > sound["jpeg"].pixel_mean + 10
+    assert found["jpeg"].flips_D[0] > sound["jpeg"].flips_D[0] + 0.1
 
 
 def test_limits_are_of_all_depths_or_of_each():
