@@ -105,7 +105,6 @@ def plan_lines(config: Config, world: int) -> list[str]:
     from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.model.tokenizer import VisualTokenizer
     from megatron_asvr.train.assemble import open_source
-    from megatron_asvr.train.start import number_of_steps
 
     tokenizer = None
     if config.loss.visual_weight:
@@ -129,7 +128,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
     with Loader(config, text, split="train") as data:
         lines.append(
             f"data: {data.num_samples:,} records, {data.steps:,} steps an epoch, "
-            f"{number_of_steps(config, data):,} steps in all"
+            f"{data.total_steps:,} steps in all"
         )
         parts = data.blend()
         for name, taken, size in parts if len(parts) > 1 else ():

@@ -44,7 +44,6 @@ def run_check(args: argparse.Namespace) -> None:
     from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.launch.pool import workers
     from megatron_asvr.train.assemble import codebook_sizes
-    from megatron_asvr.train.start import number_of_steps
 
     config = check(load(args.config, args.overrides))
     text = TextTokenizer(str(config.model.text_tokenizer))
@@ -61,7 +60,7 @@ def run_check(args: argparse.Namespace) -> None:
             found[split] = corpus_report(config, index, loader, sizes)
             print("\n".join(report_lines(split, found[split])))
             if split == "train":
-                steps = found[split]["steps"]["of_the_run"] = number_of_steps(config, loader)
+                steps = found[split]["steps"]["of_the_run"] = loader.total_steps
                 print(f"  steps of the run: {steps:,}")
     if args.out is not None:
         write_report(args.out, found)

@@ -9,6 +9,7 @@ of data has empty ones. One worker thread reads, decodes and collates ahead of t
 alone touches the images.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -157,6 +158,16 @@ class Loader:
         """Steps of one epoch: enough to meet every record."""
         return self._order.steps
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, or of the one epoch of an evaluation."""
+        settings = self._config.train
+        if self._split == "eval":
+            return self.steps
+        if settings.steps is not None:
+            return settings.steps
+        return max(1, math.ceil(float(settings.epochs or 0.0) * self.steps))
+
     def step(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of one step; the next ones are prepared meanwhile.
 
@@ -167,9 +178,8 @@ class Loader:
             DataError: naming the step, the rank and the samples.
         """
         future = self._request(step)
-        last = step + self._config.data.prefetch_batches
-        if self._split == "eval":
-            last = min(last, self.steps - 1)
+        ahead = step + self._config.data.prefetch_batches
+        last = max(step, min(ahead, self.total_steps - 1))
         for later in range(step + 1, last + 1):
             self._request(later)
         for other in [s for s in self._ahead if not step <= s <= last]:

@@ -29,7 +29,6 @@ from megatron_asvr.checkpoint.save import Save, layout, save_frozen, trained_sha
 from megatron_asvr.config.load import save as save_config
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
-from megatron_asvr.data.loader import Loader
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
 from megatron_asvr.parallel.collectives import on_first
@@ -142,7 +141,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         load_trained(folder, checkpoint, chunks, optimizer, groups=groups)
 
     done = checkpoint.resume if checkpoint is not None else ResumeState()
-    total_steps = number_of_steps(config, data.train)
+    total_steps = data.train.total_steps
     schedule = make_schedule(
         optimizer, config.train.optim, total_steps=total_steps, done_steps=done.step
     )
@@ -178,13 +177,6 @@ def _write_bad_samples(folder: RunFolder, data: Data) -> None:
             for bad in loader.bad_samples
         ]
         write_durably(folder.bad_samples, "".join(lines).encode())
-
-
-def number_of_steps(config: Config, loader: Loader) -> int:
-    """Optimizer steps of the whole run."""
-    if config.train.steps is not None:
-        return config.train.steps
-    return max(1, math.ceil(float(config.train.epochs or 0.0) * loader.steps))
 
 
 def _claim(folder: RunFolder) -> int:

@@ -318,6 +318,8 @@ def test_prefetch_stays_within_its_window_and_close_stops_it(clean, tokenizer):
     assert sorted(made._ahead) == [1, 2]
     made.step(7)
     assert sorted(made._ahead) == [8, 9]
+    made.step(9)  # the last of the run: nothing more is built, nor counted
+    assert not made._ahead
     ended = loader(clean, tokenizer, split="eval", data__prefetch_batches=2)
     ended.step(ended.steps - 1)
     assert not ended._ahead
