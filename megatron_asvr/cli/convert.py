@@ -75,11 +75,18 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="format",
-        choices=("hf", "asvr-official", "dualtoken"),
+        choices=("hf", "asvr-official", "dualtoken", "megatron-lm"),
         default="hf",
-        help="Hugging Face (default), the official ASVR code, or a residual-VQ tokenizer alone",
+        help="Hugging Face (default), the official ASVR code, a residual-VQ tokenizer alone, or a "
+        "torch_dist checkpoint of Megatron-LM's GPTModel",
     )
-    parser.epilog = "What an official checkpoint does not tell is given as model.vision.num_heads=N"
+    parser.add_argument(
+        "--masters", action="store_true", help="Megatron-LM: take the optimizer's fp32 weights"
+    )
+    parser.epilog = (
+        "What a checkpoint does not tell is given as model.vision.num_heads=N or "
+        "model.language.vocab_size=N"
+    )
     parser.set_defaults(run=run_import, takes_overrides=True)
 
 
@@ -102,6 +109,7 @@ def run_import(args: argparse.Namespace) -> None:
         format=args.format,
         overrides=args.overrides,
         allow_missing=args.allow_missing,
+        masters=args.masters,
     )
     print(
         f"wrote {args.out}: {report['num_tensors']} tensors, {report['num_bytes']:,} bytes of "

@@ -13,7 +13,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConversionError
-from megatron_asvr.hf import stock
+from megatron_asvr.hf import megatron, stock
 from megatron_asvr.hf.equality import Origin, compare, origin_of, require_equal
 from megatron_asvr.hf.export import export, finalize
 from megatron_asvr.hf.files import read_json
@@ -35,22 +35,31 @@ def import_weights(
     format: str = "hf",
     overrides: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
+    masters: bool = False,
 ) -> dict[str, Any]:
     """The report of an import into the folder ``out``, which ``init.all`` can name.
 
     Args:
-        source: a folder in Hugging Face format or of the official code.
+        source: a folder in Hugging Face format, of the official code or of Megatron-LM.
         out: folder to write; it must not exist.
-        format: "hf" or "asvr-official".
-        overrides: ``model.x=y`` settings that an official checkpoint does not tell.
+        format: "hf", "asvr-official" or "megatron-lm".
+        overrides: ``model.x=y`` settings that the checkpoint does not tell; none for "hf".
         allow_missing: shell patterns of our names that the source may lack.
+        masters: take the optimizer's fp32 weights; "megatron-lm" only.
 
     Raises:
         ConversionError: the folder exists, or the source is not understood or incomplete.
     """
+    if masters and format != megatron.KIND:
+        raise ConversionError(f"--masters: a source of format {format} has no master weights")
     if format == "asvr-official":
         weights, tokenizer = read_official(source, overrides=overrides, allow_missing=allow_missing)
         return write_imported(weights, out, tokenizer=tokenizer)
+    if format == megatron.KIND:
+        weights = megatron.read_megatron(
+            source, overrides=overrides, allow_missing=allow_missing, masters=masters
+        )
+        return write_imported(weights, out)
     if overrides:
         raise ConversionError(
             f"{overrides[0]!r}: a folder in Hugging Face format brings all its settings itself"
@@ -128,7 +137,7 @@ def verify_weights(origin: str, folder: str, *, overrides: Sequence[str] = ()) -
         origin: run folder or checkpoint of an export; the source of an import; or any folder in
             Hugging Face format that should hold the same weights.
         folder: as `asvr convert export` or `asvr convert import` wrote it.
-        overrides: that the import of an official checkpoint was given.
+        overrides: that the import was given.
 
     Raises:
         AsvrError: the origin cannot be read, or is damaged.
@@ -160,6 +169,12 @@ def _verify_imported(origin: str, folder: Path, overrides: Sequence[str]) -> dic
     """A report on a folder that `asvr convert import` wrote."""
     said = read_json(folder / REPORT)
     missing = said.get("missing", [])
+    if said.get("kind") in (megatron.KIND, megatron.MASTERS):
+        masters = said["kind"] == megatron.MASTERS
+        source = megatron.read_megatron(
+            origin, overrides=overrides, allow_missing=missing, masters=masters
+        )
+        return compare(folder, origin_of(source))
     if not is_source(origin):
         raise ConversionError(
             f"{origin} is no folder of weights that an import reads; {folder} was imported from "
