@@ -209,7 +209,8 @@ def read_common(folder: Path, *, allowed: Sequence[type] = ()) -> dict[str, Any]
                 "could run code"
             )
         with safe_globals(list(allowed)):
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return found[0] if isinstance(found, list) else found  # 0.19 saves a list of one object
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as err:
         raise CheckpointError(f"{path} cannot be read: {err}") from None
 

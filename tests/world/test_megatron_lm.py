@@ -38,6 +38,8 @@ from tests.run_cases import config as run_config
 
 pytestmark = pytest.mark.world
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "conversion.md"
+COMMAND = "asvr convert import --from megatron-lm checkpoints --out llama"
 PLAN = ParallelPlan(tp=2, pp=2, world=4)
 VOCABULARY, PADDED, LENGTH = 301, 384, 24
 ARGS: dict[str, Any] = {
@@ -203,11 +205,12 @@ def imported_logits(folder: Path) -> Tensor:
     ],
     ids=["stacked", "by_layer_tied", "experts"],
 )
-def test_an_imported_gpt_model_computes_the_same(tmp_path, changes, capsys) -> None:
-    source, out = tmp_path / "megatron", tmp_path / "out"
+def test_an_imported_gpt_model_computes_the_same(tmp_path, changes, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source, out = tmp_path / "checkpoints", tmp_path / "llama"
     wanted = run_ranks(saved, (str(source), changes, {}), PLAN.world, timeout_s=120)
-    command = ["convert", "import", "--from", "megatron-lm", str(source), "--out", str(out)]
-    assert main(command) == 0
+    assert COMMAND in DOCUMENT.read_text(encoding="utf-8")
+    assert main(COMMAND.split()[1:]) == 0
     said = capsys.readouterr().out
     assert "bytes of language_model" in said
     assert (
