@@ -149,10 +149,10 @@ def run_verify(args: argparse.Namespace) -> None:
     for name in ("images", "samples", "max_new_tokens", "ranks"):
         if getattr(args, name) is not None and not full:
             raise ConversionError(f"--{name.replace('_', '-')} belongs to --verify full")
-    if full and (kind := kind_of(args.folder)) != "llava":
+    if full and kind_of(args.folder) == "import":
         raise ConversionError(
-            f"{args.folder} is of kind {kind}: logits and answers are compared for whole models "
-            "alone; without --verify full and --data, its weights are compared"
+            f"{args.folder} is an import, which answers nothing by itself; without --verify full "
+            "and --data, its weights are compared"
         )
     here = place()
     report = None

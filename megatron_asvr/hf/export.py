@@ -92,7 +92,8 @@ def export(
         if head:
             _describe_head(held, config, target, tokenizer_fingerprint)
         _write_configs(hf_config, architecture, ids, dtype, target)
-        loader = tokenizer_loader(kind, config.model.language.family, text)
+        spm, family = text.tokenizer.is_sentencepiece, config.model.language.family
+        loader = tokenizer_loader(kind, family, sentencepiece=spm)
         _write_processor(text, config, kind, template, loader, target)
         card = model_card(config, kind=kind, dtype=dtype, has_head=bool(head), loader=loader)
         (target / "README.md").write_text(card, encoding="utf-8")

@@ -184,13 +184,13 @@ def build_tokenizer(text: Text, max_length: int) -> Any:
     return stock
 
 
-def tokenizer_loader(kind: str, family: str, text: Text) -> str:
+def tokenizer_loader(kind: str, family: str, *, sentencepiece: bool) -> str:
     """The class of transformers that loads the tokenizer of an exported folder.
 
     AutoTokenizer takes Qwen's own tokenizer for every language model with Qwen2's architecture,
     whatever the folder says (transformers 5.23, tokenization_auto.py).
     """
-    wrong = text.tokenizer.is_sentencepiece and (kind, family) == ("text", "qwen2")
+    wrong = sentencepiece and (kind, family) == ("text", "qwen2")
     return "LlamaTokenizer" if wrong else "AutoTokenizer"
 
 

@@ -21,7 +21,8 @@ from megatron_asvr.data.conversation import Turn, prompt_text
 from megatron_asvr.data.evalset import EvalItem, read_questions
 from megatron_asvr.data.records import raise_problems
 from megatron_asvr.data.text import IMAGE_TOKEN
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.errors import ConfigError, DataError
+from megatron_asvr.hf.run import kind_of
 from megatron_asvr.hf.verify import VerifySample, exported_dtype, verify
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
@@ -52,12 +53,15 @@ class Questions:
     max_new_tokens: int = 32
 
 
-def read_items(questions: Questions, *, first_only: bool = False) -> list[EvalItem]:
+def read_items(
+    questions: Questions, *, first_only: bool = False, text_only: bool = False
+) -> list[EvalItem]:
     """The questions of a source, in order.
 
     Args:
         questions: which.
         first_only: take the first question of each dialogue alone; the limit counts these.
+        text_only: take questions without images alone; likewise.
 
     Raises:
         DataError: records have the wrong form, or none has an answer.
@@ -65,6 +69,13 @@ def read_items(questions: Questions, *, first_only: bool = False) -> list[EvalIt
     items = read_questions([questions.source])
     if first_only:
         items = [item for item in items if len(item.turns) == 1]
+    if text_only:
+        items = [item for item in items if not item.images]
+        if not items:
+            raise DataError(
+                f"{questions.source.path}: every question has an image, and a language model alone "
+                "sees none; give questions about text"
+            )
     if questions.limit is None or questions.limit >= len(items):
         return items
     return [items[len(items) * i // questions.limit] for i in range(questions.limit)]
@@ -139,13 +150,16 @@ def verify_run(
     Args:
         run: run folder or checkpoint.
         folder: the exported folder.
-        questions: about images the comparison uses; only first questions are taken.
+        questions: about images the comparison uses; only first questions are taken, and of a
+            language model alone only those without images.
         overrides: ``a.b=c`` settings that win over the run's.
 
     Raises:
         ConfigError: more than one data-parallel rank.
+        DataError: there is no question to ask.
     """
-    items = read_items(questions, first_only=True)
+    text_only = kind_of(folder) == "text"
+    items = read_items(questions, first_only=True, text_only=text_only)
     check_exist([path for item in items for path in item.images])
     answerer, groups = open_run(
         run,

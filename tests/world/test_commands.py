@@ -124,6 +124,22 @@ def test_every_layout_gives_the_same_answers(trained, tmp_path):
     assert all(found == answers[0] for found in answers)
 
 
+def test_a_language_model_alone_answers_as_the_run_does(trained, tmp_path, capsys):
+    _, files, run = trained
+    out = tmp_path / "text"
+    assert main(["convert", "export", str(run), "--out", str(out), "--kind", "text"]) == 0
+    verify = ["convert", "verify", str(run), str(out), "--verify", "full"]
+    assert main([*verify, *questions(files)]) == 1
+    assert "every question has an image" in capsys.readouterr().err
+    words = files / "train.json"  # one record of it is of words alone
+    assert main([*verify, "--data", str(words), "--images", str(files / "images")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["architecture"] == "LlamaForCausalLM"
+    assert report["num_samples"] == report["num_ids_equal"] == report["num_answers_equal"] == 1
+    assert report["logits_max_abs"] < 1e-4
+    assert report["weights"]["ok"]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_export_equals_the_run_and_a_changed_weight_is_noticed(trained, tmp_path, dtype, capsys):
     _, files, run = trained
