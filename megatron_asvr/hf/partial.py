@@ -5,7 +5,10 @@ half a model.
 """
 
 import contextlib
+import glob
+import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,12 +19,18 @@ from megatron_asvr.hf.files import sync
 def partial_folder(out: Path) -> Path:
     """An empty folder beside ``out``, which must not exist, to be passed to `finalize`.
 
+    It is this process's own; folders that killed processes of this machine left are removed.
+
     Raises:
         ConversionError: ``out`` exists.
     """
     _refuse_existing(out)
-    partial = out.parent / f".{out.name}.partial-export"
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was killed
+    stem = f".{out.name}.partial-{socket.gethostname()}-"
+    for left in out.parent.glob(f"{glob.escape(stem)}*"):
+        if not Path("/proc", left.name.removeprefix(stem)).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.parent / f"{stem}{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     return partial
 

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.files import check_finite, open_weights
+from megatron_asvr.hf.partial import finalize, partial_folder
 from megatron_asvr.hf.shards import ShardWriter
 
 TENSORS = {
@@ -183,3 +187,22 @@ def test_only_numbers_that_are_not_finite_are_damage(dtype):
         large[77] = wrong
         with pytest.raises(ConversionError, match="x holds NaN or infinite"):
             check_finite("x", large)
+
+
+def test_a_killed_conversion_is_cleared_away_and_one_at_work_is_not(tmp_path):
+    out = tmp_path / "m[1]"  # a name that means something to glob
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, at_work = (
+        tmp_path / f".{out.name}.partial-{socket.gethostname()}-{pid}" for pid in (ended.pid, 1)
+    )
+    for folder in (left, at_work):
+        folder.mkdir()
+    mine = partial_folder(out)
+    assert not left.exists()
+    assert at_work.exists()
+    (mine / "config.json").write_text("{}")
+    assert finalize(mine, out) == out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([at_work.name, out.name])
+    with pytest.raises(ConversionError, match="exists already"):
+        partial_folder(out)
