@@ -1,5 +1,6 @@
 """Every family: from a folder of transformers into TP x PP ranks and out again, byte for byte."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_asvr.cli.main import main
+from megatron_asvr.config.load import save as write_config
 from megatron_asvr.config.schema import Config, ModelConfig
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.hf.export import export
@@ -23,6 +26,7 @@ from megatron_asvr.parallel.collectives import broadcast_tensor
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
 from tests.language_cases import plain_batch, rule_batch
+from tests.run_data import make_files, run_config
 from tests.unit import hf_models
 from tests.unit.test_hf_families import LANGUAGES, random_model, tensors
 
@@ -121,3 +125,31 @@ def test_every_family_goes_through_tensor_and_pipeline_ranks(tmp_path):
         before, after = tensors(tmp_path / case), tensors(out)
         assert before.keys() == after.keys(), case
         assert all(torch.equal(before[name], after[name]) for name in before), case
+
+
+def test_a_whole_model_goes_through_tensor_and_pipeline_ranks(tmp_path, capsys):
+    """Out of one run, into another on TP2 x PP2 that learns nothing, and out again."""
+    files = make_files(tmp_path / "files")
+    asked = ["--data", str(files / "eval.json"), "--images", str(files / "images")]
+    first, second = tmp_path / "first", tmp_path / "second"
+    changes = {
+        "init__all": str(first / "hf"),
+        "parallel": {"tp": 2, "pp": 2, "sp": True},
+        "train__optim__lr": 1e-60,  # nothing, in fp32
+        "train__trainable": ["vision_encoder", "projector", "visual_head", "language_model"],
+    }
+    for run, more in ((first, {}), (second, changes)):
+        write_config(run_config(files, run / "run", train__steps=1, **more), tmp_path / "run.yaml")
+        assert main(["train", str(tmp_path / "run.yaml")]) == 0
+        assert main(["convert", "export", str(run / "run"), "--out", str(run / "hf")]) == 0
+    assert main(["convert", "verify", str(first / "hf"), str(second / "hf")]) == 0
+    capsys.readouterr()
+    full = ["convert", "verify", str(second / "run"), str(second / "hf"), "--verify", "full"]
+    assert main([*full, *asked, "parallel.tp=2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["logits_max_abs"] < 1e-4
+    assert report["num_answers_equal"] == report["num_samples"] > 0
+    names = sorted(path.name for path in (first / "hf").glob("*.safetensors"))
+    assert "visual_head.safetensors" in names
+    for name in names:
+        assert (first / "hf" / name).read_bytes() == (second / "hf" / name).read_bytes(), name
