@@ -318,6 +318,7 @@ class Loader:
 
     def _rows(self, step: int) -> list[list[list[Document]]]:
         """The documents of every row of this rank's micro-batches."""
+        self._note_placeholders(step)
         numbers = self._numbers(step)
         spots = self._spots(step, numbers)
         plan = self._planner.plan(self._facts(numbers))
@@ -369,16 +370,19 @@ class Loader:
         return self._store.normalised(keys, self._sources.paths)
 
     def _usable(self, index: int) -> bool:
-        """Whether a record holds anything; counted where it does not."""
-        good = self._sources.is_good(index)
-        if good and len(self._row_lengths(index)) > 0:
-            return True
-        if self._view.dp_rank == 0:  # all ranks know; who adds their reports counts it once
-            name = self._sources.records[index].id
-            self._count("placeholders", name)
-            if good:
-                self._count("dropped_samples", name)
-        return False
+        """Whether a record holds anything."""
+        return self._sources.is_good(index) and len(self._row_lengths(index)) > 0
+
+    def _note_placeholders(self, step: int) -> None:
+        """Count what holds nothing in a step that is trained on; planning it counts nothing."""
+        if self._view.dp_rank:  # all ranks know; who adds their reports counts it once
+            return
+        for index in self._order.indices(step):
+            if not self._usable(index):
+                name = self._sources.records[index].id
+                self._count("placeholders", name)
+                if self._sources.is_good(index):
+                    self._count("dropped_samples", name)
 
     def _check_any_fits(self) -> None:
         """Raise where no record can be trained on: that none of a step could be may be chance."""

@@ -196,6 +196,16 @@ def test_dropped_records_are_not_in_the_order(dirty, tokenizer, tmp_path):
         assert made.report()["bad_records"] == 4
 
 
+def test_only_steps_that_are_made_are_counted(dirty, tokenizer):
+    with loader(dirty, tokenizer, data__prefetch_batches=0) as made:
+        made.prepare()
+        for step in range(made.steps):
+            made.facts(step)
+        assert "placeholders" not in made.report()
+        made.step(0)
+        assert made.report().get("placeholders", 0) == made.num_bad([0])
+
+
 def test_official_mode_takes_no_placeholders(dirty, tokenizer):
     with pytest.raises(DataError, match=r"official averages over micro-batches.*drop"):
         loader(dirty, tokenizer, loss__mode="official")
