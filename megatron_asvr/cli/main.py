@@ -5,10 +5,22 @@ import sys
 from collections.abc import Sequence
 
 from megatron_asvr import __version__
-from megatron_asvr.cli import certify, chat, checkpoint, convert, data, evaluate, tokenizer, train
-from megatron_asvr.errors import AsvrError
+from megatron_asvr.cli import (
+    certify,
+    chat,
+    checkpoint,
+    convert,
+    data,
+    evaluate,
+    slurm,
+    tokenizer,
+    train,
+)
+from megatron_asvr.cli.train import STOPPED
+from megatron_asvr.errors import AsvrError, LaunchError
+from megatron_asvr.launch import outcome
 
-COMMANDS = (data, train, certify, tokenizer, evaluate, chat, checkpoint, convert)
+COMMANDS = (data, train, certify, tokenizer, evaluate, chat, checkpoint, convert, slurm)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parse(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
     except KeyboardInterrupt:
         print(f"asvr {args.command}: interrupted", file=sys.stderr)
         return 130
@@ -54,7 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # An error of ours inside a rank is shown as itself; its traceback is in the rank's log.
         shown = err.__cause__ if isinstance(err.__cause__, AsvrError) else err
         print(f"asvr {args.command}: {type(shown).__name__}: {shown}", file=sys.stderr)
+        if not isinstance(shown, LaunchError):  # a rank died: that may not happen again
+            outcome.note(outcome.REFUSED, f"{type(shown).__name__}: {shown}")
         return 1
+    outcome.note(outcome.STOPPED if status == STOPPED else outcome.FINISHED)
+    return status
 
 
 if __name__ == "__main__":
