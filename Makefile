@@ -27,7 +27,7 @@ setup: $(VENV)/.installed  ## create .venv with everything installed (quick when
 $(VENV)/.installed: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable ".[dev,quickstart]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,mpi,quickstart]"
 	touch $@
 
 # megatron-core 0.19.2 alone, in a folder that comes before .venv's packages on the path. It declares

@@ -1,6 +1,14 @@
 """Texts, records and configurations shared by the data tests."""
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 from megatron_asvr.config.load import from_dict
+
+# The one beside this Python, which belongs to its mpi4py, or else the machine's.
+MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
 
 TEXTS = [
     "USER: <image>\nWhat color is the circle? ASSISTANT: red",

@@ -27,7 +27,7 @@ from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.records import read_records
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import DataError
-from tests.unit.data_corpus import TEXTS, ask, config, turn
+from tests.unit.data_corpus import MPIEXEC, TEXTS, ask, config, turn
 from tests.unit.test_data_sources import write_tar
 from tools.make_dirty_images import bad_images, good_images
 
@@ -267,6 +267,19 @@ def test_command_with_two_processes(made, capsys):
     assert capsys.readouterr().out.splitlines() == [
         line for line in printed.splitlines() if line.startswith("data.")
     ]
+    manifest = open_index(cfg, sources).manifest
+    assert build(cfg, sources, text, device=CPU) == manifest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MPIEXEC is None, reason="needs mpiexec: pip install mpi4py mpich")
+def test_command_with_processes_of_mpi(made):
+    folder, sources, text = made
+    cfg = write_config(folder, sources)
+    command = [MPIEXEC, "-n", "3", sys.executable, "-m", "megatron_asvr.cli.main"]
+    command += ["data", "index", str(folder / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.count('"bad_samples": 4') == 1  # the others work, and say nothing
     manifest = open_index(cfg, sources).manifest
     assert build(cfg, sources, text, device=CPU) == manifest
 

@@ -1,7 +1,6 @@
 """Work over processes comes back in order, with its errors; launchers are understood."""
 
 import operator
-import shutil
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.pool import workers
+from tests.unit.data_corpus import MPIEXEC
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -37,7 +37,7 @@ def test_mpi_without_its_package_names_the_extra(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("mpiexec") is None, reason="needs mpiexec: pip install mpich")
+@pytest.mark.skipif(MPIEXEC is None, reason="needs mpiexec: pip install mpi4py mpich")
 def test_processes_of_mpi_share_the_work():
     script = (
         "from megatron_asvr.launch.pool import workers\n"
@@ -45,6 +45,6 @@ def test_processes_of_mpi_share_the_work():
         "    if run is not None:\n"
         "        print(list(run(abs, range(-5, 0))))\n"
     )
-    command = ["mpiexec", "-n", "3", sys.executable, "-c", script]
+    command = [MPIEXEC, "-n", "3", sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines() == ["[5, 4, 3, 2, 1]"]  # from one of the three
