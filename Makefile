@@ -59,7 +59,7 @@ quickstart-short: setup  ## the same in its short form, to see that everything w
 test: test-unit test-world test-mcore19 test-eval  ## run all tests
 
 test-unit: setup  ## run the tests of one process
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not world"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not world and not slurm"
 
 test-world: setup  ## run the tests of several ranks
 	$(BIN)/python -m pytest -m world

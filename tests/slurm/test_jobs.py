@@ -103,7 +103,8 @@ def test_told_to_stop_it_saves_and_goes_on_by_itself(cluster, files, undisturbed
     config = write_config(files, run, train__steps=8)
     submit(config)
     wait(run, lambda: (run / "metrics.jsonl").exists())
-    cluster.run("scancel", "--signal=USR1", "--batch", json.loads((run / "slurm/job.json").read_text())["id"])
+    job = json.loads((run / "slurm/job.json").read_text())["id"]
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
     finished(run)
     same_weights(run, undisturbed)
     assert task(run)["stops"] == 1
