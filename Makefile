@@ -14,8 +14,8 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
-	test-mcore19 test-eval test-torture test-dirt bench bench-short bench-convert \
-	bench-convert-short verify-smollm2 check format docs clean
+	test-mcore19 test-eval test-slurm test-slurm-short test-torture test-dirt bench bench-short \
+	bench-convert bench-convert-short verify-smollm2 check format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -56,7 +56,7 @@ quickstart-short: setup  ## the same in its short form, to see that everything w
 	$(BIN)/python -m examples.quickstart.run --short
 
 # The multi-rank tests run on both megatron-cores.
-test: test-unit test-world test-mcore19 test-eval  ## run all tests
+test: test-unit test-world test-mcore19 test-slurm-short test-eval  ## run all tests
 
 test-unit: setup  ## run the tests of one process
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not world and not slurm"
@@ -69,6 +69,12 @@ test-mcore19: $(MCORE19)/.installed  ## run multi-rank and oracle tests against 
 
 test-eval: $(EVAL)/.installed  ## run the tests of the suite of benchmarks, with lmms-eval
 	ASVR_REQUIRE=eval PYTHONPATH="$(CURDIR)/$(EVAL)" $(BIN)/python -m pytest -m eval tests/world/test_suite.py
+
+test-slurm-short: setup  ## run the short tests of jobs, on a Slurm cluster started here
+	$(BIN)/python -m pytest -m "slurm and not slow"
+
+test-slurm: setup  ## run all tests of jobs: preempted, killed, hung, on nodes that are switched off
+	$(BIN)/python -m pytest -m slurm
 
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture

@@ -13,8 +13,9 @@ def _missing(need: str) -> str | None:
     """Why tests marked ``need`` cannot run here, or None when they can."""
     if need == "gpu" and select()[0].name != "cuda":
         return f"needs a GPU: {select()[1]}"
-    if need == "slurm" and shutil.which("sbatch") is None:
-        return "needs Slurm: no sbatch on PATH"
+    for program in ("sbatch", "shellcheck") if need == "slurm" else ():
+        if shutil.which(program) is None:
+            return f"needs Slurm and shellcheck: no {program} on PATH"
     if need == "eval" and importlib.util.find_spec("lmms_eval") is None:
         return "needs lmms-eval: run by `make test-eval`"
     return None
