@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_asvr.config.load import flatten
-from megatron_asvr.config.schema import TEMPLATES, Config, SourceConfig
+from megatron_asvr.config.schema import TEMPLATES, Config, PrecisionConfig, SourceConfig
 from megatron_asvr.data import locations
 from megatron_asvr.data.formats import data_files, source_format
 from megatron_asvr.data.templates import find_template
@@ -62,7 +62,10 @@ def identity(
         ConfigError: a training file or the text tokenizer cannot be read.
     """
     facts: dict[str, Any] = {}
+    plain = config.precision == PrecisionConfig()  # left out, so that earlier checkpoints go on
     for key, value in flatten(config).items():
+        if plain and key.startswith("precision."):
+            continue
         if key not in _FREE | _BY_CONTENT and not key.startswith(_LAYOUT):
             facts[key] = json.loads(json.dumps(value))  # as a checkpoint gives it back
     facts["data.train (number of files)"] = len(config.data.train)

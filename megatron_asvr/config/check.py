@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 from megatron_asvr.config.layout import check_layout, divisors
+from megatron_asvr.config.precision import check_precision
 from megatron_asvr.config.resolution import check_resolution
 from megatron_asvr.config.schema import PARTS, TEMPLATES, Config, LanguageConfig, OptimConfig
 from megatron_asvr.errors import ConfigError
@@ -30,6 +31,7 @@ def check(config: Config, world: int | None = None) -> Config:
     _check_augment(config)
     _check_loss(config)
     check_resolution(config)
+    check_precision(config)
     check_layout(config, world)
     _check_files(config)
     return config

@@ -325,6 +325,31 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fp8Config:
+    """Matrix products in 8 bits; see docs/fp8.md."""
+
+    recipe: Literal["none", "delayed", "current", "block", "mxfp8"] = "none"  # how to scale
+    format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: gradients in E5M2, all else in E4M3
+    emulate: bool = False  # round to 8 bits here and multiply in full; slow, needs no GPU
+    exclude: tuple[
+        str, ...
+    ] = ()  # modules in train.precision: `language_model.decoder.layers.-1.*`, `*.heads.*`
+    margin: int = 0  # delayed: the largest value is put 2**margin below the format's largest
+    history: int = 1024  # delayed: steps (Transformer Engine: uses) whose largest values count
+    amax: Literal["max", "most_recent"] = "max"  # delayed: which of the history decides
+    guard_every_steps: int = 0  # compare 8 bits with train.precision every so often; 0 is never
+    guard_min_cosine: float = 0.95  # a module whose results agree less goes to train.precision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig:
+    """Which implementation computes the layers, and in how many bits they multiply."""
+
+    backend: Literal["auto", "te", "local"] = "auto"  # te: Transformer Engine, on CUDA only
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """Model-parallel degrees; the data-parallel degree is what remains of the world size."""
 
@@ -358,4 +383,5 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -99,6 +99,7 @@ class AsvrModel(MegatronModule):
                 post_process=self.post_process,
                 vp_stage=vp_stage,
                 recompute=config.train.recompute,
+                settings=config.precision,
             )
         self._received: Tensor | None = None  # by a stage without a language model
         self.visual_head: VisualHead | None = None
@@ -368,12 +369,7 @@ def build_chunks(
     """
     vpp = groups.plan.vpp
     chunks = [
-        AsvrModel(
-            config,
-            groups=groups,
-            tokenizer=tokenizer,
-            vp_stage=None if vpp is None else number,
-        )
+        AsvrModel(config, groups=groups, tokenizer=tokenizer, vp_stage=number if vpp else None)
         for number in range(vpp or 1)
     ]
     for chunk in chunks:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_asvr import platforms, precision
 from megatron_asvr.batch import MicroBatch
-from megatron_asvr.config.schema import LanguageConfig
+from megatron_asvr.config.schema import LanguageConfig, PrecisionConfig
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import rope, sharding
 from megatron_asvr.parallel.groups import Groups
@@ -174,6 +174,7 @@ class LanguageModel(GPTModel):
         post_process: this stage holds the final norm and the output layer.
         vp_stage: model chunk under virtual pipeline stages.
         recompute: what the backward pass computes again, see ``transformer_config``.
+        settings: which implementation computes the layers.
     """
 
     def __init__(
@@ -186,10 +187,11 @@ class LanguageModel(GPTModel):
         post_process: bool = True,
         vp_stage: int | None = None,
         recompute: str = "none",
+        settings: PrecisionConfig | None = None,
     ) -> None:
         platform = platforms.select()[0]
         megatron_config = transformer_config(config, groups.plan, dtype, recompute=recompute)
-        backend, reason = precision.select_backend(platform, dtype)
+        backend, reason = precision.select_backend(platform, dtype, settings or PrecisionConfig())
         super().__init__(
             megatron_config,
             precision.block_spec(megatron_config, backend, vp_stage=vp_stage),

@@ -21,6 +21,10 @@ class Platform(Protocol):
     def device(self) -> torch.device:
         """The device that tensors of this rank live on."""
 
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """What the device's tensor cores can do, e.g. (9, 0) for Hopper; None without CUDA."""
+
     def prepare(self) -> None:
         """Make ``import megatron.core`` possible; idempotent."""
 

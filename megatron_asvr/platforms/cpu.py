@@ -19,6 +19,7 @@ class CpuPlatform:
     backend: Literal["gloo"] = "gloo"
     device = torch.device("cpu")
     supports_fork = True
+    compute_capability: tuple[int, int] | None = None
 
     def __init__(self, *, hide_cuda: bool = False) -> None:
         self._hide_cuda = hide_cuda

@@ -23,6 +23,11 @@ class CudaPlatform:
         """The CUDA device that ``set_device`` chose."""
         return torch.device("cuda", torch.cuda.current_device())
 
+    @property
+    def compute_capability(self) -> tuple[int, int]:
+        """Of the device that ``set_device`` chose."""
+        return torch.cuda.get_device_capability()
+
     def prepare(self) -> None:
         """Keep a package that is not NVIDIA's apex away from megatron-core; nothing else.
 

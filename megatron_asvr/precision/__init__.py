@@ -8,7 +8,7 @@ from megatron_asvr.platforms import Platform
 import torch
 
 from megatron_asvr.batch import MicroBatch
-from megatron_asvr.config.schema import Config
+from megatron_asvr.config.schema import Config, PrecisionConfig
 from megatron_asvr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 Backend = Literal["te", "local"]
+Engine = Literal["none", "te", "emulated"]  # who multiplies in 8 bits
+_DEFAULT = PrecisionConfig()
+# Smallest compute capability whose tensor cores know a recipe: Ada, Hopper, Blackwell.
+_CAPABLE = {"delayed": (8, 9), "current": (8, 9), "block": (9, 0), "mxfp8": (10, 0)}
 
 # Transformer Engine holds a norm inside the linear after it; checkpoints keep the unfused names.
 FUSED_NAMES = {
@@ -24,23 +28,71 @@ FUSED_NAMES = {
 }
 
 
-def select_backend(platform: Platform, dtype: torch.dtype) -> tuple[Backend, str]:
+def select_backend(
+    platform: Platform, dtype: torch.dtype, settings: PrecisionConfig = _DEFAULT
+) -> tuple[Backend, str]:
     """Name of the layer implementation, and why.
 
     Args:
         platform: what ``platforms.select()`` returned.
         dtype: of the computation.
+        settings: of the run.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and cannot be had.
     """
+    if settings.fp8.recipe != "none" and settings.fp8.emulate:
+        return "local", "precision.fp8.emulate=true"
+    if settings.backend == "local":
+        return "local", "precision.backend=local"
+    problem = _without_te(platform, dtype)
+    if problem is None:
+        return "te", "CUDA with Transformer Engine"
+    if settings.backend == "te":
+        raise ConfigError(f"precision.backend=te: {problem}; set precision.backend=auto")
+    return "local", problem
+
+
+def select_fp8(
+    platform: Platform, dtype: torch.dtype, settings: PrecisionConfig
+) -> tuple[Engine, str]:
+    """Who multiplies in 8 bits, and why.
+
+    Args:
+        platform: what ``platforms.select()`` returned.
+        dtype: of the computation.
+        settings: of the run.
+
+    Raises:
+        ConfigError: 8 bits are asked for and nothing here can do them.
+    """
+    fp8 = settings.fp8
+    if fp8.recipe == "none":
+        return "none", "precision.fp8.recipe=none"
+    if fp8.emulate:
+        return "emulated", f"{fp8.recipe} scaling, precision.fp8.emulate=true"
+    asked = f"precision.fp8.recipe={fp8.recipe} cannot run here"
+    way_out = "set precision.fp8.emulate=true for the same numbers, slowly, or recipe=none"
+    backend, reason = select_backend(platform, dtype, settings)
+    if backend != "te":
+        raise ConfigError(f"{asked}: {reason}; {way_out}")
+    has, needs = platform.compute_capability, _CAPABLE[fp8.recipe]
+    if has is None or has < needs:
+        raise ConfigError(f"{asked}: it needs compute capability {needs}, got {has}; {way_out}")
+    return "te", f"{fp8.recipe} scaling in Transformer Engine"
+
+
+def _without_te(platform: Platform, dtype: torch.dtype) -> str | None:
+    """Why Transformer Engine cannot be used; None when it can."""
     if platform.name != "cuda":
-        return "local", f"Transformer Engine needs CUDA; the platform is {platform.name}"
+        return f"Transformer Engine needs CUDA; the platform is {platform.name}"
     if dtype == torch.float32:
-        return "local", "Transformer Engine's attention over documents has no fp32 kernel"
+        return "Transformer Engine's attention over documents has no fp32 kernel"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:
-        reason = f"Transformer Engine cannot be imported ({error}); the extra 'gpu' installs it"
-        return "local", reason
-    return "te", "CUDA with Transformer Engine"
+        return f"Transformer Engine cannot be imported ({error}); the extra 'gpu' installs it"
+    return None
 
 
 def check_attention(config: Config, backend: Backend) -> None:

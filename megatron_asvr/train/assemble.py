@@ -34,7 +34,7 @@ from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.parallel.stored import Check, Stored, read_shared, run_checks
-from megatron_asvr.precision import Backend, check_attention, select_backend
+from megatron_asvr.precision import Backend, check_attention, select_backend, select_fp8
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,7 @@ def make_groups(config: Config) -> Groups:
     world = dist.get_world_size()
     check(config, world)
     check_attention(config, _backend(config))
+    select_fp8(select()[0], DTYPES[config.train.precision], config.precision)
     return initialize(make_plan(config, world, codebook_sizes(config)), seed=config.run.seed)
 
 
@@ -213,7 +214,7 @@ def _tell_bad_images(split: str, report: dict[str, Any], config: Config) -> None
 
 def _backend(config: Config) -> Backend:
     """Which implementation the layers of the run use."""
-    return select_backend(select()[0], DTYPES[config.train.precision])[0]
+    return select_backend(select()[0], DTYPES[config.train.precision], config.precision)[0]
 
 
 def shares_images(config: Config) -> tuple[bool, str]:

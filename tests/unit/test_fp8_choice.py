@@ -1,0 +1,79 @@
+"""Who computes the layers and who multiplies in 8 bits: a choice with a reason, or a refusal."""
+
+import dataclasses
+
+from megatron_asvr.platforms import mcore  # noqa: F401
+from megatron_asvr.platforms.cpu import CpuPlatform
+
+import pytest
+import torch
+
+from megatron_asvr import precision
+from megatron_asvr.config.check import check
+from megatron_asvr.config.precision import check_precision
+from megatron_asvr.config.schema import Config, Fp8Config, PrecisionConfig
+from megatron_asvr.errors import ConfigError
+from tests.run_cases import config
+
+RECIPES = ("delayed", "current", "block", "mxfp8")
+
+
+def asked(recipe: str, *, emulate: bool = False, backend: str = "auto") -> PrecisionConfig:
+    return PrecisionConfig(backend=backend, fp8=Fp8Config(recipe=recipe, emulate=emulate))
+
+
+class Gpu(CpuPlatform):
+    """As much of a GPU as the choice looks at."""
+
+    name = "cuda"
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        super().__init__()
+        self.compute_capability = capability
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_8_bits_are_refused_where_nothing_can_do_them_and_emulated_where_told(recipe: str) -> None:
+    with pytest.raises(ConfigError, match=r"needs CUDA.*emulate=true"):
+        precision.select_fp8(CpuPlatform(), torch.bfloat16, asked(recipe))
+    # The GPU is there, Transformer Engine is not (or has no kernels for fp32).
+    with pytest.raises(ConfigError, match=r"cannot be imported|fp32 kernel"):
+        precision.select_fp8(Gpu((10, 0)), torch.float32, asked(recipe))
+    settings = asked(recipe, emulate=True)
+    assert precision.select_fp8(CpuPlatform(), torch.float32, settings)[0] == "emulated"
+    assert precision.select_backend(Gpu((10, 0)), torch.bfloat16, settings)[0] == "local"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability"),
+    [("delayed", (8, 9)), ("current", (8, 9)), ("block", (9, 0)), ("mxfp8", (10, 0))],
+)
+def test_each_recipe_needs_its_generation_of_tensor_cores(
+    recipe: str, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_without_te", lambda *_: None)
+    engine, _ = precision.select_fp8(Gpu(capability), torch.bfloat16, asked(recipe))
+    assert engine == "te"
+    older = {(8, 9): (8, 0), (9, 0): (8, 9), (10, 0): (9, 0)}[capability]
+    with pytest.raises(ConfigError, match="compute capability"):
+        precision.select_fp8(Gpu(older), torch.bfloat16, asked(recipe))
+
+
+def test_the_backend_can_be_named_and_is_refused_where_it_is_not() -> None:
+    local = PrecisionConfig(backend="local")
+    assert precision.select_backend(Gpu((9, 0)), torch.bfloat16, local)[0] == "local"
+    with pytest.raises(ConfigError, match=r"precision\.backend=te"):
+        precision.select_backend(CpuPlatform(), torch.bfloat16, PrecisionConfig(backend="te"))
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        check_precision(Config(precision=asked("block", emulate=True, backend="te")))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("margin", -1), ("history", 0), ("guard_every_steps", -1), ("guard_min_cosine", 1.0)],
+)
+def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
+    fp8 = dataclasses.replace(Fp8Config(), **{name: value})
+    run = dataclasses.replace(config(), precision=PrecisionConfig(fp8=fp8))
+    with pytest.raises(ConfigError, match=f"precision.fp8.{name}"):
+        check(run)
