@@ -17,8 +17,9 @@ from megatron_asvr.config.load import save as save_config
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.launch import slurm
+from megatron_asvr.launch.elastic import most_nodes, start_nodes, usable_nodes
 
-RESOURCES = ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_rank", "time", "partition")
+RESOURCES = ("gpus_per_node", "ranks_per_node", "cpus_per_rank", "time", "partition", "warning_s")
 FOLDER = "slurm"  # of a run's job, in the run's folder
 
 
@@ -51,11 +52,25 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
         metavar="CONFIG|COMMAND",
         help="configuration of a run to train, with settings; or -- and any command of asvr",
     )
-    parser.add_argument("--nodes", type=positive, default=1)
+    parser.add_argument(
+        "--nodes",
+        type=node_range,
+        default=(None, 1),
+        metavar="N|MIN-MAX",
+        help="a range: the run goes on with what it gets when it is requeued",
+    )
     parser.add_argument("--gpus-per-node", type=int, default=0)
     parser.add_argument("--ranks-per-node", type=positive, help="default: one a GPU, else one")
     parser.add_argument("--cpus-per-rank", type=positive, default=1)
     parser.add_argument("--time", help="limit, as Slurm writes it: 4:00:00, 2-00:00:00")
+    parser.add_argument(
+        "--warning",
+        dest="warning_s",
+        type=positive,
+        default=slurm.Resources().warning_s,
+        metavar="SECONDS",
+        help="of the ranks before the time limit, to save in (default: %(default)s)",
+    )
     parser.add_argument("--partition")
     parser.add_argument("--account")
     parser.add_argument(
@@ -80,10 +95,24 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_submit, takes_overrides=True)
 
 
+def node_range(text: str) -> tuple[int | None, int]:
+    """Smallest (None when there is but one) and largest number of nodes, for argparse."""
+    low, mark, high = text.partition("-")
+    least, most = positive(low), positive(high if mark else low)
+    if least > most:
+        raise ValueError(text)
+    return (least if mark else None), most
+
+
+node_range.__name__ = "number of nodes, or MIN-MAX"
+
+
 def run_submit(args: argparse.Namespace) -> None:
     """Check, write and submit one job."""
     resources = slurm.Resources(
         **{name: getattr(args, name) for name in RESOURCES},
+        min_nodes=args.nodes[0],
+        nodes=args.nodes[1],
         account=args.account,
         more=tuple(args.sbatch),
     )
@@ -124,15 +153,17 @@ def _training_job(args: argparse.Namespace, resources: slurm.Resources) -> slurm
     config = load(source, overrides)
     root = Path(config.run.dir).absolute()
     folder = root / FOLDER
+    usable = set(usable_nodes(config, resources.ranks_a_node))
     for number, values in enumerate(runs):
         place = root / str(number) if args.sweep else root
         one = load(source, [*overrides, *values, f"run.dir={place}"])
-        _check_run(one, resources)
+        usable &= set(_check_run(one, resources))
         if not args.dry_run:
             task = folder / str(number) if args.sweep else folder
             save_config(one, task / "config.yaml")
     words = ["train", "$job/config.yaml"]
     made = _job(args, resources, words, folder, name=args.name or root.name)
+    made = dataclasses.replace(made, usable=tuple(sorted(usable)))
     return dataclasses.replace(made, array=len(runs)) if args.sweep else made
 
 
@@ -175,23 +206,28 @@ def _sweep(settings: Sequence[str]) -> Iterator[tuple[str, ...]]:
     return itertools.product(*axes)
 
 
-def _check_run(config: Config, resources: slurm.Resources) -> None:
-    """Return when a run can start on these resources.
+def _check_run(config: Config, resources: slurm.Resources) -> tuple[int, ...]:
+    """Numbers of nodes that a run can use, when it can start on these resources.
 
     Raises:
         ConfigError: a setting cannot work; more ranks than one global batch has samples.
         DataError: the data cannot be used.
     """
+    usable = usable_nodes(config, resources.ranks_a_node)
+    if resources.min_nodes is not None:
+        used = start_nodes(usable, resources.min_nodes, resources.nodes)
+        if used < resources.nodes:
+            print(f"{used} of {resources.nodes} nodes will be used", file=sys.stderr)
+        resources = dataclasses.replace(resources, nodes=used)
     p, t = config.parallel, config.train
     replica = p.tp * p.pp * p.cp
     dp = resources.world // replica
     if dp * t.micro_batch > t.global_batch:
-        useful = t.global_batch // t.micro_batch * replica // resources.ranks_a_node
-        batch = dp * t.micro_batch
+        batch, most = dp * t.micro_batch, most_nodes(config, resources.ranks_a_node)
         raise ConfigError(
             f"{resources.nodes} nodes x {resources.ranks_a_node} ranks are {dp} data-parallel "
             f"replicas of micro-batch {t.micro_batch}, but train.global_batch={t.global_batch}; at "
-            f"most {max(useful, 1)} nodes have work. Or take a larger batch: "
+            f"most {most} nodes have work. Or take a larger batch: "
             f"train.global_batch={batch} train.optim.lr={t.optim.lr * batch / t.global_batch:g} "
             "(the learning rate grows with the batch; check that it still trains)"
         )
@@ -205,6 +241,7 @@ def _check_run(config: Config, resources: slurm.Resources) -> None:
             "collectives are in every layer and belong inside one node",
             file=sys.stderr,
         )
+    return usable
 
 
 def _folder(path: str) -> Path:

@@ -3,6 +3,7 @@
 Nothing here is imported by a running job; the script (``slurm/job.sh.j2``) needs bash alone.
 """
 
+import itertools
 import json
 import shlex
 import shutil
@@ -26,7 +27,8 @@ class Resources:
     """What a job asks Slurm for.
 
     Attributes:
-        nodes: number of nodes.
+        nodes: number of nodes, or the largest.
+        min_nodes: the smallest number that the job may get, also when it is requeued; None: all.
         gpus_per_node: 0 on nodes without GPUs.
         ranks_per_node: processes on each node; default: one a GPU, or one.
         cpus_per_rank: CPUs of each rank.
@@ -38,6 +40,7 @@ class Resources:
     """
 
     nodes: int = 1
+    min_nodes: int | None = None
     gpus_per_node: int = 0
     ranks_per_node: int | None = None
     cpus_per_rank: int = 1
@@ -100,8 +103,9 @@ class Job:
         container: None: the nodes' own Python.
         array: number of tasks of an array; None: no array.
         after: ids of jobs that must have succeeded before.
-        max_stops: how often it may be requeued after it saved and stopped.
-        max_crashes: how often after it died.
+        max_stops: how often it may be requeued after it was told to stop.
+        max_crashes: how often after it died, from its last checkpoint on.
+        usable: numbers of nodes that it can use when it gets others; empty: whatever it gets.
         environment: variables of the step.
     """
 
@@ -115,6 +119,7 @@ class Job:
     after: tuple[str, ...] = ()
     max_stops: int = 1000
     max_crashes: int = 3
+    usable: tuple[int, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -129,6 +134,7 @@ def render(job: Job) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        comment_start_string="{##",  # bash has ${#array[@]}
     )
     wraps = job.container.prefix(job.resources.gpus_per_node > 0) if job.container else []
     srun = job.container.srun_options() if job.container else []
@@ -137,6 +143,8 @@ def render(job: Job) -> str:
         purpose=job.purpose,
         folder=shlex.quote(str(job.folder)),
         array=job.array is not None,
+        ranks_a_node=job.resources.ranks_a_node,
+        usable=_sequence(job.usable),
         max_stops=job.max_stops,
         max_crashes=job.max_crashes,
         environment=[(name, shlex.quote(value)) for name, value in job.environment.items()],
@@ -150,7 +158,9 @@ def _options(job: Job) -> list[str]:
     wants, log = job.resources, "%A_%a.log" if job.array is not None else "%j.log"
     options = [
         f"job-name={job.name}",
-        f"nodes={wants.nodes}",
+        f"nodes={wants.nodes}"
+        if wants.min_nodes is None
+        else f"nodes={wants.min_nodes}-{wants.nodes}",
         f"ntasks-per-node={wants.ranks_a_node}",
         f"cpus-per-task={wants.cpus_per_rank}",
     ]
@@ -176,6 +186,14 @@ def _shell(command: Sequence[str]) -> str:
     return " ".join(
         f'"{word}"' if word.startswith("$job/") else shlex.quote(word) for word in command
     )
+
+
+def _sequence(numbers: Sequence[int]) -> str:
+    """Ascending numbers as words of bash: one by one, or ``{first..last..step}``."""
+    steps = {b - a for a, b in itertools.pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1:
+        return f"{{{numbers[0]}..{numbers[-1]}..{steps.pop()}}}"
+    return " ".join(str(number) for number in numbers)
 
 
 def call(*command: str, script: str | None = None) -> str:

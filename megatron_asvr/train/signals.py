@@ -13,7 +13,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """``with StopRequest() as stop:`` collects signals; a second one ends the process at once."""
+    """``with StopRequest() as stop:`` collects signals; a second Ctrl-C ends the process at once.
+
+    Any other signal may come again: a preempted job gets SIGTERM from Slurm and SIGUSR1 from its
+    script.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -29,7 +33,8 @@ class StopRequest:
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous[signal.SIGINT])
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -6,6 +6,7 @@ slurm-wlm and munge.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -20,12 +21,15 @@ CPUS = 8
 GPUS = 8
 PREFIX = "asvrnode"
 HOSTS = Path("/etc/hosts")
-MARK = "# asvr test cluster"
+MARK = f"# asvr test cluster of process {os.getpid()}"
+DAEMON_PORTS = range(21000, 26000)
+JOB_IDS = 6000  # and up: ports of jobs (20000 + id) beyond those of daemons
 
 CONF = """
 ClusterName=asvrtest
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -103,8 +107,7 @@ class Cluster:
                 self.run("scancel", "--user=root", "--full", check=False)
         for name in reversed(list(self._daemons)):
             self._end(name)
-        lines = HOSTS.read_text().splitlines(keepends=True)
-        HOSTS.write_text("".join(line for line in lines if MARK not in line))
+        _hosts(lambda lines: [line for line in lines if MARK not in line])
 
     def run(self, *command: str, check: bool = True) -> str:
         """What one of Slurm's commands prints."""
@@ -141,8 +144,7 @@ class Cluster:
         for name in ("state", "spool"):
             (self.folder / name).mkdir(parents=True)
         self.folder.chmod(0o755)  # munge wants its socket to be within everybody's reach
-        known = HOSTS.read_text()
-        HOSTS.write_text(known + "".join(f"127.0.0.1 {n} {MARK}\n" for n in self.nodes))
+        _hosts(lambda lines: [*lines, *(f"127.0.0.1 {n} {MARK}\n" for n in self.nodes)])
         key = self.folder / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
@@ -164,6 +166,7 @@ class Cluster:
         text = CONF.format(
             host=socket.gethostname().partition(".")[0],
             port=port,
+            first_job=JOB_IDS + os.getpid() % 60 * 100,
             first=port + 1,
             last=port + NODES,
             folder=self.folder,
@@ -240,9 +243,21 @@ def started(folder: Path) -> Iterator[Cluster]:
                 os.environ["SLURM_CONF"] = before
 
 
+def _hosts(change: Callable[[list[str]], list[str]]) -> None:
+    """Change the lines of /etc/hosts; clusters of other processes may do so at the same time."""
+    with HOSTS.open("r+", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        lines = change(stream.readlines())
+        stream.seek(0)
+        stream.writelines(lines)
+        stream.truncate()
+
+
 def _free_ports(number: int) -> int:
-    """The first of so many ports in a row that nobody listens on."""
-    for first in range(21000, 32000, 50):
+    """The first of so many ports in a row that nobody listens on; processes look elsewhere."""
+    places = list(range(DAEMON_PORTS.start, DAEMON_PORTS.stop, 50))
+    turn = os.getpid() % len(places)
+    for first in places[turn:] + places[:turn]:
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + number):

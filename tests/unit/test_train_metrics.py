@@ -197,13 +197,21 @@ def test_a_baseline_without_a_visual_loss_has_no_cosine() -> None:
 
 
 def test_a_signal_is_remembered_and_the_handlers_are_restored() -> None:
-    before = signal.getsignal(signal.SIGUSR1)
     with StopRequest() as stop:
         assert stop.reason is None
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.reason == "SIGUSR1"
-        assert signal.getsignal(signal.SIGUSR1) == before
+        for name in ("SIGUSR1", "SIGTERM", "SIGUSR1"):  # of a script and of Slurm, in any order
+            os.kill(os.getpid(), signal.Signals[name])
+            assert stop.reason == name
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_only_a_second_interrupt_ends_the_process() -> None:
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_progress_tells_what_is_left(monkeypatch, caplog) -> None:
