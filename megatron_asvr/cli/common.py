@@ -23,7 +23,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Allow ``a.b=c`` settings and add the number of ranks."""
     parser.add_argument(
-        "--ranks", type=positive, help="processes on this machine (default: tp*pp*cp)"
+        "--nproc",
+        "--ranks",
+        dest="ranks",
+        type=positive,
+        help="processes on this machine (default: tp*pp*cp); a launcher's number wins",
     )
     parser.epilog = "Settings given as a.b=c win over the file's."
     parser.set_defaults(takes_overrides=True)

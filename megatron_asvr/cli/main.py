@@ -63,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"asvr {args.command}: interrupted", file=sys.stderr)
         return 130
     except AsvrError as err:
+        from megatron_asvr.launch import job  # imports torch
+
+        job.after_first()
         # An error of ours inside a rank is shown as itself; its traceback is in the rank's log.
         shown = err.__cause__ if isinstance(err.__cause__, AsvrError) else err
         print(f"asvr {args.command}: {type(shown).__name__}: {shown}", file=sys.stderr)
@@ -70,6 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             outcome.note(outcome.REFUSED, f"{type(shown).__name__}: {shown}")
         return 1
     outcome.note(outcome.STOPPED if status == STOPPED else outcome.FINISHED)
+    if status == STOPPED:
+        from megatron_asvr.launch import job
+
+        sys.stdout.flush()
+        job.part()
     return status
 
 

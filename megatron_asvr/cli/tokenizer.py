@@ -50,7 +50,14 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
         help="patches to keep, over all ranks: 4 bytes x width each, in memory and in OUT until "
         "the end (default: 64 a codeword, at least 65536)",
     )
-    parser.add_argument("--ranks", type=positive, default=1, help="processes on this machine")
+    parser.add_argument(
+        "--nproc",
+        "--ranks",
+        dest="ranks",
+        type=positive,
+        default=1,
+        help="processes on this machine",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iters", type=positive, default=10, help="k-means iterations a level")
     parser.set_defaults(run=run_fit)

@@ -1,16 +1,21 @@
 """Run a function in every rank: of the job this process belongs to, or of one started here."""
 
+import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch import mpi
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.launch.rank import init_rank, leave_group, place
 
-__all__ = ["init_rank", "leave_group", "place", "run"]
+__all__ = ["after_first", "init_rank", "leave_group", "part", "place", "run"]
+
+FIRST_WORD_S = 3.0  # srun takes two to notice that a rank has ended
 
 
 def run(
@@ -59,3 +64,29 @@ def run(
     result = fn(*args)
     leave_group()
     return result
+
+
+def after_first() -> None:
+    """Give rank 0 of a launched job time to fail first.
+
+    Most errors come on every rank. The end of rank 0 makes the launcher end the others, so that
+    they are shown once; an error that rank 0 does not have is shown a moment later.
+    """
+    here = place()
+    if here is None:
+        return
+    if here.launcher == "MPI":
+        with contextlib.suppress(LaunchError):
+            mpi.world(here.world_size)  # mpi4py ends the others only where MPI is in use
+    if here.rank > 0:
+        time.sleep(FIRST_WORD_S)
+
+
+def part() -> None:
+    """Return when every rank has come here, where the first to leave would end the others.
+
+    That is what ``python -m mpi4py`` does with a rank whose exit status is not 0.
+    """
+    here = place()
+    if here is not None and here.launcher == "MPI":
+        mpi.world(here.world_size).Barrier()

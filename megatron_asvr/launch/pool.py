@@ -2,15 +2,14 @@
 
 import contextlib
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch.mpi import world
 from megatron_asvr.launch.rank import place
 
 Run = Callable[..., Iterable]
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 @contextlib.contextmanager
@@ -26,11 +25,12 @@ def workers(number: int) -> Iterator[Run | None]:
     Raises:
         LaunchError: another launcher started several processes, or mpi4py is missing.
     """
-    if any(int(os.environ.get(name, "1")) > 1 for name in _MPI_SIZES):
+    here = place()
+    if here is not None and here.launcher == "MPI" and here.world_size > 1:
+        world(here.world_size)
         with _mpi() as run:
             yield run
         return
-    here = place()
     if here is not None and here.world_size > 1:
         raise LaunchError(
             f"{here.launcher} started {here.world_size} processes, but this command starts its "
@@ -49,11 +49,7 @@ def workers(number: int) -> Iterator[Run | None]:
 
 @contextlib.contextmanager
 def _mpi() -> Iterator[Run | None]:
-    try:
-        from mpi4py.futures import MPICommExecutor
-    except (ImportError, RuntimeError) as error:
-        raise LaunchError(
-            f"processes of mpiexec need mpi4py ({error}); pip install 'megatron_asvr[mpi]'"
-        ) from error
+    from mpi4py.futures import MPICommExecutor
+
     with MPICommExecutor() as pool:
         yield pool.map if pool is not None else None

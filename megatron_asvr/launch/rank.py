@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import socket
 from dataclasses import dataclass
 
 from megatron_asvr.platforms import select
@@ -10,6 +11,7 @@ from megatron_asvr.platforms import select
 import torch.distributed as dist
 
 from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch import mpi
 from megatron_asvr.parallel.collectives import barrier
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -17,6 +19,7 @@ DEFAULT_TIMEOUT_S = 600.0
 # Who started this process: the variables that hold rank, world size and rank on the node.
 _LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    *mpi.LAUNCHERS,
     ("Slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
 )
 
@@ -47,6 +50,8 @@ def place() -> Place | None:
         values = [os.environ.get(name) for name in names]
         if launcher == "Slurm" and "SLURM_STEP_ID" not in os.environ:
             continue
+        if launcher == "MPI" and values[2] is None:
+            continue
         if values[0] is not None and values[1] is not None:
             rank, world_size, local_rank = (int(value or 0) for value in values)
             return Place(launcher=launcher, rank=rank, world_size=world_size, local_rank=local_rank)
@@ -60,12 +65,12 @@ def prepare_rank(local_rank: int, threads_per_rank: int = 1) -> None:
     platform.set_device(local_rank)
 
 
-def init_group(rank: int, world_size: int, *, init_method: str, timeout_s: float) -> None:
+def init_group(rank: int, world_size: int, *, store: dist.Store, timeout_s: float) -> None:
     """Initialise the default process group with the platform's backend."""
     platform, _ = select()
     dist.init_process_group(
         platform.backend,
-        init_method=init_method,
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
@@ -86,6 +91,49 @@ def leave_group() -> None:
     dist.destroy_process_group()
 
 
+def open_store(here: Place, timeout_s: float) -> dist.Store:
+    """Where the ranks of a launched job meet; the first one does not wait for the others.
+
+    Args:
+        here: this rank's place.
+        timeout_s: how long to try to reach the first rank, and a later read may take.
+
+    Raises:
+        LaunchError: nothing tells where the ranks meet, or nobody answers there.
+    """
+    limit = datetime.timedelta(seconds=timeout_s)
+    if here.launcher == "MPI" and "MASTER_ADDR" not in os.environ:
+        return mpi.store(here.world_size, timeout_s)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and here.world_size > 1:
+        raise LaunchError(
+            f"{here.launcher} started rank {here.rank} of {here.world_size}, but "
+            f"{' and '.join(missing)} is not set; export the first node's name and a free port"
+        )
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", "0"))
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by torchrun itself
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            None,
+            here.rank == 0 and not served,
+            limit,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except dist.DistError as error:
+        said = str(error).partition("\n")[0]
+        raise LaunchError(
+            f"rank {here.rank} on {socket.gethostname()} does not reach rank 0 at {host}:{port} "
+            f"({said}); is that the first node's name, is the port free "
+            "there, and does it let this node in?"
+        ) from error
+    # torchrun's store outlives a start of its ranks.
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def init_rank(threads_per_rank: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S) -> Place:
     """This rank's place, after joining the process group of a job that a launcher started.
 
@@ -100,16 +148,10 @@ def init_rank(threads_per_rank: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S) -
     if here is None:
         raise LaunchError(
             "this process is no rank of a job: neither RANK and WORLD_SIZE (torchrun) nor "
-            "SLURM_PROCID and SLURM_NTASKS (srun) are set; use `asvr` or torchrun"
+            "SLURM_PROCID and SLURM_NTASKS (srun) nor those of mpiexec are set; use `asvr`, "
+            "torchrun, srun or mpiexec"
         )
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing and here.world_size > 1:
-        raise LaunchError(
-            f"{here.launcher} started rank {here.rank} of {here.world_size}, but "
-            f"{' and '.join(missing)} is not set; export the first node's name and a free port"
-        )
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "0")
     prepare_rank(here.local_rank, threads_per_rank)
-    init_group(here.rank, here.world_size, init_method="env://", timeout_s=timeout_s)
+    store = open_store(here, timeout_s)
+    init_group(here.rank, here.world_size, store=store, timeout_s=timeout_s)
     return here

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+import torch.distributed as dist
+
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.launch.rank import init_group, leave_group, prepare_rank
 
@@ -173,8 +175,8 @@ def _call(job: Job, rank: int) -> Any:
         fn, args = pickle.load(file)
     if not job.init:
         return fn(*args)
-    store = f"file://{job.folder}/store"
-    init_group(rank, job.world_size, init_method=store, timeout_s=job.timeout_s)
+    store = dist.FileStore(f"{job.folder}/store", job.world_size)
+    init_group(rank, job.world_size, store=store, timeout_s=job.timeout_s)
     result = fn(*args)
     leave_group()
     return result

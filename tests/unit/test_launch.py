@@ -14,7 +14,9 @@ from megatron_asvr.launch.rank import Place, init_rank, place
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "MASTER_")) or name.endswith(("RANK", "WORLD_SIZE")):
+        if name.startswith(("SLURM_", "MASTER_", "MPI_", "PMI_", "OMPI_")) or name.endswith(
+            ("RANK", "WORLD_SIZE")
+        ):
             monkeypatch.delenv(name)
 
 
@@ -36,6 +38,19 @@ def test_a_slurm_step_is_a_launcher_and_its_batch_script_is_not(monkeypatch):
     assert place() is None
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     assert place() == Place(launcher="Slurm", rank=3, world_size=4, local_rank=1)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "local"), [("PMI", "MPI_LOCALRANKID"), ("OMPI_COMM_WORLD", None)]
+)
+def test_mpi_comes_before_the_slurm_that_it_may_run_in(monkeypatch, prefix, local):
+    for name, value in {"PROCID": "0", "NTASKS": "2", "LOCALID": "0", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv(f"{prefix}_RANK", "5")
+    monkeypatch.setenv(f"{prefix}_SIZE", "8")
+    assert place().launcher == "Slurm"  # which sets these two for its own ranks, too
+    monkeypatch.setenv(local or f"{prefix}_LOCAL_RANK", "1")
+    assert place() == Place(launcher="MPI", rank=5, world_size=8, local_rank=1)
 
 
 def test_a_job_without_a_meeting_point_is_refused(monkeypatch):

@@ -30,8 +30,9 @@ def test_ranks_of_another_launcher_are_refused(monkeypatch):
 
 
 def test_mpi_without_its_package_names_the_extra(monkeypatch):
-    monkeypatch.setenv("PMI_SIZE", "3")
-    monkeypatch.setitem(sys.modules, "mpi4py.futures", None)
+    for name, value in (("PMI_RANK", "0"), ("PMI_SIZE", "3"), ("MPI_LOCALRANKID", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(LaunchError, match=r"megatron_asvr\[mpi\]"), workers(2):
         pass
 
