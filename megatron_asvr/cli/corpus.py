@@ -12,6 +12,7 @@ from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load
 from megatron_asvr.config.schema import Config, SourceConfig
 from megatron_asvr.errors import ConfigError, DataError
+from megatron_asvr.log import show_log
 
 
 def add(actions: argparse._SubParsersAction) -> list[argparse.ArgumentParser]:
@@ -45,6 +46,7 @@ def run_check(args: argparse.Namespace) -> None:
     from megatron_asvr.launch.pool import workers
     from megatron_asvr.train.assemble import codebook_sizes
 
+    show_log("stderr")
     config = check(load(args.config, args.overrides))
     text = TextTokenizer(str(config.model.text_tokenizer))
     device, sizes = select()[0].device, codebook_sizes(config)

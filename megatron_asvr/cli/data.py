@@ -8,6 +8,7 @@ from megatron_asvr.cli import corpus, parity
 from megatron_asvr.cli.common import positive
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load
+from megatron_asvr.log import show_log
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -34,6 +35,7 @@ def run_index(args: argparse.Namespace) -> None:
     from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.launch.pool import workers
 
+    show_log("stderr")
     config = check(load(args.config, args.overrides))
     text = TextTokenizer(str(config.model.text_tokenizer))
     device = select()[0].device

@@ -65,10 +65,10 @@ def look(encoded: bytes, *, max_pixels: int, fit: Fit) -> Look:
         image = open_header(encoded)
         kind, size = _kind(image, encoded), _upright_size(image)
     except Image.DecompressionBombError as error:
-        return Look("", 0, 0, f"too many pixels: {error}")
+        return Look("", 0, 0, f"too large: {error}")
     except Exception as error:  # a hostile header can raise anything
-        why = f"not an image ({len(encoded)} bytes): {type(error).__name__}"
-        return Look("", 0, 0, f"{why}; formats are {', '.join(FORMATS)}")
+        why = f"{len(encoded)} bytes that begin with {encoded[:12]!r} ({type(error).__name__})"
+        return Look("", 0, 0, f"not an image: {why}; formats are {', '.join(FORMATS)}")
     problem = (
         _mode_problem(image)
         or _size_problem(*image.size, max_pixels=max_pixels, fit=fit)
@@ -139,18 +139,18 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 def _mode_problem(image: Image.Image) -> str | None:
     if image.mode not in (*MODES, *MODES_16):
-        return f"pixels of mode {image.mode}: their range is not known; convert it to 8 bits"
+        return f"unknown range: pixels of mode {image.mode}; convert it to 8 bits"
     return None
 
 
 def _size_problem(width: int, height: int, *, max_pixels: int, fit: Fit) -> str | None:
     longer, shorter = max(width, height), min(width, height)
     if shorter < 1 or longer > MAX_ASPECT * shorter:
-        return f"{width}x{height} pixels: more than {MAX_ASPECT} times longer than wide"
+        return f"too thin: {width}x{height} pixels, beyond {MAX_ASPECT} to 1"
     pixels = longer * longer if fit == "pad" else width * height
     if pixels > max_pixels:
         padded = " padded to a square" if fit == "pad" else ""
-        return f"{width}x{height} pixels{padded} exceed data.max_image_pixels={max_pixels}"
+        return f"too large: {width}x{height} pixels{padded}, data.max_image_pixels={max_pixels}"
     return None
 
 
@@ -161,7 +161,7 @@ def _no_problem(encoded: bytes) -> None:
 def _jpeg_problem(encoded: bytes) -> str | None:
     scans = encoded.count(b"\xff\xda")
     if scans > MAX_SCANS:
-        return f"{scans} scans of a JPEG; more than {MAX_SCANS} only cost time"
+        return f"too many scans: {scans} of a JPEG; more than {MAX_SCANS} only cost time"
     if encoded.rfind(b"\xff\xd9", max(0, len(encoded) - JPEG_TAIL_BYTES)) < 0:
         return "truncated: JPEG without end marker"
     return None

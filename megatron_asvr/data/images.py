@@ -23,6 +23,7 @@ from megatron_asvr.data.files import fingerprint, read_table, write_table
 from megatron_asvr.data.gate import look
 from megatron_asvr.data.views import Size
 from megatron_asvr.errors import DataError
+from megatron_asvr.log import Progress
 from megatron_asvr.parallel.collectives import gather_objects
 
 MISSING = "missing file"
@@ -115,7 +116,11 @@ class ImageIndex:
         else:
             results = run(partial(_check_elsewhere, self._config, self._device), batches)
         unsaved: dict[str, Entry] = {}
+        progress = Progress(
+            "images checked", len(new), unit="images" + " of this rank" * (world > 1)
+        )
         for entries in results:
+            progress.add(len(entries))
             found.update(entries)
             unsaved.update({path: entry for path, entry in entries.items() if entry.key})
             if len(unsaved) >= PART_IMAGES:

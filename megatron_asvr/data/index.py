@@ -47,8 +47,9 @@ from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import ImageLayouts, Size
 from megatron_asvr.errors import DataError
+from megatron_asvr.log import Progress
 
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 OVERLONG = "nothing of it fits into data.max_length"
@@ -132,7 +133,9 @@ def build(
     parts = [_part(folder, file, rules, of) for file, of in zip(files, sizes, strict=True)]
     jobs = [job for job in zip(files, parts, sizes, strict=True) if read_table(job[1]) is None]
     work = partial(write_samples, config, str(tokenizer.path))
+    progress = Progress("text measured", len(jobs), unit="data files")
     for (file, *_), problems in zip(jobs, run(work, jobs), strict=True):
+        progress.add(1)
         raise_problems(problems, f"records of {file.path} have the wrong form")
     tables = [_open(part) for part in parts]
     images = [path for table in tables for path in pc.list_flatten(table["images"]).to_pylist()]

@@ -14,7 +14,7 @@ from megatron_asvr.data.sample import SampleBuilder
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import Size
 
-KINDS = ("text", "caption", "caption-free", "multi-image")
+KINDS = ("text", "one-image", "multi-image", "caption-free")
 
 BATCH = 8192  # samples turned into columns at a time
 
@@ -58,7 +58,7 @@ def kind_of(record: Record) -> str:
         return "text"
     if not any(turn.role == "assistant" for turns in record.conversations for turn in turns):
         return "caption-free"
-    return "multi-image" if len(record.images) > 1 else "caption"
+    return "multi-image" if len(record.images) > 1 else "one-image"
 
 
 def write_samples(

@@ -35,6 +35,7 @@ from megatron_asvr.parallel.stored import Stored, open_safetensors, read_shared
 
 FORMAT = 1  # of the folder
 CODES_VERSION = 1  # raised when the same weights and pixels give other codes than before
+MAX_CODEWORDS = 2**22  # of all levels; the paper has 2**17
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "tokenizer.safetensors"
 
@@ -77,6 +78,11 @@ class TokenizerConfig:
             raise ConfigError(
                 f"codebook_sizes={list(self.codebook_sizes)}; give at least one level, each with "
                 "two codewords or more"
+            )
+        if (total := sum(self.codebook_sizes)) > MAX_CODEWORDS:
+            raise ConfigError(
+                f"{len(self.codebook_sizes)} levels with {total} codewords together; at most "
+                f"{MAX_CODEWORDS} can be"
             )
 
     @property

@@ -15,11 +15,11 @@ from megatron_asvr.data.cache import CodeCache
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.views import picture_key
 from megatron_asvr.errors import ConfigError, DataError
+from megatron_asvr.log import Progress, show_log
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.collectives import barrier, broadcast_object, gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import Data, make_groups, open_data
-from megatron_asvr.train.metrics import Progress, show_log
 from megatron_asvr.train.parity import check_parity
 
 logger = logging.getLogger(__name__)

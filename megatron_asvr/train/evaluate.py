@@ -4,8 +4,6 @@ Every question is asked alone. The functions are called in every rank; data-para
 the questions, and the results come back on every rank in the order of the questions.
 """
 
-import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,16 +22,13 @@ from megatron_asvr.data.text import IMAGE_TOKEN
 from megatron_asvr.errors import ConfigError, DataError
 from megatron_asvr.hf.run import kind_of
 from megatron_asvr.hf.verify import VerifySample, exported_dtype, verify
+from megatron_asvr.log import Progress, show_log
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train.generate import Prompt
 from megatron_asvr.train.inference import Answerer, inference_config
-from megatron_asvr.train.metrics import show_log
 
-logger = logging.getLogger(__name__)
-
-PROGRESS_S = 10.0
 ASKED_AT_ONCE = 512  # questions between two progress lines
 
 
@@ -226,17 +221,12 @@ def open_run(
 def _answer(answerer: Answerer, prompts: Sequence[Prompt], groups: Groups) -> list[str]:
     """This rank's answers as text, with a progress line now and then."""
     texts: list[str] = []
-    started = time.monotonic()
-    last = -math.inf  # the first line comes as soon as there is something to tell
+    progress = Progress("answers", len(prompts), unit="questions of this rank")
     for start in range(0, len(prompts), ASKED_AT_ONCE):
         answers = answerer.answers(prompts[start : start + ASKED_AT_ONCE])
         texts += [answerer.text.decode(answer).strip() for answer in answers]
-        now = time.monotonic()
-        if groups.rank == 0 and now - last > PROGRESS_S and len(texts) < len(prompts):
-            last = now
-            left = (now - started) * (len(prompts) / len(texts) - 1)
-            num = (len(texts), len(prompts))
-            logger.info("answered %d of %d questions of this rank, %.0f s left", *num, left)
+        if groups.rank == 0:
+            progress.add(len(answers))
     return texts
 
 

@@ -29,13 +29,13 @@ from megatron_asvr.data.pixels import PixelStore, pixel_facts
 from megatron_asvr.data.sources import Sources
 from megatron_asvr.errors import ConfigError, DataError
 from megatron_asvr.hf.importer import read_folder
+from megatron_asvr.log import show_log
 from megatron_asvr.model.kmeans import fit_codebooks
 from megatron_asvr.model.quantize import quantisation_report
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.stored import read_shared
 from megatron_asvr.train.fit_sample import FitSample
-from megatron_asvr.train.metrics import show_log
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_asvr.data.files import write_atomically
 from megatron_asvr.errors import ConfigError, DataError
+from megatron_asvr.log import Progress
 from megatron_asvr.parallel.collectives import barrier, on_first
-from megatron_asvr.train.metrics import Progress
 
 logger = logging.getLogger(__name__)
 

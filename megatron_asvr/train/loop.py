@@ -18,16 +18,15 @@ from megatron_asvr.platforms import select
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.checkpoint.meta import ResumeState
 from megatron_asvr.config.schema import Config
+from megatron_asvr.log import clock, show_log
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.assemble import make_groups, open_data
 from megatron_asvr.train.metrics import (
     MetricsLog,
     Window,
-    clock,
     last_values,
     progress_line,
-    show_log,
 )
 from megatron_asvr.train.optim import learning_rate
 from megatron_asvr.train.parity import check_parity

@@ -20,8 +20,8 @@ from megatron_asvr.errors import ConfigError, DataError
 from megatron_asvr.hf.suite.answer import Answerer, identity
 from megatron_asvr.hf.suite.report import check_comparable, json_bytes, read, summary, table
 from megatron_asvr.hf.suite.tasks import BENCHMARKS, LMMS_EVAL, Benchmark
+from megatron_asvr.log import show_log
 from megatron_asvr.parallel.collectives import gather_objects, on_first
-from megatron_asvr.train.metrics import show_log
 
 logger = logging.getLogger(__name__)
 

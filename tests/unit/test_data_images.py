@@ -57,6 +57,23 @@ def test_gate_passes_good_images_and_refuses_bad_ones(fit):
         assert refused != (name in ONLY_DECODING_TELLS), name
 
 
+def test_reasons_begin_with_what_is_counted_and_end_with_what_is_there():
+    """The report counts what stands before the colon; numbers of one file come behind it."""
+    refused = {name: refusal(data) for name, data in BAD.items()}
+    reasons = {name: why.split(":")[0] for name, why in refused.items() if why is not None}
+    assert set(reasons.values()) == {
+        "damaged",
+        "not an image",
+        "too large",
+        "too many scans",
+        "too thin",
+        "truncated",
+        "unknown range",
+    }
+    assert reasons["html.jpg"] == "not an image"
+    assert "780 bytes that begin with b'<html><body>'" in refused["html.jpg"]
+
+
 def test_kind_and_upright_size_are_known_from_the_header():
     for name, data in GOOD.items():
         kind, *_, size = name.rpartition(".")[0].split("-")

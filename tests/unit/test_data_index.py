@@ -105,6 +105,7 @@ def test_manifest_counts_and_names_every_bad_sample(made):
     first, shard, pics = manifest["sources"]
     assert first["samples"] == 16
     assert (first["text"], first["caption-free"], first["multi-image"]) == (1, 1, 1)
+    assert first["one-image"] == 13
     assert first["bad_samples"] == 4
     assert (shard["caption-free"], shard["bad_samples"]) == (5, 1)
     assert (pics["caption-free"], pics["bad_samples"]) == (2, 0)

@@ -129,12 +129,12 @@ def test_bad_records_keep_their_places_and_hold_nothing(dirty, tokenizer):
     assert named == {
         "r3": "truncated",
         "r9": "cannot be decoded",
-        "r10": "too many pixels",
+        "r10": "too large",
         "r14": "missing file",
     }
     assert report["bad_records"] == report["num_bad_images"] == report["placeholders"] == 4
     reasons = sorted(why.split(":")[0] for why in report["bad_images"].values())
-    assert reasons == ["cannot be decoded", "missing file", "too many pixels", "truncated"]
+    assert reasons == ["cannot be decoded", "missing file", "too large", "truncated"]
 
 
 def test_evaluation_meets_every_good_record_once(dirty, tokenizer):

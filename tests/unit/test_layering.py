@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2] / "megatron_asvr"
 # Lowest first; packages of one row are siblings and do not import one another.
 LAYERS = (
     {"errors"},
-    {"shapes", "batch"},
+    {"shapes", "batch", "log"},
     {"config"},
     {"platforms"},
     {"parallel"},

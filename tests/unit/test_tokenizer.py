@@ -265,6 +265,10 @@ def test_impossible_settings_are_refused():
         dataclasses.replace(SEMANTIC, feature_layer=None)
     with pytest.raises(ConfigError, match=r"codebook_sizes=\[8, 1\]"):
         dataclasses.replace(SEMANTIC, codebook_sizes=(8, 1))
+    with pytest.raises(
+        ConfigError, match="2 levels with 4194306 codewords together; at most 4194304"
+    ):
+        dataclasses.replace(SEMANTIC, codebook_sizes=(2**22, 2))
 
 
 @pytest.mark.parametrize("layer", [-5, 4])

@@ -16,14 +16,13 @@ from megatron_asvr.platforms import mcore  # noqa: F401
 import pytest
 import torch
 
+from megatron_asvr import log
 from megatron_asvr.checkpoint.folder import RunFolder
-from megatron_asvr.train import metrics
+from megatron_asvr.log import Progress, clock
 from megatron_asvr.train.loop import due
 from megatron_asvr.train.metrics import (
     MetricsLog,
-    Progress,
     Window,
-    clock,
     keep_lines,
     last_values,
     progress_line,
@@ -216,7 +215,7 @@ def test_only_a_second_interrupt_ends_the_process() -> None:
 
 def test_progress_tells_what_is_left(monkeypatch, caplog) -> None:
     seconds = iter([100.0, 101.0, 112.0, 131.0])
-    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     caplog.set_level(logging.INFO, "megatron_asvr")
     progress = Progress("codes", 100, unit="images")
     progress.skip(40)  # by an earlier start, in no time of this one
