@@ -18,6 +18,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.launch import slurm
 from megatron_asvr.launch.elastic import most_nodes, start_nodes, usable_nodes
+from megatron_asvr.launch.script import CONFIG, Container, Job, Resources, render
 
 RESOURCES = ("gpus_per_node", "ranks_per_node", "cpus_per_rank", "time", "partition", "warning_s")
 FOLDER = "slurm"  # of a run's job, in the run's folder
@@ -67,7 +68,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
         "--warning",
         dest="warning_s",
         type=positive,
-        default=slurm.Resources().warning_s,
+        default=Resources().warning_s,
         metavar="SECONDS",
         help="of the ranks before the time limit, to save in (default: %(default)s)",
     )
@@ -109,7 +110,7 @@ node_range.__name__ = "number of nodes, or MIN-MAX"
 
 def run_submit(args: argparse.Namespace) -> None:
     """Check, write and submit one job."""
-    resources = slurm.Resources(
+    resources = Resources(
         **{name: getattr(args, name) for name in RESOURCES},
         min_nodes=args.nodes[0],
         nodes=args.nodes[1],
@@ -120,7 +121,7 @@ def run_submit(args: argparse.Namespace) -> None:
         job = _command_job(args, resources)
     else:
         job = _training_job(args, resources)
-    script = slurm.render(job)
+    script = render(job)
     if args.dry_run:
         print(script, end="")
         return
@@ -135,7 +136,7 @@ def _commands() -> set[str]:
     return {module.__name__.rpartition(".")[2].replace("evaluate", "eval") for module in COMMANDS}
 
 
-def _command_job(args: argparse.Namespace, resources: slurm.Resources) -> slurm.Job:
+def _command_job(args: argparse.Namespace, resources: Resources) -> Job:
     from megatron_asvr.cli.main import parse
 
     if args.sweep:
@@ -147,7 +148,7 @@ def _command_job(args: argparse.Namespace, resources: slurm.Resources) -> slurm.
     return _job(args, resources, words, Path(args.job_dir), name=args.name or args.what[0])
 
 
-def _training_job(args: argparse.Namespace, resources: slurm.Resources) -> slurm.Job:
+def _training_job(args: argparse.Namespace, resources: Resources) -> Job:
     source, *overrides = [*args.what, *args.overrides]
     runs = list(_sweep(args.sweep))
     config = load(source, overrides)
@@ -161,7 +162,7 @@ def _training_job(args: argparse.Namespace, resources: slurm.Resources) -> slurm
         if not args.dry_run:
             task = folder / str(number) if args.sweep else folder
             save_config(one, task / "config.yaml")
-    words = ["train", "$job/config.yaml"]
+    words = ["train", CONFIG]
     made = _job(args, resources, words, folder, name=args.name or root.name)
     made = dataclasses.replace(made, usable=tuple(sorted(usable)))
     return dataclasses.replace(made, array=len(runs)) if args.sweep else made
@@ -169,23 +170,24 @@ def _training_job(args: argparse.Namespace, resources: slurm.Resources) -> slurm
 
 def _job(
     args: argparse.Namespace,
-    resources: slurm.Resources,
+    resources: Resources,
     words: Sequence[str],
     folder: Path,
     *,
     name: str,
-) -> slurm.Job:
+) -> Job:
     container = None
     if args.container is not None:
-        container = slurm.Container(
+        container = Container(
             image=args.container, runtime=args.container_runtime, mounts=tuple(args.mount)
         )
     python = "python" if container is not None else sys.executable
-    return slurm.Job(
+    return Job(
         name=name,
         purpose=f"asvr {shlex.join(words)}",
         command=[python, "-m", "megatron_asvr.cli.main", *words],
         folder=folder.absolute(),
+        workdir=Path.cwd(),
         resources=resources,
         container=container,
         after=tuple(args.after),
@@ -206,7 +208,7 @@ def _sweep(settings: Sequence[str]) -> Iterator[tuple[str, ...]]:
     return itertools.product(*axes)
 
 
-def _check_run(config: Config, resources: slurm.Resources) -> tuple[int, ...]:
+def _check_run(config: Config, resources: Resources) -> tuple[int, ...]:
     """Numbers of nodes that a run can use, when it can start on these resources.
 
     Raises:
