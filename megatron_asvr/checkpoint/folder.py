@@ -96,6 +96,10 @@ class RunFolder:
         """Folder of the rank logs, one folder a start."""
         return self.root / "attempts"
 
+    def attempt(self, number: int) -> Path:
+        """Folder of one start."""
+        return self.attempts / str(number)
+
     def step(self, step: int) -> Path:
         """Folder of the checkpoint of ``step``."""
         return self.checkpoints / f"step_{step}"

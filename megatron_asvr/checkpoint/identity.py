@@ -39,6 +39,7 @@ _FREE = {
     "train.async_save",
     "train.log_every_steps",
     "train.cosine_every_steps",
+    "train.watchdog.hang_s",
 }
 # Files count by their content, not by where they lie.
 _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}

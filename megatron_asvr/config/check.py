@@ -147,6 +147,7 @@ def _check_train(config: Config) -> None:
     _positive(t, "train", ("steps", "epochs", "global_batch", "micro_batch", "threads_per_rank"))
     _positive(t, "train", ("save_every_steps", "keep_checkpoints", "log_every_steps"))
     _not_negative(t, "train", ("eval_every_steps", "cosine_every_steps", "keep_every_steps"))
+    _not_negative(t.watchdog, "train.watchdog", ("hang_s",))
     _require(bool(t.trainable), f"train.trainable is empty; choose from {', '.join(PARTS)}")
     for part in PARTS:
         _require(t.trainable.count(part) < 2, f"train.trainable names {part} twice; name it once")

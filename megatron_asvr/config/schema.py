@@ -302,6 +302,13 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WatchdogConfig:
+    """When a run that nobody watches ends itself, to be started again; see docs/watchdogs.md."""
+
+    hang_s: float = 300.0  # longest step, but never less than 10 usual ones; 0: no limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training stage."""
 
@@ -322,6 +329,7 @@ class TrainConfig:
     async_save: bool = False  # write copies of weights and optimizer while the run goes on
     log_every_steps: int = 10
     cosine_every_steps: int = 0  # gradient cosine of the two losses; 0 is never
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

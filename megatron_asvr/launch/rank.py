@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch import mpi
+from megatron_asvr.parallel import flight
 from megatron_asvr.parallel.collectives import barrier
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -68,6 +69,7 @@ def prepare_rank(local_rank: int, threads_per_rank: int = 1) -> None:
 def init_group(rank: int, world_size: int, *, store: dist.Store, timeout_s: float) -> None:
     """Initialise the default process group with the platform's backend."""
     platform, _ = select()
+    flight.enable()
     dist.init_process_group(
         platform.backend,
         store=store,

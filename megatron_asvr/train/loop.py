@@ -37,6 +37,7 @@ from megatron_asvr.train.start import Run, start
 from megatron_asvr.train.step import Agreement, agree, loss_function, train_step
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from megatron_asvr.train.validate import validate
+from megatron_asvr.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -71,14 +72,22 @@ def train(config: Config) -> dict[str, Any]:
             MetricsLog(
                 run.folder, config, done_steps=run.done.step, active=groups.rank == 0
             ) as log,
+            Watchdog(
+                config.train.watchdog, run.folder.attempt(run.attempt), groups=groups
+            ) as watchdog,
         ):
             saver = Saver(run, log)
-            done = run_steps(run, saver, log, stop, check)
+            done = run_steps(run, saver, log, stop, check, watchdog)
         return {**summary(run, done), "failed_saves": saver.failures}
 
 
 def run_steps(
-    run: Run, saver: Saver, log: MetricsLog, stop: StopRequest, check: CodeCheck
+    run: Run,
+    saver: Saver,
+    log: MetricsLog,
+    stop: StopRequest,
+    check: CodeCheck,
+    watchdog: Watchdog,
 ) -> ResumeState:
     """Where the run stands after its last step, or after the step in which it was told to stop.
 
@@ -88,26 +97,30 @@ def run_steps(
         log: where metrics go.
         stop: tells when this rank was asked to stop.
         check: computes some of the cached codes again.
+        watchdog: ends a run that hangs in a step.
     """
     config, groups, data, settings = run.config, run.groups, run.data, run.config.train
     done, window, usage = run.done, Window(**run.done.window), CodeUsage(data.codebook_sizes)
     for step in range(run.done.step, run.total_steps):
         started = time.perf_counter()
-        batches = data.train.step(step)
-        data_s = time.perf_counter() - started
+        with watchdog.step(step):
+            batches = data.train.step(step)
+            data_s = time.perf_counter() - started
 
-        with naming(step, batches, groups):
-            told = stop.reason is not None or run.is_superseded
-            counts = check.counts(step, batches)
-            agreement = agree(batches, stop=told, groups=groups, recounted=counts)
-            if due(step, settings.cosine_every_steps):
-                cosine = gradient_cosine(run.wrapped, batches, agreement, groups=groups)
-                log.write(step + 1, "cosine", {"gradient_cosine": cosine})
-            rate = learning_rate(run.optimizer)
-            loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
-            result = train_step(run.wrapped, run.optimizer, batches, loss, step=step, groups=groups)
-            run.schedule.step(1)
-            usage.add(result.parts)
+            with naming(step, batches, groups):
+                told = stop.reason is not None or run.is_superseded
+                counts = check.counts(step, batches)
+                agreement = agree(batches, stop=told, groups=groups, recounted=counts)
+                if due(step, settings.cosine_every_steps):
+                    cosine = gradient_cosine(run.wrapped, batches, agreement, groups=groups)
+                    log.write(step + 1, "cosine", {"gradient_cosine": cosine})
+                rate = learning_rate(run.optimizer)
+                loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
+                result = train_step(
+                    run.wrapped, run.optimizer, batches, loss, step=step, groups=groups
+                )
+                run.schedule.step(1)
+                usage.add(result.parts)
 
         train_s = time.perf_counter() - started
         window.add(result, agreement, data_s=data_s, train_s=train_s)
