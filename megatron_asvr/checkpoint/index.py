@@ -26,6 +26,7 @@ from megatron_asvr.parallel.stored import File, Stored, compose
 INDEX = ".metadata"
 COMMON = "common.pt"  # what is no tensor and no part of one
 _COMMON_OBJECT = "common_state/"  # the same in newer megatron-cores, beside the tensors
+OPTIMIZER = "optimizer.state."  # begins the names of its tensors; their kind and weight follow
 Shape = tuple[int, ...]
 # What megatron-core's optimizers, one or several of them, call a master weight: the distributed
 # optimizer and the plain one.

@@ -19,7 +19,7 @@ from megatron_asvr.checkpoint.identity import check_identity
 from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.checkpoint.read import read
 from megatron_asvr.checkpoint.save import layout, trained_shapes
-from megatron_asvr.checkpoint.state import load_state, sharded_state
+from megatron_asvr.checkpoint.state import parts, set_step
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.sharding import load_shared
 from megatron_asvr.parallel.collectives import gather_objects, on_first
@@ -169,8 +169,8 @@ def load_trained(
     """
     path = folder.step(meta.resume.step)
     _check_shapes(path, meta.trained, trained_shapes(chunks, groups=groups))
-    state = read(sharded_state(chunks, optimizer, is_loading=True), path, group=groups.world)
-    load_state(state, chunks, optimizer, step=meta.resume.step)
+    read(parts(chunks, optimizer), path, group=groups.world)
+    set_step(optimizer, meta.resume.step)
     now = layout(groups)
     changed = [f"{k} {meta.layout.get(k)} -> {now[k]}" for k in now if meta.layout.get(k) != now[k]]
     if changed and groups.rank == 0:

@@ -20,7 +20,7 @@ from torch import nn
 from megatron_asvr.checkpoint.folder import RunFolder, fsync
 from megatron_asvr.checkpoint.frozen import write_frozen
 from megatron_asvr.checkpoint.meta import Meta, write_meta
-from megatron_asvr.checkpoint.state import sharded_state
+from megatron_asvr.checkpoint.state import parts
 from megatron_asvr.checkpoint.write import Share, Written, plan, write, write_index
 from megatron_asvr.config.schema import PARTS
 from megatron_asvr.model.sharding import full_shapes, full_state
@@ -111,8 +111,8 @@ class Save:
         self._failure: str | None = on_first(self._make_folder, group=groups.world)
         if self._failure is not None:
             return
-        state = sharded_state(chunks, optimizer, is_loading=False)
-        self._share = plan(state, self._path, copy=background)
+        held = parts(chunks, optimizer)
+        self._share = plan(held, self._path, rank=groups.rank, copy=background)
         if background:
             self._thread = threading.Thread(target=self._write, daemon=True, name="checkpoint")
             self._thread.start()
@@ -161,8 +161,7 @@ class Save:
             self._written = write(self._share)
         except Exception as err:
             self._written = f"rank {self._groups.rank}: {type(err).__name__}: {err}"
-        if self._groups.rank:  # rank 0 still needs the index
-            self._share = None
+        self._share = None
 
     def _finish(self, shares: list[Written | str]) -> str | None:
         """On rank 0: give it its name, or remove what was written and say why."""
@@ -175,14 +174,13 @@ class Save:
             self._folder.require_newest(self._attempt)  # whose start moves unfinished folders away
             failure = f"rank 0: {err}"
         finally:
-            self._share = None
             shutil.rmtree(self._path, ignore_errors=True)
         return failure
 
     def _name(self, shares: list[Written]) -> None:
-        assert self._share is not None
-        write_index(self._share, [share.results for share in shares])
-        files = {name: facts for share in shares for name, facts in share.files.items()}
+        entries = [entry for share in shares for entry in share.entries]
+        files = write_index(self._path, entries, promised=self._meta.trained)
+        files |= {name: facts for share in shares for name, facts in share.files.items()}
         write_meta(self._path, dataclasses.replace(self._meta, files=files))
         fsync(self._path)
         final = self._folder.step(self.step)

@@ -1,84 +1,206 @@
-"""The sharded form of what a checkpoint holds: trained weights and optimizer state.
+"""What a checkpoint holds, as this rank sees it: boxes of full tensors, and where it keeps them.
 
-megatron-core describes every rank's share of a tensor by its place in the full tensor, so a
-checkpoint written with one layout can be read with another. Layers are stored under their own
-names (``non_homogeneous_layers``), not stacked into one tensor, so the keys of a checkpoint are
-the canonical parameter names.
+Every rank knows the place of its weights in the full tensors, and of its share of the optimizer's
+state, so nothing is gathered when a run is saved, and a checkpoint of one layout can be read in
+another. Layers are stored under their own names (``non_homogeneous_layers``), so keys are the
+canonical parameter names; the optimizer's tensors have them behind ``optimizer.state.KIND.``.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
-import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.optimizer import MegatronOptimizer
-from torch import nn
+from torch import Tensor, nn
 
-METADATA = {
-    # megatron-core's default type cannot be saved by the distributed optimizer (0.16.1, 0.19.2).
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "non_homogeneous_layers": True,
-}
+from megatron_asvr.checkpoint.index import OPTIMIZER, Shape
+
+_METADATA = {"non_homogeneous_layers": True}
 
 
-def trained_weights(chunks: Sequence[nn.Module]) -> dict[str, Any]:
-    """Sharded tensors of all trained parameters, by the number of their chunk and local name.
+@dataclass(frozen=True, eq=False, slots=True)
+class Part:
+    """A box of a tensor.
+
+    Attributes:
+        key: name of the tensor in the checkpoint.
+        shape: of the whole tensor.
+        offset: of the box's first element.
+        memory: the numbers of the box, with all axes of the whole; a view of what trains.
+        is_main: whether this rank writes it; other ranks may hold the same.
+        is_padded: the whole may have another length in another layout.
+    """
+
+    key: str
+    shape: Shape
+    offset: Shape
+    memory: Tensor
+    is_main: bool
+    is_padded: bool
+
+    @property
+    def size(self) -> Shape:
+        """Of the box."""
+        return tuple(self.memory.shape)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Block:
+    """A run of a parameter's numbers that is one box of the full tensor.
+
+    Attributes:
+        start: place of the first one in the parameter.
+        sharded: megatron-core's description of the box.
+    """
+
+    start: int
+    sharded: ShardedTensor
+
+    @property
+    def size(self) -> Shape:
+        """Of the box, with all axes of the full tensor."""
+        x = self.sharded
+        return (1,) * x.prepend_axis_num + tuple(x.local_shape)
+
+
+def parts(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> list[Part]:
+    """All trained weights and the state of the optimizer on this rank.
 
     Args:
         chunks: the bare model of this rank; each has megatron-core's ``sharded_state_dict``.
+        optimizer: made from it; state that is created by its first step is created here.
     """
-    weights = {}
-    for number, chunk in enumerate(chunks):
-        trained = {name for name, param in chunk.named_parameters() if param.requires_grad}
-        for name, value in chunk.sharded_state_dict(metadata=METADATA).items():
-            if name in trained and isinstance(value, (ShardedTensor, ShardedTensorFactory)):
-                weights[f"{number}.{name}"] = value
-    return weights
+    found, blocks = [], {}
+    for chunk in chunks:
+        places = chunk.sharded_state_dict(metadata=_METADATA)
+        for name, param in chunk.named_parameters():
+            if param.requires_grad:
+                blocks[param] = _blocks(param, places[name])
+                found += _parts(param.detach(), 0, blocks[param], "", is_shared=False)
+    for param, start, state in _optimizer_state(optimizer):
+        for kind, numbers in state.items():
+            if not _same_memory(numbers, param):
+                prefix = f"{OPTIMIZER}{kind}."
+                found += _parts(numbers, start, blocks[param], prefix, is_shared=True)
+    return found
 
 
-def sharded_state(
-    chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, *, is_loading: bool
-) -> dict[str, Any]:
-    """What megatron-core's ``dist_checkpointing`` saves, or fills when ``is_loading``."""
-    _count_padding(optimizer)
-    weights = trained_weights(chunks)
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=METADATA
-        ),
-    }
+def _blocks(param: nn.Parameter, place: ShardedTensor | ShardedTensorFactory) -> list[_Block]:
+    """Where the numbers of a parameter belong; halves of a packed projection lie apart."""
+    made = place.build() if isinstance(place, ShardedTensorFactory) else [place]
+    first = param.detach().storage_offset()
+    assert all(x.data.is_contiguous() for x in made)
+    return [_Block(x.data.storage_offset() - first, x) for x in made]
 
 
-def _count_padding(optimizer: MegatronOptimizer) -> None:
-    """Let the distributed optimizer's gathered buffers keep the padding between buckets.
-
-    Left out, it shifts all that follows: the places of the parameters count it
-    (distrib_optimizer.py, get_parameter_state_dp_zero and sharded_param_state_fully_reshardable,
-    in 0.16.1 and 0.19.2). A buffer has several buckets when stages share a tied embedding.
-    """
-    for part in optimizer.chained_optimizers:
-        for buffer in getattr(part, "buffers", ()):
-            buffer.numel_unpadded = buffer.numel
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()
-
-
-def load_state(
-    state: dict[str, Any], chunks: Sequence[nn.Module], optimizer: MegatronOptimizer, *, step: int
-) -> None:
-    """Take over a filled ``sharded_state``.
+def _parts(
+    numbers: Tensor, start: int, blocks: Sequence[_Block], prefix: str, *, is_shared: bool
+) -> Iterator[Part]:
+    """Boxes of a run of numbers of a parameter.
 
     Args:
-        state: filled by ``dist_checkpointing``.
-        chunks: the bare model of this rank.
-        optimizer: of it.
-        step: optimizer steps done.
+        numbers: of them, or as many moments.
+        start: place of the first one in the parameter.
+        blocks: of the parameter.
+        prefix: of the keys.
+        is_shared: data-parallel ranks divide the numbers among them, and do not hold all of them.
     """
-    nn.ModuleList(chunks).load_state_dict(state["model"], strict=False)
-    with torch.no_grad():  # fp32 main weights are views of the parameters themselves
-        optimizer.load_state_dict(state["optimizer"])
+    flat = numbers.detach().view(-1)
+    for block in blocks:
+        x, size = block.sharded, block.size
+        first = max(start, block.start)
+        last = min(start + len(flat), block.start + math.prod(size))
+        replica = (*x.replica_id[:-1], 0) if is_shared else x.replica_id
+        for offset, box in boxes(size, first - block.start, last - block.start):
+            count = math.prod(box)
+            yield Part(
+                key=prefix + x.key,
+                shape=tuple(x.global_shape),
+                offset=tuple(a + b for a, b in zip(x.global_offset, offset, strict=True)),
+                memory=flat[first - start : first - start + count].view(box),
+                is_main=is_main_replica(replica),
+                is_padded=x.allow_shape_mismatch,
+            )
+            first += count
+
+
+def boxes(size: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
+    """Offset and size of the fewest boxes that hold a run of a tensor's numbers, in their order.
+
+    Args:
+        size: of the tensor.
+        start: place of the first number in the flat tensor.
+        stop: place behind the last one.
+    """
+    if start >= stop:
+        return
+    if len(size) <= 1:
+        yield (start,) * len(size), (stop - start,) * len(size)
+        return
+    row = math.prod(size[1:])
+    first, last = -(-start // row), stop // row  # whole rows
+    if first > last:  # all inside of one row
+        yield from _in_row(size, last, start, stop)
+        return
+    yield from _in_row(size, first - 1, start, first * row)
+    if first < last:
+        yield (first, *(0,) * (len(size) - 1)), (last - first, *size[1:])
+    yield from _in_row(size, last, last * row, stop)
+
+
+def _in_row(size: Shape, index: int, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
+    row = math.prod(size[1:])
+    for offset, box in boxes(size[1:], start - index * row, stop - index * row):
+        yield (index, *offset), (1, *box)
+
+
+def _optimizer_state(
+    optimizer: MegatronOptimizer,
+) -> Iterator[tuple[nn.Parameter, int, dict[str, Tensor]]]:
+    """A parameter, where in it this rank's share begins, and the share's numbers by kind."""
+    for one in optimizer.chained_optimizers:
+        if getattr(one, "is_stub_optimizer", False):
+            continue
+        one.init_state_fn(one.optimizer, one.config)
+        for param, start, main in _main_weights(one):
+            state = {kind: x for kind, x in one.optimizer.state[main].items() if x.dim()}
+            yield param, start, {"param": main, **state}
+
+
+def _main_weights(one: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+    """A parameter, where this rank's share of it begins, and the fp32 weights of the share."""
+    groups = one.optimizer.param_groups
+    if hasattr(one, "gbuf_ranges"):  # the distributed optimizer
+        for param, (group, place) in one.model_param_group_index_map.items():
+            share = one._get_model_param_range_map(param)["param"]
+            yield param, share.start, groups[group]["params"][place]
+        return
+    rounded = {}
+    for low, full in zip(
+        getattr(one, "float16_groups", ()),
+        getattr(one, "fp32_from_float16_groups", ()),
+        strict=True,
+    ):
+        rounded |= dict(zip(full, low, strict=True))
+    for group in groups:
+        for main in group["params"]:
+            yield rounded.get(main, main), 0, main
+
+
+def _same_memory(numbers: Tensor, param: nn.Parameter) -> bool:
+    """Whether fp32 weights are those of the model itself."""
+    storage = numbers.untyped_storage().data_ptr()
+    return numbers.dtype == param.dtype and storage == param.untyped_storage().data_ptr()
+
+
+def set_step(optimizer: MegatronOptimizer, step: int) -> None:
+    """Tell an optimizer whose state was filled how many steps are done."""
     for group in optimizer.param_groups:
-        group["step"] = step  # rank 0 wrote it for all, and does not know it if it trains nothing
+        group["step"] = step

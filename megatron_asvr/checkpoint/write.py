@@ -1,48 +1,42 @@
-"""One rank's share of a checkpoint: planned by megatron-core, written here.
+"""One rank's share of a checkpoint, written as torch and megatron-core read it (``torch_dist``).
 
-megatron-core decides which rank writes which part of which tensor. Writing it too, it would fork
-helpers that outlive a killed rank (up to 0.16), and wait for ever in a collective when the disk of
-one rank is full. So what can fail on one rank alone is done here, without any collective, and the
-ranks tell one another afterwards how it went (``save.py``).
+Nothing here is a collective: what fails on one rank alone, such as a full disk, must not leave the
+others waiting. The ranks tell one another afterwards how it went (``save.py``).
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
+import json
+import math
 import os
-import queue
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from megatron_asvr.platforms import mcore
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.storage import WriteResult
-
-from megatron_asvr.checkpoint.index import COMMON
-from megatron_asvr.checkpoint.meta import FileFacts
-
-# Where the helpers would leave their results; made by itself it starts a process.
-filesystem_async._results_queue = queue.SimpleQueue()
-
-_BACKEND = ("torch_dist", 1)
-_BUFFER_BYTES = 1 << 20
-_HAS_PLANNERS = tuple(int(x) for x in mcore.version.split(".")[:2]) >= (0, 17)
-# Newer versions of torch know several formats; this is the one of all.
-_FORMAT = (
-    [filesystem.SerializationFormat.TORCH_SAVE]
-    if hasattr(filesystem, "SerializationFormat")
-    else []
+from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
 )
+
+from megatron_asvr.checkpoint.index import COMMON, INDEX, Shape
+from megatron_asvr.checkpoint.meta import FileFacts
+from megatron_asvr.checkpoint.state import Part
+from megatron_asvr.errors import CheckpointError
+
+_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +44,33 @@ class Share:
     """What one rank has to write, held so that the run may go on.
 
     Attributes:
-        path: the folder.
-        files: name and contents (places in the index, with their data) of each file.
-        common: contents of ``common.pt`` on rank 0.
-        writer: megatron-core's writer, which knows how the index is written.
-        index: places of all tensors on rank 0, still without files and offsets.
+        path: of the file.
+        parts: that this rank writes, with their numbers on the CPU.
     """
 
     path: Path
-    files: list[tuple[str, list[tuple[Any, Any]]]]
-    common: bytes | None
-    writer: Any
-    index: Metadata | None
+    parts: list[tuple[Part, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A box of a tensor on the disk.
+
+    Attributes:
+        key: name of the tensor.
+        dtype: of the tensor.
+        shape: of the whole tensor.
+        offset: of the box's first element.
+        size: of the box.
+        place: its file, first byte there, and length in bytes.
+    """
+
+    key: str
+    dtype: torch.dtype
+    shape: Shape
+    offset: Shape
+    size: Shape
+    place: tuple[str, int, int]
 
 
 @dataclass(slots=True)
@@ -69,77 +78,102 @@ class Written:
     """What became of a share.
 
     Attributes:
-        results: where each part of a tensor lies now.
+        entries: where each part lies now.
         files: size and checksum of each file, by name.
     """
 
-    results: list[WriteResult] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
     files: dict[str, FileFacts] = field(default_factory=dict)
 
 
-def plan(state: dict[str, Any], path: Path, *, copy: bool) -> Share:
-    """This rank's share of a sharded state; all ranks take part.
+def plan(held: Sequence[Part], folder: Path, *, rank: int, copy: bool) -> Share:
+    """A rank's share.
 
     Args:
-        state: of ``sharded_state``.
-        path: the folder to write, which exists.
+        held: of ``parts``.
+        folder: to write to, which exists.
+        rank: of all.
         copy: hold copies of the tensors, so that they may change before they are written.
     """
-    sharded, common = save_preprocess(state)
-    way = ["mcore"] * _HAS_PLANNERS  # the other one is of another package
-    writer, index = _Planner(*_BACKEND, thread_count=1).async_save(sharded, path, *way)
-    files = [
-        (name, [*objects, *((item, x.detach().to("cpu", copy=copy)) for item, x in tensors)])
-        for _, name, (objects, tensors) in writer.write_buckets
-    ]
-    writer.write_buckets = None
-    buffer = io.BytesIO()
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        torch.save(common, buffer)
-    return Share(path, files, buffer.getvalue() if is_first else None, writer, index)
-
-
-class _Planner(TorchDistSaveShardedStrategy):
-    """megatron-core's way to save, cut off after the plan."""
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:
-        _, index, _ = planned
-        return writer, index
+    mine = [(part, part.memory.to("cpu", copy=copy)) for part in held if part.is_main]
+    return Share(folder / f"__{rank}_0.distcp", mine)
 
 
 def write(share: Share) -> Written:
-    """Write this rank's files onto the disk, hashing on the way.
+    """Write a share onto the disk, hashing on the way.
 
     Raises:
         OSError: the system refused.
     """
-    done = Written()
-    for name, contents in share.files:
-        with HashingFile(share.path / name) as file:
-            for item, data in contents:
-                how = (share.writer.transforms, file, data, item, name, *_FORMAT)
-                done.results.append(filesystem._write_item(*how))
-        done.files[name] = file.facts
-    if share.common is not None:
-        with HashingFile(share.path / COMMON) as file:
-            file.write(share.common)
-        done.files[COMMON] = file.facts
+    done, name = Written(), share.path.name
+    with HashingFile(share.path) as file:
+        for part, numbers in share.parts:
+            start = file.tell()
+            # A view would be saved with all of the memory that it looks at.
+            is_view = numbers.untyped_storage().nbytes() != numbers.nbytes
+            torch.save(numbers.clone() if is_view else numbers, file)
+            place = (name, start, file.tell() - start)
+            box = (part.shape, part.offset, part.size)
+            done.entries.append(Entry(part.key, numbers.dtype, *box, place))
+    done.files[name] = file.facts
     return done
 
 
-def write_index(share: Share, results: Iterable[list[WriteResult]]) -> None:
-    """Write where everything lies, on rank 0.
+def write_index(
+    folder: Path, entries: Iterable[Entry], *, promised: Iterable[str]
+) -> dict[str, FileFacts]:
+    """Write where everything lies; size and checksum of the files.
 
     Args:
-        share: of rank 0.
-        results: of every rank.
+        folder: of the checkpoint.
+        entries: of every rank.
+        promised: names of tensors that must be there.
 
     Raises:
+        CheckpointError: a tensor is not there, or not exactly once.
         OSError: the system refused.
     """
-    share.writer.finish(share.index, list(results))
-    save_config(CheckpointingConfig(*_BACKEND), str(share.path))
+    tensors: dict[str, list[Entry]] = {name: [] for name in promised}
+    for entry in entries:
+        tensors.setdefault(entry.key, []).append(entry)
+    for key, boxes in tensors.items():
+        _require_once(folder, key, boxes)
+    index = Metadata(
+        {key: _metadata(boxes) for key, boxes in tensors.items()},
+        storage_data={
+            MetadataIndex(x.key, torch.Size(x.offset)): _StorageInfo(*x.place)
+            for boxes in tensors.values()
+            for x in boxes
+        },
+    )
+    common = io.BytesIO()
+    torch.save({}, common)  # megatron-core wants the file
+    kind = json.dumps(dataclasses.asdict(CheckpointingConfig("torch_dist", 1)))
+    contents = {COMMON: common.getvalue(), INDEX: pickle.dumps(index), CONFIG_FNAME: kind.encode()}
+    files = {}
+    for name, data in contents.items():
+        with HashingFile(folder / name) as file:
+            file.write(data)
+        files[name] = file.facts
+    return files
+
+
+def _require_once(folder: Path, key: str, boxes: Sequence[Entry]) -> None:
+    shapes = {entry.shape for entry in boxes}
+    numbers = sum(math.prod(entry.size) for entry in boxes)
+    if len(shapes) != 1 or numbers != math.prod(boxes[0].shape):
+        raise CheckpointError(
+            f"{folder}: the ranks wrote {numbers} numbers of {key}, of shapes {sorted(shapes)}; "
+            "wanted each number exactly once. Please report this with the run's layout"
+        )
+
+
+def _metadata(boxes: Sequence[Entry]) -> TensorStorageMetadata:
+    return TensorStorageMetadata(
+        TensorProperties(dtype=boxes[0].dtype),
+        torch.Size(boxes[0].shape),
+        [ChunkStorageMetadata(torch.Size(x.offset), torch.Size(x.size)) for x in boxes],
+    )
 
 
 class HashingFile:
