@@ -10,10 +10,8 @@ alone touches the images.
 """
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Literal
 
 from megatron_asvr.platforms import select
@@ -31,15 +29,14 @@ from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
 from megatron_asvr.data.plan import Imbalance, Planner, RowFacts
-from megatron_asvr.data.sample import Row, Sample, SampleBuilder
+from megatron_asvr.data.sample import Row, Sample, SampleBuilder, SampleCache
 from megatron_asvr.data.sources import Sources
+from megatron_asvr.data.tally import Tally
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError, DataError
 
-AMOUNTS = ("cut_tokens", "dropped_tokens", "lost_targets", "lost_first_patches", "repeated_images")
 NAMED = 32  # samples of a global batch in an error message
 PLANNED_STEPS = 32  # whose balance is told at the start
-SAMPLE_CACHE_POSITIONS = 2_000_000  # positions of tokenised samples kept in memory (28 bytes each)
 
 
 class Loader:
@@ -104,12 +101,10 @@ class Loader:
             taken=blend(getattr(config.data, split), self._sources.sizes),
             shuffle=split == "train",
         )
-        self._samples: OrderedDict[int, Sample] = OrderedDict()
-        self._sample_positions = 0
+        self._samples = SampleCache()
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"asvr-{split}")
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
-        self._events: dict[str, dict[str, int]] = {}
-        self._sums = {"sequences": 0, "empty_micro_batches": 0, "positions": 0, "filled": 0}
+        self._tally = Tally()
 
     def prepare(self, *, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Check every image once; afterwards all ranks know the same bad ones.
@@ -243,16 +238,9 @@ class Loader:
         whole split. ``sequences``, ``fill`` (the share of positions
         that are no padding) and ``empty_micro_batches`` are of all steps that were prepared.
         """
-        # Copies, because the worker may be counting meanwhile.
-        found = {name: dict(amounts) for name, amounts in sorted(dict(self._events).items())}
-        events = {name: len(amounts) for name, amounts in found.items()}
-        totals = {f"{name}_total": sum(found[name].values()) for name in AMOUNTS if name in found}
         damaged = len(self._codes.damaged) if self._codes is not None else 0
-        sums = dict(self._sums)
-        positions = sums.pop("positions")
-        fill = {"fill": sums.pop("filled") / max(1, positions)}
         whole = {**self._sources.report(), "damaged_code_parts": damaged}
-        return {**whole, **events, **totals, **sums, **fill}
+        return {**whole, **self._tally.report()}
 
     def close(self) -> None:
         """Stop the worker; what it has begun is finished, the rest is forgotten."""
@@ -262,12 +250,7 @@ class Loader:
     def __enter__(self) -> "Loader":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _request(self, step: int) -> "Future[list[MicroBatch]]":
@@ -338,13 +321,7 @@ class Loader:
             codes=self._codes.get if self._codes is not None else None,
             size=size,
         )
-        for name, amount in (
-            ("sequences", len(rows)),
-            ("empty_micro_batches", int(not rows)),
-            ("positions", batch.document_BS.numel()),
-            ("filled", sum(document.row.length for row in rows for document in row)),
-        ):
-            self._sums[name] += amount
+        self._tally.micro_batch(batch, rows)
         return batch
 
     def _document(
@@ -352,7 +329,8 @@ class Loader:
     ) -> Document:
         sample = self._built(numbers[place])
         if row == 0:  # rows of one sample may come to several ranks
-            self._note(sample)
+            lost = self._collator.lost_first_patches(sample)
+            self._tally.sample(numbers[place], sample, lost_first_patches=lost)
         views = self._views(sample, sample.rows[row], spots[place])
         keys = [key for own in views for key in own]
         return Document(row=sample.rows[row], sample_id=sample.id, keys=keys, place=(place, row))
@@ -379,10 +357,9 @@ class Loader:
             return
         for index in self._order.indices(step):
             if not self._usable(index):
-                name = self._sources.records[index].id
-                self._count("placeholders", name)
+                self._tally.count("placeholders", index)
                 if self._sources.is_good(index):
-                    self._count("dropped_samples", name)
+                    self._tally.count("dropped_samples", index)
 
     def _check_any_fits(self) -> None:
         """Raise where no record can be trained on: that none of a step could be may be chance."""
@@ -402,34 +379,11 @@ class Loader:
         return [row.length for row in self._built(number).rows]
 
     def _built(self, index: int) -> Sample:
-        if index in self._samples:
-            self._samples.move_to_end(index)
-            return self._samples[index]
-        record = self._sources.records[index]
+        return self._samples.get(index, lambda: self._build(index))
+
+    def _build(self, index: int) -> Sample:
         sizes = self._sources.sizes_of(index) if self._layouts.needs_sizes else ()
-        sample = self._builder.build(record, sizes)
-        self._samples[index] = sample
-        self._sample_positions += sum(row.length for row in sample.rows)
-        while self._sample_positions > SAMPLE_CACHE_POSITIONS:
-            _, old = self._samples.popitem(last=False)
-            self._sample_positions -= sum(row.length for row in old.rows)
-        return sample
-
-    def _note(self, sample: Sample) -> None:
-        repeated = len(sample.images) * max(0, len(sample.rows) - 1)
-        for name, amount in (
-            ("cut_tokens", sample.cut_tokens),
-            ("dropped_rows", sample.dropped_rows),
-            ("dropped_tokens", sample.dropped_tokens),
-            ("lost_targets", sample.lost_targets),
-            ("lost_first_patches", self._collator.lost_first_patches(sample)),
-            ("repeated_images", repeated),
-        ):
-            if amount:
-                self._count(name, sample.id, amount)
-
-    def _count(self, name: str, sample_id: str, amount: int = 1) -> None:
-        self._events.setdefault(name, {})[sample_id] = amount
+        return self._builder.build(self._sources.records[index], sizes)
 
 
 def _check_official(sources: Sources) -> None:

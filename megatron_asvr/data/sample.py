@@ -7,7 +7,8 @@ it alone. Where the attention in use cannot do that (``branches=False``) each co
 of its own; the images are repeated, and only the first copy counts in the visual loss.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,8 @@ from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import ImageLayout, ImageLayouts, Size
 from megatron_asvr.errors import ConfigError
+
+CACHED_POSITIONS = 2_000_000  # of samples kept in memory, 28 bytes each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,32 @@ class Sample:
     dropped_tokens: int = 0
     lost_targets: int = 0
     text_tokens: int = 0
+
+    @property
+    def num_positions(self) -> int:
+        """Positions of all rows."""
+        return sum(row.length for row in self.rows)
+
+
+class SampleCache:
+    """Samples that were built lately, by number; old ones go when they take too much memory."""
+
+    def __init__(self) -> None:
+        self._samples: OrderedDict[int, Sample] = OrderedDict()
+        self._positions = 0
+
+    def get(self, number: int, build: Callable[[], Sample]) -> Sample:
+        """A sample, built where it is not there."""
+        if number in self._samples:
+            self._samples.move_to_end(number)
+            return self._samples[number]
+        sample = build()
+        self._samples[number] = sample
+        self._positions += sample.num_positions
+        while self._positions > CACHED_POSITIONS:
+            _, old = self._samples.popitem(last=False)
+            self._positions -= old.num_positions
+        return sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Steps are a pure function of (seed, step), bad samples are replaced alike on every rank."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -267,6 +268,21 @@ def test_overlong_records_are_replaced_and_counted(clean, tokenizer, tmp_path):
         pytest.raises(DataError, match=r"none of \d+ fits into data.max_length=2; raise it"),
     ):
         hopeless.step(0)
+
+
+def test_samples_are_counted_apart_though_their_ids_are_equal(clean, tokenizer, tmp_path):
+    shutil.copytree(clean, tmp_path, dirs_exist_ok=True)
+    records = json.loads((clean / "train.json").read_text())
+    for number in (1, 5):
+        records[number]["id"] = "twice"
+        records[number]["conversations"][1]["value"] = "red " * 300
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    with loader(tmp_path, tokenizer, train__global_batch=NUM) as cutting:
+        cutting.step(0)
+        assert cutting.report()["cut_tokens"] == 2
+    with loader(tmp_path, tokenizer, train__global_batch=NUM, data__on_overlong="drop") as dropping:
+        dropping.step(0)
+        assert (dropping.report()["dropped_samples"], dropping.report()["placeholders"]) == (2, 2)
 
 
 def test_a_source_without_a_good_image_is_named(clean, tokenizer, tmp_path):
