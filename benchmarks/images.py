@@ -54,7 +54,7 @@ def compare_decoders(fit: Fit, number: int, repeats: int) -> None:
     config = from_dict({"model": {"vision": {"image_size": SIDE}}, "data": {"image_fit": fit}})
     decoder = Decoder(config, torch.device("cpu"))
     ways = {
-        "DALI": lambda: decoder.dali.decode(encoded),
+        "DALI": lambda: decoder.dali.views(encoded),
         "PIL": lambda: [pil.decode(x, image_size=SIDE, fit=fit) for x in encoded],
     }
     times = measure(ways, repeats)

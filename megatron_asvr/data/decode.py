@@ -82,14 +82,6 @@ class Decoder:
             cut=cut,
         )
 
-    def decode(self, encoded: Sequence[bytes]) -> Tensor:
-        """Pixels of the images, of the first view of each: uint8 [I, C, H, W].
-
-        Raises:
-            DataError: an image cannot be decoded (which one, ``find_bad`` tells).
-        """
-        return torch.stack([views[0] for views in self.views(encoded)])
-
     def views(self, encoded: Sequence[bytes]) -> list[Tensor]:
         """All views of each image, or crops of its scales (data/views.py), uint8 [V, C, H, W].
 

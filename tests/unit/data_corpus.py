@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
+
 from megatron_asvr.config.load import from_dict
 
 # The one beside this Python, which belongs to its mpi4py, or else the machine's.
@@ -46,3 +48,8 @@ def config(**changes):
             node = node.setdefault(part, {})
         node[key] = value
     return from_dict(tree)
+
+
+def first_views(decoder, encoded):
+    """Pixels of the first view of each image, uint8 [I, C, H, W]."""
+    return torch.stack([views[0] for views in decoder.views(encoded)])

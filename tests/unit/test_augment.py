@@ -12,7 +12,7 @@ from megatron_asvr.data.decode import Decoder
 from megatron_asvr.data.gate import FORMATS, TRAITS, upright_size
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.errors import ConfigError
-from tests.unit.data_corpus import TEXTS, config
+from tests.unit.data_corpus import TEXTS, config, first_views
 from tests.unit.test_data_loader import NUM, corpus, loader
 from tools.make_dirty_images import encode, good_images, picture
 
@@ -92,7 +92,7 @@ def test_dali_and_pil_cut_the_same_part(fit):
 def test_a_part_is_what_was_there():
     data = encode(picture(np.random.default_rng(0), 64, 64), "PNG")
     settings = config(model__vision__image_size=16)
-    whole = Decoder(config(model__vision__image_size=64), CPU).decode([data])[0]
+    whole = first_views(Decoder(config(model__vision__image_size=64), CPU), [data])[0]
     (part,) = Decoder(settings, CPU).parts([data], [(32, 8, 16, 16)])
     assert torch.equal(part, whole[:, 32:48, 8:24])
 

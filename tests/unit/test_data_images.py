@@ -17,7 +17,7 @@ from megatron_asvr.data.gate import look
 from megatron_asvr.data.images import ImageIndex
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
 from megatron_asvr.errors import ConfigError, DataError
-from tests.unit.data_corpus import config
+from tests.unit.data_corpus import config, first_views
 from tools.make_dirty_images import (
     bad_images,
     damaged_payload,
@@ -105,7 +105,7 @@ def test_bombs_cost_nothing():
 def test_dali_agrees_with_pil(fit, size):
     """Decoding is bit-exact; the two bicubic filters differ in rounding only."""
     decoder = Decoder(config(model__vision__image_size=size, data__image_fit=fit), CPU)
-    ours = decoder.decode(list(GOOD.values())).numpy().astype(int)
+    ours = first_views(decoder, list(GOOD.values())).numpy().astype(int)
     for name, got in zip(GOOD, ours, strict=True):
         want = pil.decode(GOOD[name], image_size=size, fit=fit).astype(int)
         difference = np.abs(got - want)
@@ -126,17 +126,17 @@ def test_pil_takes_what_dali_reads_otherwise():
         kind = name.partition("-")[0].partition(".")[0]
         if kind.endswith(("alpha", "cmyk_unmarked")):
             want = pil.decode(data, image_size=16, fit="square").astype(int)
-            got = 0 if kind.startswith(("gif", "avif")) else dali.decode([data])[0].numpy()
+            got = 0 if kind.startswith(("gif", "avif")) else first_views(dali, [data])[0].numpy()
             assert takes_pil(kind)
             assert np.abs(got - want).max() > 16, name
 
 
 def test_pil_kinds_are_decoded_exactly_and_have_to_exist():
     data = [data for name, data in GOOD.items() if name.startswith("jpeg_cmyk-")]
-    exact = Decoder(config(data__pil_kinds=["jpeg_cmyk"]), CPU).decode(data)
+    exact = first_views(Decoder(config(data__pil_kinds=["jpeg_cmyk"]), CPU), data)
     want = [pil.decode(each, image_size=16, fit="square") for each in data]
     assert np.array_equal(exact, want)
-    assert not np.array_equal(Decoder(config(), CPU).decode(data), want)
+    assert not np.array_equal(first_views(Decoder(config(), CPU), data), want)
     for wrong in ("jpg", "png_deep"):
         with pytest.raises(ConfigError, match=rf"data\.pil_kinds names '{wrong}'.*cmyk_unmarked"):
             Decoder(config(data__pil_kinds=[wrong]), CPU)
@@ -180,7 +180,7 @@ def test_fuzzed_images_never_crash_and_what_passes_is_decoded(seed, decoder):
     bad = decoder.find_bad(passed)
     good = [data for number, data in enumerate(passed) if number not in bad]
     assert len(good) < len(some)
-    assert len(decoder.decode(good)) == len(good)
+    assert len(first_views(decoder, good)) == len(good)
     for data in good:
         Image.open(io.BytesIO(data)).load()
 
@@ -188,16 +188,16 @@ def test_fuzzed_images_never_crash_and_what_passes_is_decoded(seed, decoder):
 def test_same_size_image_is_bit_exact(decoder):
     data = encode(picture(np.random.default_rng(1), 16, 16), "PNG")
     np.testing.assert_array_equal(
-        decoder.decode([data])[0].numpy(), pil.decode(data, image_size=16, fit="square")
+        first_views(decoder, [data])[0].numpy(), pil.decode(data, image_size=16, fit="square")
     )
 
 
 def test_result_does_not_depend_on_the_batch(decoder):
     data = list(GOOD.values())
-    many = decoder.decode(data * 2)
+    many = first_views(decoder, data * 2)
     assert len(many) == 2 * len(data) > 64
     for place in (0, 7, len(data) + 3):
-        alone = decoder.decode([data[place % len(data)]])[0]
+        alone = first_views(decoder, [data[place % len(data)]])[0]
         assert torch.equal(many[place], alone)
 
 
@@ -222,7 +222,7 @@ def test_store_normalises_and_keeps_recent_images(tmp_path):
     assert pixels.shape == (5, 3, 16, 16)
     assert pixels.dtype == torch.float32
     for place, key in ((0, "0"), (2, "1"), (3, "0")):
-        decoded = store._decoder.decode([Path(paths[key]).read_bytes()])[0]
+        decoded = first_views(store._decoder, [Path(paths[key]).read_bytes()])[0]
         assert torch.equal(pixels[place], torch.from_numpy(pil.normalise(decoded.numpy())))
     assert (pixels[1] == np.float32((127 - 127.5) / 127.5)).all()
     assert (pixels[4] == 0).all()

@@ -3,13 +3,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_asvr.cli.main import main
@@ -20,12 +18,10 @@ from megatron_asvr.hf.export import export
 from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
-from megatron_asvr.model.language import LanguageModel, gather_positions
+from megatron_asvr.model.language import LanguageModel
 from megatron_asvr.parallel import groups as process_groups
-from megatron_asvr.parallel.collectives import broadcast_tensor
-from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
-from tests.language_cases import plain_batch, rule_batch
+from tests.language_cases import language_logits
 from tests.run_data import make_files, run_config
 from tests.unit import hf_models
 from tests.unit.test_hf_families import LANGUAGES, random_model, tensors
@@ -52,35 +48,6 @@ def tokens() -> Tensor:
     return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def logits_of(model: LanguageModel, groups: Groups) -> Tensor:
-    """The logits [S, B, T] of ``tokens``, on every rank."""
-    tokens_BS = tokens()
-    document_BS, branch_BS, positions_BS = plain_batch(tokens_BS)
-    found: list[Tensor] = []
-
-    def forward_step(_: Any, model: LanguageModel) -> tuple[Tensor, Any]:
-        embeds = model.embed(tokens_BS) if model.pre_process else None
-        mask = model.mask(rule_batch(document_BS, branch_BS, positions_BS))
-        hidden_SBH = model(embeds, positions_BS, mask)
-        if model.post_process:
-            hidden_SBH = gather_positions(hidden_SBH, groups=groups)
-            found.append(model.logits_full(hidden_SBH))
-        one = torch.tensor(1, dtype=torch.int)
-        return hidden_SBH, lambda x: (x.sum(), one, {})
-
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=[model],
-        num_microbatches=1,
-        seq_length=LENGTH,
-        micro_batch_size=2,
-        decoder_seq_length=LENGTH,
-        forward_only=True,
-    )
-    return broadcast_tensor(found[0] if found else None, PLAN.pp - 1, group=groups.pp)
-
-
 @torch.no_grad()
 def through_ranks(folder: str, tokenizer: str, cases: list[str]) -> dict[str, Tensor]:
     """Logits of every case; exports it beside the folder it came from."""
@@ -96,7 +63,7 @@ def through_ranks(folder: str, tokenizer: str, cases: list[str]) -> dict[str, Te
             post_process=groups.is_last_stage,
         )
         sharding.load_weights(model, source, groups=groups, prefix=PREFIX)
-        found[case] = logits_of(model, groups)
+        found[case] = language_logits(model, tokens(), groups=groups)
         state = dict(sharding.full_state(model, groups=groups, prefix=PREFIX))
         if groups.rank == 0:
             config = Config(model=ModelConfig(language=source.language))

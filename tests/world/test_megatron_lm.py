@@ -15,7 +15,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -29,11 +28,11 @@ from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import sharding
 from megatron_asvr.model.language import LanguageModel
 from megatron_asvr.parallel import groups as process_groups
-from megatron_asvr.parallel.collectives import broadcast_tensor, gather_equal
+from megatron_asvr.parallel.collectives import gather_equal
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.train.optim import wrap
-from tests.language_cases import one_rank, plain_batch, rule_batch
+from tests.language_cases import from_last_stage, one_rank, plain_batch, rule_batch
 from tests.run_cases import config as run_config
 
 pytestmark = pytest.mark.world
@@ -131,26 +130,14 @@ def logits_of(model: GPTModel, groups: Groups) -> Tensor:
     """The logits [B, S, padded vocabulary] of ``tokens``, on every rank."""
     model.eval()  # experts under tensor parallelism may compute, but not train, without SP
     mask = torch.ones(LENGTH, LENGTH).triu(1).bool()[None, None]
-    found: list[Tensor] = []
 
-    def forward_step(_: Any, model: GPTModel) -> tuple[Tensor, Any]:
+    def forward(model: GPTModel) -> tuple[Tensor, Tensor | None]:
         out = model(tokens(), torch.arange(LENGTH).expand(2, -1), mask)
-        if model.post_process:
-            found.append(torch.cat(gather_equal(out.contiguous(), group=groups.tp), -1))
-        one = torch.tensor(1, dtype=torch.int)
-        return out, lambda x: (x.sum(), one, {})
+        if not model.post_process:
+            return out, None
+        return out, torch.cat(gather_equal(out.contiguous(), group=groups.tp), -1)
 
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=None,
-        model=[model],
-        num_microbatches=1,
-        seq_length=LENGTH,
-        micro_batch_size=2,
-        decoder_seq_length=LENGTH,
-        forward_only=True,
-    )
-    return broadcast_tensor(found[0] if found else None, PLAN.pp - 1, group=groups.pp)
+    return from_last_stage(model, forward, batch=2, length=LENGTH, groups=groups)
 
 
 def saved(folder: str, changes: dict[str, Any], extra: dict[str, Any]) -> Tensor:
