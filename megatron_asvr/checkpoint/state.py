@@ -71,7 +71,7 @@ class _Block:
 
 
 def parts(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> list[Part]:
-    """All trained weights and the state of the optimizer on this rank.
+    """All trained weights, scales of products in 8 bits and the optimizer's state on this rank.
 
     Args:
         chunks: the bare model of this rank; each has megatron-core's ``sharded_state_dict``.
@@ -84,12 +84,20 @@ def parts(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> list[Par
             if param.requires_grad:
                 blocks[param] = _blocks(param, places[name])
                 found += _parts(param.detach(), 0, blocks[param], "", is_shared=False)
+        if (emulator := getattr(chunk, "emulator", None)) is not None:
+            found += [_whole(*kept) for kept in emulator.state()]
     for param, start, state in _optimizer_state(optimizer):
         for kind, numbers in state.items():
             if not _same_memory(numbers, param):
                 prefix = f"{OPTIMIZER}{kind}."
                 found += _parts(numbers, start, blocks[param], prefix, is_shared=True)
     return found
+
+
+def _whole(key: str, numbers: Tensor, is_main: bool) -> Part:
+    """A tensor that is not split over ranks."""
+    shape = tuple(numbers.shape)
+    return Part(key, shape, (0,) * len(shape), numbers, is_main, is_padded=False)
 
 
 def _blocks(param: nn.Parameter, place: ShardedTensor | ShardedTensorFactory) -> list[_Block]:

@@ -34,6 +34,7 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.fusion import splice_images, take_positions
 from megatron_asvr.model.language import LanguageModel, gather_positions, transformer_config
+from megatron_asvr.model.linears import emulate
 from megatron_asvr.model.loss import LossSums, cross_entropy
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
@@ -41,6 +42,7 @@ from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder, join_scales
 from megatron_asvr.model.visual_head import VisualHead
 from megatron_asvr.parallel.collectives import gather_images
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.precision.fp8.emulator import Emulator
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -76,6 +78,7 @@ class AsvrModel(MegatronModule):
         super().__init__(config=transformer_config(config.model.language, groups.plan, dtype))
         self.run_config = config
         self.groups = groups
+        self.emulator: Emulator | None = None
         is_last = vp_stage in (None, (groups.plan.vpp or 1) - 1)
         self.pre_process = groups.is_first_stage and not vp_stage
         self.post_process = groups.has_text_loss and is_last
@@ -374,6 +377,8 @@ def build_chunks(
     ]
     for chunk in chunks:
         sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
+        dtype = DTYPES[config.train.precision]
+        chunk.emulator = emulate(chunk, config, groups=groups, tokenizer=tokenizer, dtype=dtype)
     return chunks
 
 

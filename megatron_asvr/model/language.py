@@ -33,6 +33,7 @@ from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import rope, sharding
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
+from megatron_asvr.precision.fp8.product import linear
 
 VOCAB_MULTIPLE = 64  # the padded vocabulary is the same for every tensor-parallel degree up to 64
 MASKED_LOGIT = -1e30  # exp() of it is exactly 0, and no difference of two logits overflows
@@ -209,6 +210,8 @@ class LanguageModel(GPTModel):
         self.language_config = config
         self.groups = groups
         self.backend, self.backend_reason = backend, reason
+        if post_process:
+            self.output_layer.fp8 = None
         self.to(platform.device)
         sharding.mark_parallel_linears(self)
         for name, parameter in self.named_parameters():
@@ -347,7 +350,7 @@ class LanguageModel(GPTModel):
         tied = self.share_embeddings_and_output_weights
         weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         hidden_XH = copy_to_tensor_model_parallel_region(hidden_XH, group=self.groups.tp)
-        logits_XV = F.linear(hidden_XH, weight_VH).float()
+        logits_XV = linear(hidden_XH, weight_VH, None, self.output_layer.fp8).float()
         num_rows = weight_VH.shape[0]
         num_real = self.language_config.vocab_size - self.groups.tp_rank * num_rows
         if num_real < num_rows:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.sharding import mark
 from megatron_asvr.parallel.collectives import copy_to_tp, reduce_from_tp
+from megatron_asvr.precision.fp8.product import Product, linear
 
 
 def degree(tp: ProcessGroup | None) -> int:
@@ -79,13 +80,14 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.fp8: Product | None = None
         rows = share(name, outputs, tp)
         self.weight = mark(normal(rows, inputs, dtype=dtype, std=std), dim=0)
         self.bias = mark(zeros(rows, dtype=dtype), dim=0)
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's outputs [..., outputs / tp] of a replicated ``x`` [..., inputs]."""
-        return F.linear(enter(x, self.tp), self.weight, self.bias)
+        return linear(enter(x, self.tp), self.weight, self.bias, self.fp8)
 
 
 class RowLinear(nn.Module):
@@ -106,6 +108,7 @@ class RowLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.fp8: Product | None = None
         columns = share(name, inputs, tp)
         self.weight = mark(normal(outputs, columns, dtype=dtype, std=std), dim=1)
         self.bias = zeros(outputs, dtype=dtype)
@@ -113,8 +116,8 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Replicated outputs [..., outputs] of this rank's ``x`` [..., inputs / tp]."""
         if self.tp is None:
-            return F.linear(x, self.weight, self.bias)
-        return leave(F.linear(x, self.weight), self.tp) + self.bias
+            return linear(x, self.weight, self.bias, self.fp8)
+        return leave(linear(x, self.weight, None, self.fp8), self.tp) + self.bias
 
 
 class MLP(nn.Module):

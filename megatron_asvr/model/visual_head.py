@@ -29,6 +29,7 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.layers import MLP, degree, enter, leave, normal, share, zeros
 from megatron_asvr.model.quantize import Codebooks
 from megatron_asvr.model.sharding import mark
+from megatron_asvr.precision.fp8.product import Product, linear
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Affine(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self.fp8: Product | None = None
 
 
 class DepthAttention(nn.Module):
@@ -77,14 +79,16 @@ class DepthAttention(nn.Module):
     def forward(self, x_DME: Tensor) -> Tensor:
         """Attended vectors [D, M, E], the same on every rank."""
         x_DME = enter(x_DME, self.tp)
-        packed = F.linear(x_DME, self.in_proj.weight.flatten(0, 1), self.in_proj.bias.flatten())
+        weight, bias = self.in_proj.weight.flatten(0, 1), self.in_proj.bias.flatten()
+        packed = linear(x_DME, weight, bias, self.in_proj.fp8)
         # [D, M, 3, heads, head width] -> three of [M, heads, D, head width]
         split = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 1, 3, 0, 4)
         attended = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
         attended = attended.permute(2, 0, 1, 3).flatten(2)
         if self.tp is None:
-            return F.linear(attended, self.out_proj.weight, self.out_proj.bias)
-        return leave(F.linear(attended, self.out_proj.weight), self.tp) + self.out_proj.bias
+            return linear(attended, self.out_proj.weight, self.out_proj.bias, self.out_proj.fp8)
+        partial = linear(attended, self.out_proj.weight, None, self.out_proj.fp8)
+        return leave(partial, self.tp) + self.out_proj.bias
 
 
 class DepthMLP(nn.Module):
@@ -111,13 +115,24 @@ class DepthMLP(nn.Module):
         inner = share(f"2 * {WIDTH}", 2 * width, tp)
         self.w1 = mark(normal(depth, inner, width, dtype=dtype, std=std), dim=1)
         self.w2 = mark(normal(depth, width, inner, dtype=dtype, std=std), dim=2)
+        slots = [f"{name}.{d}" for d in range(depth) for name in ("w1", "w2")]
+        self.fp8: dict[str, Product | None] = dict.fromkeys(slots)
 
     def forward(self, x_DME: Tensor) -> Tensor:
         """``x`` plus its transform, [D, M, E], the same on every rank."""
-        inner = F.gelu(torch.bmm(enter(x_DME, self.tp), self.w1.transpose(1, 2)))
-        if self.tp is None:
+        inner = F.gelu(self._multiply(enter(x_DME, self.tp), "w1"))
+        if self.tp is None and not any(self.fp8.values()):
             return torch.baddbmm(x_DME, inner, self.w2.transpose(1, 2))
-        return x_DME + leave(torch.bmm(inner, self.w2.transpose(1, 2)), self.tp)
+        return x_DME + leave(self._multiply(inner, "w2"), self.tp)
+
+    def _multiply(self, x_DMK: Tensor, name: str) -> Tensor:
+        """Each depth's ``x`` times its own matrix, [D, M, N]."""
+        weight_DNK = getattr(self, name)
+        products = [self.fp8[f"{name}.{depth}"] for depth in range(len(weight_DNK))]
+        if not any(products):
+            return torch.bmm(x_DMK, weight_DNK.transpose(1, 2))
+        each = zip(x_DMK, weight_DNK, products, strict=True)
+        return torch.stack([linear(x_MK, w_NK, None, product) for x_MK, w_NK, product in each])
 
 
 class DepthLayer(nn.Module):
@@ -210,7 +225,8 @@ class VisualHead(nn.Module):
         """
         start_ME = self.projector(hidden_MH)
         sums_DMC = self._code_sums(codes_MD).to(start_ME.dtype)
-        codes_DME = F.linear(sums_DMC, self.code_projection.weight, self.code_projection.bias)
+        to_width = self.code_projection
+        codes_DME = linear(sums_DMC, to_width.weight, to_width.bias, to_width.fp8)
         x_DME = torch.cat([start_ME[None], codes_DME])
         for layer in self.layers:
             if self.recompute:
@@ -245,7 +261,7 @@ class VisualHead(nn.Module):
     def _logits(self, depth: int, x_ME: Tensor) -> Tensor:
         """This rank's logits of one depth, fp32."""
         head = self.heads[depth]
-        logits_MK = F.linear(x_ME, head.weight, head.bias).float()
+        logits_MK = linear(x_ME, head.weight, head.bias, head.fp8).float()
         if self.tp is not None:
             rows = logits_MK.shape[1]
             real = self.codebook_sizes[depth] - self.tp.rank() * rows

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_asvr.checkpoint.reader import read_run
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import override
-from megatron_asvr.config.schema import Config, ParallelConfig
+from megatron_asvr.config.schema import Config, ParallelConfig, PrecisionConfig
 from megatron_asvr.data.conversation import Turn, prompt_ids
 from megatron_asvr.data.pixels import BLANK_KEY, PixelStore
 from megatron_asvr.data.sample import SampleBuilder
@@ -43,8 +43,8 @@ def inference_config(run: str, overrides: Iterable[str] = ()) -> Config:
         CheckpointError: there is no complete checkpoint.
         ConfigError: an override is wrong, or cannot work.
     """
-    config = _only_matrices_split(read_run(run)[0])
-    config = _only_matrices_split(check(override(config, overrides)))
+    config = _plain(read_run(run)[0])
+    config = _plain(check(override(config, overrides)))
     return dataclasses.replace(
         config,
         loss=dataclasses.replace(config.loss, mode="exact", visual_weight=0.0),
@@ -52,9 +52,16 @@ def inference_config(run: str, overrides: Iterable[str] = ()) -> Config:
     )
 
 
-def _only_matrices_split(config: Config) -> Config:
-    """The same without stages, parts of sequences or shared experts: answers are short."""
-    return dataclasses.replace(config, parallel=ParallelConfig(tp=config.parallel.tp))
+def _plain(config: Config) -> Config:
+    """The same without stages, parts of sequences or shared experts, and without 8 bits.
+
+    Answers are short; and the scales of a run belong to its training.
+    """
+    return dataclasses.replace(
+        config,
+        parallel=ParallelConfig(tp=config.parallel.tp),
+        precision=PrecisionConfig(backend=config.precision.backend),
+    )
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

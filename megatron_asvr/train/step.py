@@ -275,8 +275,14 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    with balancing(chunks, batches, loss, groups=groups):
+    emulators = [x for chunk in chunks if (x := chunk.module.emulator) is not None]
+    with contextlib.ExitStack() as stack:
+        for emulator in emulators:
+            stack.enter_context(emulator.recording())
+        stack.enter_context(balancing(chunks, batches, loss, groups=groups))
         parts = backward(chunks, batches, loss)
+    for emulator in emulators:
+        emulator.update()
     totals, value = sum_parts(parts, depth=chunks[0].module.num_depths, groups=groups)
     if not (math.isfinite(value) and bool(totals.isfinite().all())):
         raise AsvrError(_blame(parts, batches, step, groups))

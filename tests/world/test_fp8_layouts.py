@@ -1,0 +1,77 @@
+"""Products in 8 bits in several layouts: near one process, and with the same delayed scales."""
+
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.parallel.collectives import gather_objects
+from megatron_asvr.parallel.groups import initialize
+from megatron_asvr.parallel.plan import make_plan
+from tests.fp8_cases import RECIPES, run_of
+from tests.run_cases import CODEBOOK_SIZES, Bench
+
+pytestmark = pytest.mark.world
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"parallel__tp": 2},
+    "tp2_sp": {"parallel__tp": 2, "parallel__sp": True},
+    "pp2": {"parallel__pp": 2},
+    "cp2": {"parallel__cp": 2},
+    "dp2": {},
+}
+WITHIN = 5e-3
+
+
+def layout_run(recipes: tuple[str, ...], degrees: dict[str, Any]) -> dict[str, Any]:
+    """Losses of two steps by recipe, and every rank's delayed state after the first."""
+    groups, found = None, {}
+    for recipe in recipes:
+        run = run_of(recipe, **degrees)
+        if groups is None:
+            plan = make_plan(run, dist.get_world_size(), CODEBOOK_SIZES)
+            groups = initialize(plan)
+        bench = Bench(run, groups)
+        losses = [bench.step(0).loss]
+        if recipe == "delayed":
+            mine = {key: x.clone() for key, x, _ in bench.model.emulator.state()}
+            found["state"] = gather_objects(mine, group=groups.world)
+        found[recipe] = [*losses, bench.step(1).loss]
+    return found
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, Any]:
+    return run_ranks(layout_run, (RECIPES, {}), 1)
+
+
+@pytest.fixture(scope="module")
+def split() -> dict[str, Any]:
+    return run_ranks(layout_run, (RECIPES, LAYOUTS["tp2"]), 2)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_are_near_those_of_one_process_and_scales_are_shared(
+    layout: str, single: dict[str, Any], split: dict[str, Any]
+) -> None:
+    recipes = RECIPES if LAYOUTS[layout].get("parallel__tp") else ("delayed", "block")
+    got = split if layout == "tp2" else run_ranks(layout_run, (recipes, LAYOUTS[layout]), 2)
+    for recipe in recipes:
+        assert got[recipe] == pytest.approx(single[recipe], rel=WITHIN), recipe
+        if layout == "tp2_sp":  # what is gathered has the largest value of the whole
+            assert got[recipe] == pytest.approx(split[recipe], rel=1e-5), recipe
+    wanted, states = single["state"][0], got["state"]
+    known = {key for state in states for key in state}
+    assert known == set(wanted)
+    for state in states:
+        for key, x in state.items():
+            # The second role is the weight, whose largest value is that of all shards, exactly.
+            assert torch.equal(x[..., 1], wanted[key][..., 1]), key
+            if layout == "dp2":  # and micro-batches are the same, whoever has them
+                assert torch.equal(x, wanted[key]), key
+    if layout != "pp2":
+        assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
