@@ -113,7 +113,7 @@ def make_run(imported: Path, run: Path) -> None:
         identity={},
         layout={},
         trained={name: list(x.shape) for name, x in trained.items()},
-        frozen={ENCODER: write_frozen(folder.frozen, ENCODER, frozen, frozen.items())},
+        frozen={ENCODER: write_frozen(folder, ENCODER, frozen, frozen.items(), attempt=0)},
         files=save(trained, step),
     )
     write_meta(step, meta)

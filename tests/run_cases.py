@@ -281,7 +281,7 @@ def save(
         identity=IDENTITY,
         layout=layout(bench.groups),
         trained=trained_shapes(bench.chunks, groups=bench.groups),
-        frozen=save_frozen(run_folder, bench.chunks, groups=bench.groups),
+        frozen=save_frozen(run_folder, bench.chunks, groups=bench.groups, attempt=attempt),
     )
     parts = (run_folder, bench.chunks, bench.optimizer, meta)
     failure = Save(*parts, groups=bench.groups, attempt=attempt).publish()

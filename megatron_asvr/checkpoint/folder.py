@@ -2,6 +2,7 @@
 
     config.yaml          the resolved configuration of the last start
     metrics.jsonl        one line per logged step or evaluation
+    wandb_id             of the run for wandb, if it is used
     bad_samples.jsonl    split, source, id, image and reason of every sample that cannot be used
     checkpoints/step_N/  complete checkpoints: the trained weights, optimizer and resume state
     frozen/              weights that are not trained, written once, named by their content
@@ -10,10 +11,11 @@
 A checkpoint appears under its final name by one rename, when all of it is on disk, so a folder
 ``step_N`` is complete by construction; anything unfinished carries another name.
 
-Starts are numbered, and only the newest may publish a checkpoint. A start first takes its number,
-then moves away what earlier starts left unfinished, then looks for the newest checkpoint; a writer
-first looks whether a newer number was taken, then renames. So an old writer either publishes before
-the new start looks, or finds that its folder is gone.
+Starts are numbered, and only the newest may publish anything. A start first takes its number, then
+moves away what earlier starts left unfinished, then looks for the newest checkpoint; a writer uses
+a name with its number, looks whether a newer number was taken, then renames. So an old writer
+either publishes before the new start looks, or finds that what it wrote is gone. Lines of metrics
+go to the file that the start itself gave its name: an older one adds to a file that nobody sees.
 """
 
 import contextlib
@@ -194,10 +196,44 @@ class RunFolder:
                 "go on; it stops here. Give a second run a run.dir of its own"
             )
 
+    def unfinished(self, path: Path, attempt: int) -> Path:
+        """Where attempt ``attempt`` writes the file ``path`` before it is complete."""
+        return path.with_name(f"{_PARTIAL}_{path.name}_attempt_{attempt}")
+
+    def give_name(self, unfinished: Path, path: Path, attempt: int) -> None:
+        """Publish what attempt ``attempt`` has written.
+
+        Raises:
+            CheckpointError: another start has begun since.
+            OSError: the system refuses it.
+        """
+        self.require_newest(attempt)
+        try:
+            unfinished.rename(path)
+        except FileNotFoundError:
+            self.require_newest(attempt)  # whose start removed it
+            raise
+        fsync(path.parent)
+
+    @contextlib.contextmanager
+    def written(self, path: Path, attempt: int) -> Iterator[Path]:
+        """Around the writing of one file: where to write it; afterwards it has its name.
+
+        Raises:
+            CheckpointError: another start has begun since.
+        """
+        unfinished = self.unfinished(path, attempt)
+        yield unfinished
+        fsync(unfinished)
+        self.give_name(unfinished, path, attempt)
+
     def remove_partial(self) -> None:
-        """Delete what interrupted saves left behind."""
+        """Delete what interrupted starts left behind."""
         for path in self.checkpoints.glob(f"{_PARTIAL}_*"):
             self.delete(path)
+        for folder in (self.root, self.frozen):
+            for path in folder.glob(f"{_PARTIAL}_*"):
+                path.unlink(missing_ok=True)
 
     def doomed(self, keep: int, keep_every: int, *, protect: Collection[int] = ()) -> list[int]:
         """Steps of the complete checkpoints that a policy lets go, ascending.

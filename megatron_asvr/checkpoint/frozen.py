@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.folder import fsync
+from megatron_asvr.checkpoint.folder import RunFolder, fsync
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.parallel.stored import Stored, open_safetensors
 
@@ -25,21 +25,28 @@ _ENTRY_BYTES = 160  # a header entry without its name: dtype, up to 5 sizes, two
 
 
 def write_frozen(
-    folder: Path, part: str, names: Iterable[str], tensors: Iterable[tuple[str, Tensor]]
+    run: RunFolder,
+    part: str,
+    names: Iterable[str],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    attempt: int,
 ) -> str:
     """Name of the file that holds one part's frozen weights, after writing it.
 
     Args:
-        folder: the run's ``frozen`` folder.
+        run: the run's folder.
         part: e.g. ``vision_encoder``, the first part of the file's name.
         names: the canonical names that ``tensors`` will bring (to reserve the header).
         tensors: canonical name and full tensor on the CPU, one at a time.
+        attempt: number of this start.
 
     Raises:
-        CheckpointError: a tensor's type cannot be written or a name was not announced.
+        CheckpointError: a tensor's type cannot be written, a name was not announced, or a newer
+            start of the same run is at work.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{part}.partial"
+    run.frozen.mkdir(parents=True, exist_ok=True)
+    partial = run.unfinished(run.frozen / part, attempt)
     room = -(-sum(len(name) + _ENTRY_BYTES for name in names) // 8 + 8) * 8 + 8
     header: dict[str, dict[str, object]] = {}
     content = hashlib.sha256()
@@ -60,9 +67,8 @@ def write_frozen(
         stream.seek(0)
         stream.write(struct.pack("<Q", room) + text.ljust(room))
     fsync(partial)
-    path = folder / f"{part}-{content.hexdigest()[:16]}.safetensors"
-    partial.rename(path)
-    fsync(folder)
+    path = run.frozen / f"{part}-{content.hexdigest()[:16]}.safetensors"
+    run.give_name(partial, path, attempt)
     return path.name
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_frozen(
-    folder: RunFolder, chunks: Sequence[nn.Module], *, groups: Groups
+    folder: RunFolder, chunks: Sequence[nn.Module], *, groups: Groups, attempt: int
 ) -> dict[str, str]:
     """File in ``frozen/`` of every part that has weights which are not trained.
 
@@ -41,9 +41,10 @@ def save_frozen(
         folder: the run's folder.
         chunks: the bare model of this rank (no wrappers), its parts as children.
         groups: process groups of the layout.
+        attempt: number of this start.
 
     Raises:
-        CheckpointError: a tensor or a file cannot be written.
+        CheckpointError: a tensor or a file cannot be written, or a newer start is at work.
     """
     files: dict[str, str] = {}
     for part in PARTS:
@@ -55,7 +56,7 @@ def save_frozen(
         tensors = full_state(chunks, groups=groups, only=frozen)
         if names and groups.rank == 0:
             with folder.being_written():
-                files[part] = write_frozen(folder.frozen, part, names, tensors)
+                files[part] = write_frozen(folder, part, names, tensors, attempt=attempt)
         else:
             for _ in tensors:  # the gathers behind the iterator need every rank
                 pass
@@ -186,9 +187,7 @@ class Save:
         final = self._folder.step(self.step)
         if final.exists():  # incomplete by hand: a complete one would have been continued from
             self._folder.delete(final)
-        self._folder.require_newest(self._attempt)
-        self._path.rename(final)
-        fsync(self._folder.checkpoints)
+        self._folder.give_name(self._path, final, self._attempt)
         logger.info("saved %s in %.1f s", final, time.perf_counter() - self._started)
 
 

@@ -70,7 +70,11 @@ def train(config: Config) -> dict[str, Any]:
         with (
             StopRequest() as stop,
             MetricsLog(
-                run.folder, config, done_steps=run.done.step, active=groups.rank == 0
+                run.folder,
+                config,
+                done_steps=run.done.step,
+                attempt=run.attempt,
+                active=groups.rank == 0,
             ) as log,
             Watchdog(
                 config.train.watchdog, run.folder.attempt(run.attempt), groups=groups

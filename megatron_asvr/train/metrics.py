@@ -2,6 +2,7 @@
 
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_asvr.checkpoint.folder import RunFolder, write_durably
+from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConfigError
@@ -133,17 +134,31 @@ class MetricsLog:
         folder: the run's folder.
         config: the run's configuration.
         done_steps: steps of the checkpoint the run continues from: later lines are dropped first.
+        attempt: number of this start.
         active: true on rank 0 only; the others write nothing.
+
+    Raises:
+        CheckpointError: the file cannot be written, or a newer start of the same run is at work.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, *, done_steps: int, active: bool) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Config,
+        *,
+        done_steps: int,
+        attempt: int,
+        active: bool,
+    ) -> None:
         self._file = None
         self._wandb: Any = None
         if active:
-            with folder.being_written():
-                keep_lines(folder.metrics, done_steps)
-                self._file = folder.metrics.open("a", encoding="utf-8")
-            self._wandb = _start_wandb(folder, config)
+            # An older start that still lives has the old file, which has no name any more.
+            with folder.being_written(), folder.written(folder.metrics, attempt) as path:
+                self._file = path.open("w", encoding="utf-8")
+                self._file.writelines(kept_lines(folder.metrics, done_steps))
+                self._file.flush()
+            self._wandb = _start_wandb(folder, config, attempt)
 
     def write(self, step: int, kind: str, values: Mapping[str, float | str | None]) -> None:
         """Add one line.
@@ -182,11 +197,11 @@ class MetricsLog:
             wandb.teardown()  # without it the offline file may stay incomplete
 
 
-def keep_lines(path: Path, done_steps: int) -> None:
-    """Drop the lines of steps after ``done_steps``, and a last line that was cut off."""
+def kept_lines(path: Path, done_steps: int) -> list[str]:
+    """The lines of steps up to ``done_steps``, without a last one that was cut off."""
+    kept: list[str] = []
     if not path.exists():
-        return
-    kept = []
+        return kept
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             step = json.loads(line)["step"]
@@ -194,7 +209,7 @@ def keep_lines(path: Path, done_steps: int) -> None:
             continue
         if step <= done_steps and line.endswith("\n"):
             kept.append(line)
-    write_durably(path, "".join(kept).encode())
+    return kept
 
 
 def last_values(path: Path, kind: str) -> dict[str, Any]:
@@ -208,7 +223,7 @@ def last_values(path: Path, kind: str) -> dict[str, Any]:
     return found
 
 
-def _start_wandb(folder: RunFolder, config: Config) -> Any:
+def _start_wandb(folder: RunFolder, config: Config, attempt: int) -> Any:
     if config.run.wandb == "disabled":
         return None
     try:
@@ -218,6 +233,10 @@ def _start_wandb(folder: RunFolder, config: Config) -> Any:
             f"run.wandb={config.run.wandb!r} needs the package wandb; install it (pip install "
             "wandb) or set run.wandb=disabled"
         ) from None
+    number = folder.root / "wandb_id"  # one run for wandb, however often it is started
+    if not number.exists():
+        with folder.being_written(), folder.written(number, attempt) as path:
+            path.write_text(secrets.token_hex(4), encoding="utf-8")
     settings = wandb.Settings(
         silent=True,
         console="off",  # the rank logs have it
@@ -231,6 +250,8 @@ def _start_wandb(folder: RunFolder, config: Config) -> Any:
         name=folder.root.name,
         dir=folder.root,
         mode=config.run.wandb,
+        id=number.read_text(encoding="utf-8"),
+        resume="allow",
         config=to_dict(config),
         settings=settings,
     )

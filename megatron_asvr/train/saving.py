@@ -87,7 +87,7 @@ class Saver:
         is_first = self._run.groups.rank == 0
         if failure is None:
             self._in_a_row, self._retry_step = 0, None
-            if is_first:
+            if is_first and not self._run.is_superseded:
                 prune(
                     self._run.folder,
                     self._settings.keep_checkpoints,

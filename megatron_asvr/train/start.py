@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_asvr.checkpoint.folder import RunFolder, write_durably
+from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.identity import identity
 from megatron_asvr.checkpoint.load import (
     Resume,
@@ -118,20 +118,20 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
     folder = RunFolder(config.run.dir)
     on_first(partial(require_same_run, folder, facts), group=groups.world)
     attempt = on_first(partial(_claim, folder), group=groups.world)
-    on_first(partial(_write_bad_samples, folder, data), group=groups.world)
+    on_first(partial(_write_bad_samples, folder, data, attempt), group=groups.world)
     resume = _resume(folder, attempt, facts, groups)
     checkpoint = resume.meta
 
     chunks = build_chunks(config, groups=groups, tokenizer=data.tokenizer)
     if checkpoint is None:
         origins = load_sources(chunks, config, facts=facts, groups=groups)
-        frozen = save_frozen(folder, chunks, groups=groups)
+        frozen = save_frozen(folder, chunks, groups=groups, attempt=attempt)
     else:
         origins = {"all parts": str(folder.step(checkpoint.resume.step))}
         frozen = checkpoint.frozen
         if damaged := damaged_frozen(folder, checkpoint, group=groups.world):
             load_sources(chunks, config, facts=facts, groups=groups)
-            _write_frozen_again(folder, damaged, checkpoint, chunks, groups)
+            _write_frozen_again(folder, damaged, checkpoint, chunks, groups, attempt)
         load_frozen(folder, checkpoint, chunks, groups=groups)
     # Takes a while: after all that can be refused.
     fill_codes(data, groups=groups, encode=config.data.encode_missing)
@@ -162,13 +162,34 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         total_steps=total_steps,
     )
     if groups.rank == 0:
-        with folder.being_written():
-            save_config(config, folder.config)
+        with folder.being_written(), folder.written(folder.config, attempt) as path:
+            save_config(config, path)
     _announce(run, origins)
+    if checkpoint is not None and groups.rank == 0:
+        _announce_layout(config, checkpoint.layout, layout(groups))
     return run
 
 
-def _write_bad_samples(folder: RunFolder, data: Data) -> None:
+def _announce_layout(config: Config, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Log what is different when a run goes on with another layout, and what is not."""
+    changes = [
+        f"{name} {now[name]} instead of {before.get(name)}"
+        for name in now
+        if now[name] != before.get(name)
+    ]
+    if changes:
+        t = config.train
+        logger.info(
+            "it goes on with another layout: %s. The global batch (%d samples, micro-batches of %d "
+            "on each of %d replicas) and the order of samples are the same",
+            ", ".join(changes),
+            t.global_batch,
+            t.micro_batch,
+            now["dp"],
+        )
+
+
+def _write_bad_samples(folder: RunFolder, data: Data, attempt: int) -> None:
     """Name every sample that cannot be used in the run's folder."""
     with folder.being_written():
         lines = [
@@ -176,7 +197,8 @@ def _write_bad_samples(folder: RunFolder, data: Data) -> None:
             for split, loader in data.splits.items()
             for bad in loader.bad_samples
         ]
-        write_durably(folder.bad_samples, "".join(lines).encode())
+        with folder.written(folder.bad_samples, attempt) as path:
+            path.write_text("".join(lines), encoding="utf-8")
 
 
 def _claim(folder: RunFolder) -> int:
@@ -196,7 +218,9 @@ def _resume(folder: RunFolder, attempt: int, facts: Mapping[str, Any], groups: G
             logger.warning("the checkpoint of step %d is not used: %s", step, reason)
             folder.set_aside(step, attempt)
         step = resume.meta.resume.step if resume.meta is not None else None
-        folder.note_resume(attempt, {"step": step, "skipped": resume.skipped})
+        now, before = layout(groups), resume.meta.layout if resume.meta is not None else None
+        facts = {"step": step, "skipped": resume.skipped, "layout": now, "layout_before": before}
+        folder.note_resume(attempt, facts)
     return resume
 
 
@@ -206,13 +230,14 @@ def _write_frozen_again(
     checkpoint: Meta,
     chunks: Sequence[AsvrModel],
     groups: Groups,
+    attempt: int,
 ) -> None:
     """Make damaged files of weights that are not trained again, from where they came from.
 
     Raises:
         CheckpointError: the sources give other weights now.
     """
-    if save_frozen(folder, chunks, groups=groups) != checkpoint.frozen:
+    if save_frozen(folder, chunks, groups=groups, attempt=attempt) != checkpoint.frozen:
         raise CheckpointError(
             f"{folder.frozen / damaged[0]} is damaged, and the sources of weights (init) no longer "
             "give what it held; restore the file from a copy"

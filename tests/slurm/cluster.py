@@ -23,6 +23,7 @@ PREFIX = "asvrnode"
 HOSTS = Path("/etc/hosts")
 MARK = f"# asvr test cluster of process {os.getpid()}"
 DAEMON_PORTS = range(21000, 26000)
+LIMIT_S = 120.0
 JOB_IDS = 6000  # and up: ports of jobs (20000 + id) beyond those of daemons
 
 CONF = """
@@ -87,6 +88,7 @@ class Cluster:
         self.folder = folder
         self.conf = folder / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._namespaces: dict[str, set[Path]] = {}
 
     @property
     def nodes(self) -> list[str]:
@@ -105,6 +107,8 @@ class Cluster:
         if "slurmctld" in self._daemons:
             with contextlib.suppress(subprocess.SubprocessError):
                 self.run("scancel", "--user=root", "--full", check=False)
+        for node in self.nodes:
+            self._kill(node)
         for name in reversed(list(self._daemons)):
             self._end(name)
         _hosts(lambda lines: [line for line in lines if MARK not in line])
@@ -123,16 +127,29 @@ class Cluster:
 
     def power_off(self, node: str) -> None:
         """End everything that runs on a node, at once."""
-        for pid in self._members(node):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._daemons.pop(node).wait()
+        self._kill(node)
+        if node in self._daemons:
+            self._daemons.pop(node).wait()
 
     def kill_daemon(self, node: str) -> None:
         """End the node's slurmd alone; steps that it started live on."""
+        self._members(node)  # whose namespace is known from the daemon
         daemon = self._daemons.pop(node)
         daemon.kill()
         daemon.wait()
+
+    def restore(self) -> None:
+        """End all jobs; bring all nodes back, empty."""
+        self.run("scancel", "--user=root", "--full", check=False)
+        for node in self.nodes:
+            if node not in self._daemons:
+                self.power_off(node)  # what lives on without a daemon
+                self.power_on(node)
+        deadline = time.monotonic() + LIMIT_S
+        while set(self.run("sinfo", "-hN", "-p", "batch", "-o%T").split()) != {"idle"}:
+            assert time.monotonic() < deadline, self.run("sinfo", "-N", "-l")
+            self.run("scontrol", "update", "NodeName=ALL", "State=RESUME", check=False)
+            time.sleep(0.5)
 
     def power_on(self, node: str) -> None:
         """Start a node."""
@@ -189,7 +206,6 @@ class Cluster:
             )
 
     def _end(self, name: str) -> None:
-        members = self._members(name) if name.startswith(PREFIX) else []
         daemon = self._daemons.pop(name)
         daemon.terminate()
         try:
@@ -197,23 +213,27 @@ class Cluster:
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
-        for pid in members:
+
+    def _kill(self, node: str) -> None:
+        for pid in self._members(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def _members(self, node: str) -> list[int]:
-        """Processes on a node, which are those with its host name."""
-        own = Path(f"/proc/{self._daemons[node].pid}/ns/uts").readlink()
-        assert own != Path("/proc/self/ns/uts").readlink()
+        """Processes on a node, which are those with its host name, also without its daemon."""
+        known = self._namespaces.setdefault(node, set())
+        if node in self._daemons:
+            known.add(Path(f"/proc/{self._daemons[node].pid}/ns/uts").readlink())
+        known.discard(Path("/proc/self/ns/uts").readlink())  # of a daemon that is just starting
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                if (process / "ns/uts").readlink() == own:
+                if (process / "ns/uts").readlink() in known:
                     found.append(int(process.name))
         return found
 
-    def _until(self, condition: Callable[[], bool], limit_s: float = 120.0) -> None:
-        deadline = time.monotonic() + limit_s
+    def _until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + LIMIT_S
         while not condition():
             dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
             assert not dead, f"{dead} ended; logs are in {self.folder}"

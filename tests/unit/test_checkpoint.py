@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,15 @@ def test_read_run_gives_every_weight_without_a_model(tmp_path: Path) -> None:
 
 def test_a_frozen_file_is_ordinary_safetensors_named_by_its_content(tmp_path: Path) -> None:
     state = {"p.a": torch.randn(3, 4), "p.b": torch.randn(5).bfloat16(), "p.c": torch.tensor(2.0)}
-    name = write_frozen(tmp_path, "p", state, state.items())
-    assert write_frozen(tmp_path, "p", state, state.items()) == name
+    run = folder(tmp_path)
+    name = write_frozen(run, "p", state, state.items(), attempt=0)
+    assert write_frozen(run, "p", state, state.items(), attempt=0) == name
     other = {**state, "p.c": torch.tensor(3.0)}
-    assert write_frozen(tmp_path, "p", other, other.items()) != name
-    loaded = load_file(tmp_path / name)
+    assert write_frozen(run, "p", other, other.items(), attempt=0) != name
+    loaded = load_file(run.frozen / name)
     assert {n: x.tolist() for n, x in loaded.items()} == {n: x.tolist() for n, x in state.items()}
-    assert torch.equal(open_frozen(tmp_path / name)["p.b"].read(), state["p.b"])
-    assert list(tmp_path.glob(".*")) == []
+    assert torch.equal(open_frozen(run.frozen / name)["p.b"].read(), state["p.b"])
+    assert list(run.frozen.glob(".*")) == []
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path: Path) -> None:
@@ -323,6 +325,52 @@ def test_attempts_are_counted_and_the_newest_is_known(tmp_path: Path) -> None:
     assert run_folder.claim_attempt() == 2  # made by a launcher for the start that claims it
     assert run_folder.claim_attempt() == 3
     assert RunFolder(tmp_path / "other").claim_attempt() == 0
+
+
+def test_what_an_older_start_writes_gets_no_name(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    with run.written(run.config, 0) as path:
+        path.write_text("old")
+    state = {"p.a": torch.zeros(2)}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        assert run.claim_attempt() == 1  # in the middle of the older start's writing
+        yield from state.items()
+
+    with pytest.raises(CheckpointError, match=r"attempt 1 of .* has started since"):
+        write_frozen(run, "p", state, tensors(), attempt=0)
+    run.remove_partial()
+    assert list(run.frozen.iterdir()) == []
+    run.unfinished(run.config, 0).write_text("old too")
+    with pytest.raises(CheckpointError, match=r"attempt 1 of .* has started since"):
+        run.give_name(run.unfinished(run.config, 0), run.config, 0)
+    with run.written(run.config, 1) as path:
+        path.write_text("new")
+    run.remove_partial()
+    assert run.config.read_text() == "new"
+    assert list(run.root.glob(".*")) == []
+
+
+def test_what_a_newer_start_removed_is_not_published(tmp_path: Path) -> None:
+    """The newer one began between the older one's look and its rename."""
+    run = folder(tmp_path)
+    unfinished = run.unfinished(run.config, 0)
+    unfinished.write_text("old")
+    look = RunFolder.require_newest
+    looks: list[int] = []
+
+    def looked(self: RunFolder, attempt: int) -> None:
+        look(self, attempt)
+        if not looks:
+            looks.append(self.claim_attempt())
+            self.remove_partial()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "require_newest", looked)
+        with pytest.raises(CheckpointError, match=r"attempt 1 of .* has started since"):
+            run.give_name(unfinished, run.config, 0)
+    assert looks == [1]
+    assert not run.config.exists()
 
 
 def test_weights_of_8_bits_are_read_from_their_masters_or_not_at_all(tmp_path: Path) -> None:

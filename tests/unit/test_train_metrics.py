@@ -7,6 +7,8 @@ import math
 import os
 import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +20,22 @@ import torch
 
 from megatron_asvr import log
 from megatron_asvr.checkpoint.folder import RunFolder
+<<<<<<< HEAD
 from megatron_asvr.log import Progress, clock
+=======
+from megatron_asvr.errors import CheckpointError
+from megatron_asvr.train import metrics
+>>>>>>> 924bda0 (No file of a run is published by an older start; one run for wandb; a continuation tells its layout; jobs that are stopped and killed end with the same weights)
 from megatron_asvr.train.loop import due
 from megatron_asvr.train.metrics import (
     MetricsLog,
     Window,
+<<<<<<< HEAD
     keep_lines,
+=======
+    clock,
+    kept_lines,
+>>>>>>> 924bda0 (No file of a run is published by an older start; one run for wandb; a continuation tells its layout; jobs that are stopped and killed end with the same weights)
     last_values,
     progress_line,
 )
@@ -86,12 +98,11 @@ def test_lines_after_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) -
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "kind": "train", "loss": step / 3}) for step in (2, 4, 6)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "ki')
-    keep_lines(path, 4)
+    path.write_text("".join(kept_lines(path, 4)))
     assert path.read_text() == "\n".join(lines[:2]) + "\n"
     assert last_values(path, "train")["step"] == 4
     assert last_values(path, "eval") == {}
-    keep_lines(path, 0)
-    assert path.read_text() == ""
+    assert kept_lines(path, 0) == []
 
 
 def wandb_history(path: Path) -> Iterator[dict[str, float]]:
@@ -119,7 +130,7 @@ def wandb_history(path: Path) -> Iterator[dict[str, float]]:
 def test_wandb_writes_a_complete_offline_file(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     run = config(run__wandb="offline", run__dir=str(tmp_path))
-    with MetricsLog(folder, run, done_steps=0, active=True) as log:
+    with MetricsLog(folder, run, done_steps=0, attempt=0, active=True) as log:
         for step in (1, 2, 3):
             log.write(step, "train", {"loss": 1 / step})
         log.write(3, "eval", {"loss": 0.5})
@@ -129,8 +140,44 @@ def test_wandb_writes_a_complete_offline_file(tmp_path: Path) -> None:
     assert rows[-1]["eval/loss"] == 0.5
 
 
+def test_all_starts_of_a_run_are_one_run_for_wandb(tmp_path: Path) -> None:
+    folder, run = RunFolder(tmp_path), config(run__wandb="offline", run__dir=str(tmp_path))
+    for attempt, step in enumerate((2, 4)):  # the second goes on from step 2
+        with MetricsLog(folder, run, done_steps=step - 2, attempt=attempt, active=True) as log:
+            log.write(step, "train", {"loss": 1 / step})
+    number = (tmp_path / "wandb_id").read_text()
+    paths = sorted(tmp_path.glob(f"wandb/offline-run-*-{number}*/run-{number}.wandb"))
+    assert [[row["_step"] for row in wandb_history(path)] for path in paths] == [[2], [4]]
+    # What docs/slurm.md says, without an account; the files of one run are sent one after another.
+    words = [sys.executable, "-m", "wandb", "sync", "--dry-run", *(str(p.parent) for p in paths)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert all(path.parent.name in said.stdout + said.stderr for path in paths)
+
+
+def test_lines_of_an_older_start_reach_no_file_of_the_run(tmp_path: Path) -> None:
+    """Its process may still live, on a node that Slurm has given up."""
+    folder, run = RunFolder(tmp_path), config(run__dir=str(tmp_path))
+
+    def start(attempt: int) -> MetricsLog:
+        return MetricsLog(folder, run, done_steps=9, attempt=attempt, active=True)
+
+    assert folder.claim_attempt() == 0
+    with start(0) as old:
+        old.write(1, "train", {"loss": 1.0})
+        assert folder.claim_attempt() == 1
+        with start(1) as new:
+            old.write(2, "train", {"loss": 2.0})
+            new.write(2, "train", {"loss": 3.0})
+            with pytest.raises(CheckpointError, match=r"attempt 1 of .* has started since"):
+                start(0)  # it was slower than the new one
+            new.write(3, "train", {"loss": 4.0})
+            old.write(3, "train", {"loss": 5.0})
+    lines = [json.loads(line) for line in folder.metrics.open()]
+    assert [line["loss"] for line in lines] == [1.0, 3.0, 4.0]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with MetricsLog(RunFolder(tmp_path), config(), done_steps=0, active=False) as log:
+    with MetricsLog(RunFolder(tmp_path), config(), done_steps=0, attempt=0, active=False) as log:
         log.write(1, "train", {"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
