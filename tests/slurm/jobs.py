@@ -27,7 +27,8 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 def write_config(files: Path, run: Path, **changes: Any) -> str:
     path = run.parent / f"{run.name}.yaml"
-    settings = {"parallel__tp": 2, "train__steps": STEPS, **changes}
+    settings = {"parallel__tp": 2, "train__steps": STEPS, "train__watchdog__hang_s": 0.0}
+    settings |= changes
     save_config(run_config(files, run, **settings), path)
     return str(path)
 

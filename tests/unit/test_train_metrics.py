@@ -20,22 +20,13 @@ import torch
 
 from megatron_asvr import log
 from megatron_asvr.checkpoint.folder import RunFolder
-<<<<<<< HEAD
-from megatron_asvr.log import Progress, clock
-=======
 from megatron_asvr.errors import CheckpointError
-from megatron_asvr.train import metrics
->>>>>>> 924bda0 (No file of a run is published by an older start; one run for wandb; a continuation tells its layout; jobs that are stopped and killed end with the same weights)
+from megatron_asvr.log import Progress, clock
 from megatron_asvr.train.loop import due
 from megatron_asvr.train.metrics import (
     MetricsLog,
     Window,
-<<<<<<< HEAD
-    keep_lines,
-=======
-    clock,
     kept_lines,
->>>>>>> 924bda0 (No file of a run is published by an older start; one run for wandb; a continuation tells its layout; jobs that are stopped and killed end with the same weights)
     last_values,
     progress_line,
 )
