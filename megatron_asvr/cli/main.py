@@ -12,6 +12,7 @@ from megatron_asvr.cli import (
     convert,
     data,
     evaluate,
+    preflight,
     slurm,
     tokenizer,
     train,
@@ -20,7 +21,9 @@ from megatron_asvr.cli.train import STOPPED
 from megatron_asvr.errors import AsvrError, LaunchError
 from megatron_asvr.launch import outcome
 
-COMMANDS = (data, train, certify, tokenizer, evaluate, chat, checkpoint, convert, slurm)
+COMMANDS = (
+    *(data, train, certify, tokenizer, evaluate, chat, checkpoint, convert, preflight, slurm),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
