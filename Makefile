@@ -6,6 +6,7 @@ WORKERS ?= 2
 VENV := .venv
 MCORE19 := .venv-mcore19
 EVAL := .venv-eval
+TE_SOURCES := .venv-te-sources
 BIN := $(VENV)/bin
 
 # One thread per process: unit tests run beside one another, world tests start several ranks.
@@ -14,8 +15,8 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
-	test-mcore19 test-eval test-slurm test-slurm-short test-torture test-dirt bench bench-short \
-	bench-convert bench-convert-short verify-smollm2 check format docs clean
+	test-mcore19 test-eval test-slurm test-slurm-short test-apis test-torture test-dirt bench \
+	bench-short bench-convert bench-convert-short verify-smollm2 check format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -47,6 +48,14 @@ $(EVAL)/.installed: setup.py $(VENV)/.installed
 		print(*[x.split(";")[0] for x in requires("megatron_asvr") if "extra == \"eval\"" in x])')
 	touch $@
 
+# Transformer Engine's Python files alone, at setup.py's version: read by tests, never on a path.
+$(TE_SOURCES)/.installed: setup.py $(VENV)/.installed
+	rm -rf $(TE_SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TE_SOURCES) $$($(BIN)/python -c 'from \
+		importlib.metadata import requires; \
+		print(*[x.split(";")[0] for x in requires("megatron_asvr") if "extra == \"gpu\"" in x])')
+	touch $@
+
 setup-eval: $(EVAL)/.installed  ## install lmms-eval beside .venv, for `asvr eval --suite`
 
 quickstart: setup  ## train, evaluate, export and verify a small model on two CPU cores
@@ -56,7 +65,7 @@ quickstart-short: setup  ## the same in its short form, to see that everything w
 	$(BIN)/python -m examples.quickstart.run --short
 
 # The multi-rank tests run on both megatron-cores.
-test: test-unit test-world test-mcore19 test-slurm-short test-eval  ## run all tests
+test: test-unit test-world test-mcore19 test-slurm-short test-eval test-apis  ## run all tests
 
 test-unit: setup  ## run the tests of one process
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not world and not slurm"
@@ -75,6 +84,9 @@ test-slurm-short: setup  ## run the short tests of jobs, on a Slurm cluster star
 
 test-slurm: setup  ## run all tests of jobs: preempted, killed, hung, on nodes that are switched off
 	$(BIN)/python -m pytest -m slurm
+
+test-apis: $(MCORE19)/.installed $(TE_SOURCES)/.installed  ## what we take from pinned packages is there
+	ASVR_REQUIRE=apis $(BIN)/python -m pytest -m apis tests/unit/test_apis.py
 
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture

@@ -2,11 +2,16 @@
 
 import importlib.util
 import os
+import pathlib
 import shutil
 
 from megatron_asvr.platforms import select
 
 import pytest
+
+# Sources that tests only read: of the other megatron-core, of the Transformer Engine of setup.py.
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MCORE19, TE_SOURCES = ROOT / ".venv-mcore19", ROOT / ".venv-te-sources"
 
 
 def _missing(need: str) -> str | None:
@@ -18,13 +23,15 @@ def _missing(need: str) -> str | None:
             return f"needs Slurm and shellcheck: no {program} on PATH"
     if need == "eval" and importlib.util.find_spec("lmms_eval") is None:
         return "needs lmms-eval: run by `make test-eval`"
+    if need == "apis" and not (MCORE19.is_dir() and TE_SOURCES.is_dir()):
+        return "needs the sources of the pinned versions: run by `make test-apis`"
     return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here, or fail where the environment says that it must."""
     required = {need.strip() for need in os.environ.get("ASVR_REQUIRE", "").split(",")}
-    for need in ("gpu", "slurm", "eval"):
+    for need in ("gpu", "slurm", "eval", "apis"):
         reason = _missing(need) if item.get_closest_marker(need) else None
         if reason and need in required:
             pytest.fail(f"{reason}, but ASVR_REQUIRE names {need}", pytrace=False)

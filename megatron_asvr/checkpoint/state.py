@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
     is_main_replica,
 )
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_asvr.checkpoint.index import OPTIMIZER, Shape
@@ -170,7 +170,7 @@ def _in_row(size: Shape, index: int, start: int, stop: int) -> Iterator[tuple[Sh
 
 
 def _optimizer_state(
-    optimizer: MegatronOptimizer,
+    optimizer: ChainedOptimizer,
 ) -> Iterator[tuple[nn.Parameter, int, dict[str, Tensor]]]:
     """A parameter, where in it this rank's share begins, and the share's numbers by kind."""
     for one in optimizer.chained_optimizers:
@@ -182,7 +182,9 @@ def _optimizer_state(
             yield param, start, {"param": main, **state}
 
 
-def _main_weights(one: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+def _main_weights(
+    one: DistributedOptimizer | MegatronOptimizer,
+) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """A parameter, where this rank's share of it begins, and the fp32 weights of the share."""
     groups = one.optimizer.param_groups
     if hasattr(one, "gbuf_ranges"):  # the distributed optimizer
