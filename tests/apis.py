@@ -246,6 +246,13 @@ def dotted_name(node: ast.AST | None) -> str | None:
     return None
 
 
+def alternatives(annotation: ast.expr) -> list[ast.expr]:
+    """The types of ``A | B``."""
+    if isinstance(annotation, ast.BinOp):
+        return [*alternatives(annotation.left), *alternatives(annotation.right)]
+    return [annotation]
+
+
 def signature_of(node: ast.FunctionDef) -> inspect.Signature:
     """The signature of a function definition, of a class method as it is called."""
     spec, kinds = node.args, inspect.Parameter
@@ -370,8 +377,8 @@ class Reader:
             annotation = arg.annotation
             if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
                 annotation = ast.parse(annotation.value, mode="eval").body
-            sides = ast.unparse(annotation).split(" | ") if annotation else []
-            names = [self.full(ast.parse(side, mode="eval").body) for side in sides]
+            sides = alternatives(annotation) if annotation else []
+            names = [self.full(side) for side in sides]
             types = [self.sources.find(name) for name in names if name]
             if not types or len(types) < len(sides):
                 continue
