@@ -5,14 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+
+LANES = 64  # a multiple of the elements in any CPU's vector register
 
 
 class FusedAdam(torch.optim.Optimizer):
     """AdamW with the step counter in the parameter group, as in apex and Transformer Engine.
 
     megatron-core's distributed optimizer saves and loads that layout, so checkpoints written on the
-    CPU and on a GPU are interchangeable. The arithmetic runs in fixed order on whole tensors: the
-    result is a pure function of its input, bit by bit.
+    CPU and on a GPU are interchangeable. The result is a pure function of its input, bit by bit.
+    torch's fused kernel rounds what does not fill a vector register differently, so what is left
+    over of all parameters goes through it together, filled up: how parameters are cut into
+    tensors (by a layout) changes no bit.
 
     Args:
         params: parameters or parameter groups.
@@ -63,23 +68,31 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
-        lr, decay, step = group["lr"], group["weight_decay"], int(group["step"])
-        first, second = self._moments(params)
         grads = [p.grad.float() for p in params if p.grad is not None]
-        if decay and not self.adam_w_mode:
-            grads = list(torch._foreach_add(grads, params, alpha=decay))
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        correct1, correct2 = 1.0, 1.0
-        if group["bias_correction"]:
-            correct1, correct2 = 1 - beta1**step, 1 - beta2**step
-        denominator = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominator, correct2**0.5)
-        torch._foreach_add_(denominator, group["eps"])
-        if decay and self.adam_w_mode:
-            torch._foreach_mul_(params, 1 - lr * decay)
-        torch._foreach_addcdiv_(params, first, denominator, -lr / correct1)
+        kinds = [[x.view(-1) for x in kind] for kind in (params, *self._moments(params))]
+        kinds.insert(1, [grad.reshape(-1) for grad in grads])
+        # A step without end has no bias left to correct.
+        step = float(group["step"] if group["bias_correction"] else 2**60)
+        whole, rest = zip(*map(_in_lanes, kinds), strict=True)
+        adam(
+            *whole,
+            [],
+            [torch.tensor(step - 1) for _ in whole[0]],  # counted up in there
+            fused=True,
+            decoupled_weight_decay=self.adam_w_mode,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for kind, tail in zip(kinds, rest, strict=True):
+            tails = [x[len(x) - len(x) % LANES :] for x in kind]
+            torch._foreach_copy_(
+                tails, list(tail[: sum(map(len, tails))].split([len(x) for x in tails]))
+            )
 
     def _moments(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """First and second moments (fp32) of the parameters, created as zeros when new."""
@@ -90,3 +103,11 @@ class FusedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         states = [self.state[p] for p in params]
         return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+
+
+def _in_lanes(tensors: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The tensors' parts that fill vector registers, and, as one more, a copy of all others."""
+    cuts = [len(x) - len(x) % LANES for x in tensors]
+    rest = torch.cat([x[cut:] for x, cut in zip(tensors, cuts, strict=True)])
+    rest = torch.nn.functional.pad(rest, (0, -len(rest) % LANES))
+    return [*(x[:cut] for x, cut in zip(tensors, cuts, strict=True)), rest], rest

@@ -48,6 +48,24 @@ def test_the_same_steps_give_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_how_parameters_are_cut_changes_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    x, grads = torch.randn(1003, generator=generator), torch.randn(3, 1003, generator=generator)
+
+    def train(sizes):
+        parts = [torch.nn.Parameter(part.clone()) for part in x.split(sizes)]
+        optimizer = FusedAdam(parts, **SETTINGS)
+        for grad in 1e-3 * grads:
+            for part, piece in zip(parts, grad.split(sizes), strict=True):
+                part.grad = piece
+            optimizer.step()
+        return torch.cat([*parts, *(optimizer.state[p]["exp_avg_sq"] for p in parts)])
+
+    whole = train([1003])
+    for sizes in ([1, 1002], [500, 503], [7] * 143 + [2]):
+        assert torch.equal(train(sizes), whole)
+
+
 def test_the_step_is_kept_in_the_group_and_moments_in_fp32():
     params, optimizer = steps(lambda p: FusedAdam(p, **SETTINGS))
     assert [group["step"] for group in optimizer.param_groups] == [5]
