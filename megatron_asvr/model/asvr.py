@@ -35,7 +35,7 @@ from megatron_asvr.model import sharding
 from megatron_asvr.model.fusion import splice_images, take_positions
 from megatron_asvr.model.language import LanguageModel, gather_positions, transformer_config
 from megatron_asvr.model.linears import emulate
-from megatron_asvr.model.loss import LossSums, cross_entropy
+from megatron_asvr.model.loss import LossSums
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder, join_scales
@@ -255,16 +255,13 @@ class AsvrModel(MegatronModule):
             return {"text_sum": none, "text_count": 0, "text_correct": none.detach().long()}
         targets_X = batch.text_targets_BS.flatten()
         positions_X = (targets_X != IGNORE).nonzero().squeeze(1)
-        logits_XV = self.language_model.logits(
-            take_positions(hidden_SBH, positions_X, may_be_cut=False)
-        )
-        text_1X, correct_1X = cross_entropy(
-            [logits_XV], targets_X[positions_X][:, None], tp=self.tp
+        (text_sum,), (text_correct,) = self.language_model.loss(
+            take_positions(hidden_SBH, positions_X, may_be_cut=False), targets_X[positions_X]
         )
         return {
-            "text_sum": text_1X.sum(),
+            "text_sum": text_sum,
             "text_count": positions_X.numel(),
-            "text_correct": correct_1X.sum(),
+            "text_correct": text_correct,
         }
 
     def _visual(self, hidden_SBH: Tensor, batch: MicroBatch) -> dict[str, Any]:
@@ -279,13 +276,11 @@ class AsvrModel(MegatronModule):
             }
         hidden_MH = take_positions(hidden_SBH, batch.visual_positions_M, may_be_cut=self.official)
         codes_MD = self.codes(batch)[batch.visual_patches_M]
-        visual_DM, correct_DM = cross_entropy(
-            self.visual_head(hidden_MH, codes_MD), codes_MD, tp=self.tp
-        )
+        visual_sum_D, visual_correct_D = self.visual_head.loss(hidden_MH, codes_MD)
         return {
-            "visual_sum_D": visual_DM.sum(1),
+            "visual_sum_D": visual_sum_D,
             "visual_count": batch.num_visual_targets,
-            "visual_correct_D": correct_DM.sum(1),
+            "visual_correct_D": visual_correct_D,
             "codes_MD": codes_MD,
         }
 

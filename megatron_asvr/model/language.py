@@ -31,6 +31,8 @@ from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LanguageConfig, PrecisionConfig
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import rope, sharding
+from megatron_asvr.model.loss import summed_cross_entropy
+from megatron_asvr.model.output_loss import OutputLayer, output_loss
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.precision.fp8.product import linear
@@ -347,8 +349,7 @@ class LanguageModel(GPTModel):
             hidden_XH: final hidden states of any positions, the same on every rank of the group;
                 leading dimensions are free.
         """
-        tied = self.share_embeddings_and_output_weights
-        weight_VH = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        weight_VH = self._output_weight()
         hidden_XH = copy_to_tensor_model_parallel_region(hidden_XH, group=self.groups.tp)
         logits_XV = linear(hidden_XH, weight_VH, None, self.output_layer.fp8).float()
         num_rows = weight_VH.shape[0]
@@ -359,6 +360,28 @@ class LanguageModel(GPTModel):
             with torch.no_grad():
                 logits_XV[..., max(0, num_real) :].fill_(MASKED_LOGIT)
         return logits_XV
+
+    def loss(self, hidden_XH: Tensor, targets_X: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy and targets on top, [1] each; last stage only. See ``output_loss``.
+
+        Args:
+            hidden_XH: final hidden states of the positions that have a target, the same on every
+                rank of the group; X may be 0.
+            targets_X: int64 token ids.
+        """
+        tp = self.groups.tp
+        if self.output_layer.fp8 is not None:
+            return summed_cross_entropy([self.logits(hidden_XH)], targets_X[:, None], tp=tp)
+        weight_VH = self._output_weight()
+        first = self.groups.tp_rank * len(weight_VH)
+        layer = OutputLayer(weight_VH, None, first, self.language_config.vocab_size)
+        entered_XH = copy_to_tensor_model_parallel_region(hidden_XH, group=tp)
+        return output_loss(entered_XH[None], [layer], targets_X[:, None], tp=tp)
+
+    def _output_weight(self) -> Tensor:
+        """This rank's rows of the output layer [padded vocabulary / tp, H]."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def logits_full(self, hidden_XH: Tensor) -> Tensor:
         """The logits of the whole vocabulary, float32 [X, T], on every rank; last stage only.

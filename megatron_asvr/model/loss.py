@@ -98,6 +98,18 @@ def cross_entropy(
     return _CrossEntropy.apply(targets_MD, tp, *logits)
 
 
+def summed_cross_entropy(
+    logits: Sequence[Tensor], targets_MD: Tensor, *, tp: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """``cross_entropy`` summed over positions: fp32 [D] with gradient, and int64 [D].
+
+    For output layers whose product is emulated in 8 bits; for all others see ``output_loss``, which
+    holds no logits. The arguments are those of ``cross_entropy``.
+    """
+    loss_DM, top_DM = cross_entropy(logits, targets_MD, tp=tp)
+    return loss_DM.sum(1), top_DM.sum(1)
+
+
 def joint_loss(
     sums: LossSums, *, global_text_count: int, global_visual_count: int, visual_weight: float
 ) -> Tensor:

@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_asvr.config.schema import VisualHeadConfig
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.layers import MLP, degree, enter, leave, normal, share, zeros
+from megatron_asvr.model.loss import summed_cross_entropy
+from megatron_asvr.model.output_loss import OutputLayer, output_loss
 from megatron_asvr.model.quantize import Codebooks
 from megatron_asvr.model.sharding import mark
 from megatron_asvr.precision.fp8.product import Product, linear
@@ -223,6 +225,27 @@ class VisualHead(nn.Module):
             hidden_MH: final hidden states, the same on every rank; M may be 0.
             codes_MD: int64 true codes; those of the last depth are not read.
         """
+        x_DME = self._trunk(hidden_MH, codes_MD)
+        return [self._logits(depth, x_ME) for depth, x_ME in enumerate(x_DME.unbind(0))]
+
+    def loss(self, hidden_MH: Tensor, codes_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each depth and codes on top; see ``output_loss``.
+
+        Args:
+            hidden_MH: final hidden states, the same on every rank; M may be 0.
+            codes_MD: int64 true codes.
+        """
+        if any(head.fp8 is not None for head in self.heads):
+            return summed_cross_entropy(self(hidden_MH, codes_MD), codes_MD, tp=self.tp)
+        rank = 0 if self.tp is None else self.tp.rank()
+        layers = [
+            OutputLayer(head.weight, head.bias, rank * len(head.weight), size)
+            for head, size in zip(self.heads, self.codebook_sizes, strict=True)
+        ]
+        return output_loss(self._trunk(hidden_MH, codes_MD), layers, codes_MD, tp=self.tp)
+
+    def _trunk(self, hidden_MH: Tensor, codes_MD: Tensor) -> Tensor:
+        """What the output layers read: [D, M, E]."""
         start_ME = self.projector(hidden_MH)
         sums_DMC = self._code_sums(codes_MD).to(start_ME.dtype)
         to_width = self.code_projection
@@ -233,8 +256,7 @@ class VisualHead(nn.Module):
                 x_DME = checkpoint(layer, x_DME, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_DME = layer(x_DME)
-        x_DME = enter(self.norm(x_DME), self.tp)
-        return [self._logits(depth, x_ME) for depth, x_ME in enumerate(x_DME.unbind(0))]
+        return enter(self.norm(x_DME), self.tp)
 
     def _head(self, size: int, dtype: torch.dtype) -> Affine:
         """The output layer of one depth, its codewords padded to a multiple of the degree."""

@@ -1,0 +1,186 @@
+"""Output layers and their cross-entropy in one: the logits never exist as a whole.
+
+An output layer gives ``logits = x W^T + b`` over a vocabulary of which this rank holds some rows.
+The loss of all positions is computed chunk by chunk in the forward pass, and so are the gradients:
+once the softmax of a chunk is there, those of ``x``, ``W`` and ``b`` are two products away, and the
+chunk's memory is used again. The backward pass only multiplies them by the gradient of the loss,
+which is exact because the loss of a depth is returned as one sum. To compute them in the backward
+pass instead, the logits would be needed a second time (docs/performance.md has the cost of both).
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional as F
+
+from megatron_asvr.parallel.collectives import all_reduce_max, all_reduce_sum
+
+CHUNK_BYTES = 2**26  # of fp32 logits that exist at a time
+UNSEEN = -1e30  # the highest logit of a rank that holds no word of a vocabulary
+
+
+class OutputLayer(NamedTuple):
+    """The output layer of one depth, over this rank's part of a vocabulary.
+
+    Attributes:
+        weight: [rows, E], as many rows on every rank; rows beyond the vocabulary are padding.
+        bias: [rows], or None.
+        first: index of the first row in the vocabulary.
+        size: words of the whole vocabulary.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    first: int
+    size: int
+
+
+def output_loss(
+    x_DME: Tensor, layers: Sequence[OutputLayer], targets_MD: Tensor, *, tp: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over positions, fp32 [D] with gradient, and targets on top, int64 [D].
+
+    A target is on top when no logit is higher (ties count). A chunk takes two small collectives;
+    the gradient of ``x_DME`` is this rank's part of it (see ``collectives.copy_to_tp``).
+
+    Args:
+        x_DME: the layers' input, the same on every rank; M may be 0.
+        layers: one for each depth; vocabularies may differ in size.
+        targets_MD: int64 targets, indices of the whole vocabulary.
+        tp: group that splits the vocabularies, or None.
+    """
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    return _OutputLoss.apply(x_DME, targets_MD, layers, tp, torch.is_grad_enabled(), *parameters)
+
+
+def chunks(positions: int, layer: OutputLayer) -> list[slice]:
+    """Nearly equal parts of the positions, whose fp32 logits take at most ``CHUNK_BYTES``.
+
+    Args:
+        positions: to be cut; there may be none.
+        layer: gives the rows of this rank.
+    """
+    number = min(positions, -(-positions * len(layer.weight) * 4 // CHUNK_BYTES))
+    ends = [positions * n // number for n in range(number + 1)] if number else []
+    return [slice(start, end) for start, end in pairwise(ends)]
+
+
+class _OutputLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_DME: Tensor,
+        targets_MD: Tensor,
+        layers: Sequence[OutputLayer],
+        tp: ProcessGroup | None,
+        with_grad: bool,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        needs = [with_grad and need for need in ctx.needs_input_grad]
+        grad_x = torch.zeros_like(x_DME) if needs[0] else None
+        grads = [
+            torch.zeros_like(p, dtype=torch.float32) if need and p is not None else None
+            for p, need in zip(parameters, needs[5:], strict=True)
+        ]
+        sizes = [
+            (rows.stop - rows.start) * len(layer.weight)
+            for layer in layers
+            for rows in chunks(x_DME.shape[1], layer)
+        ]
+        buffer = x_DME.new_empty(max(sizes, default=0), dtype=torch.float32)
+        results = []
+        for d, layer in enumerate(layers):
+            into = (None if grad_x is None else grad_x[d], *grads[2 * d : 2 * d + 2])
+            results.append(_one_depth(x_DME[d], layer, targets_MD[:, d], tp, buffer, into))
+        sum_D, top_D = (torch.stack(values) for values in zip(*results, strict=True))
+        ctx.save_for_backward(grad_x, *grads)
+        ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+        ctx.mark_non_differentiable(top_D)
+        return sum_D, top_D
+
+    @staticmethod
+    def backward(ctx: Any, grad_D: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        grad_x, *grads = ctx.saved_tensors
+        if grad_x is not None:
+            if not grad_x.shape[1]:  # no position: no gradient, whatever became of the loss
+                grad_D = torch.zeros_like(grad_D)
+            grad_x = grad_x.mul_(grad_D[:, None, None])
+        # In place: they are as large as the weights. torch refuses a second backward pass.
+        scaled = [
+            None if grad is None else grad.mul_(grad_D[place // 2]).to(ctx.dtypes[place])
+            for place, grad in enumerate(grads)
+        ]
+        return grad_x, None, None, None, None, *scaled
+
+
+def _one_depth(
+    x_ME: Tensor,
+    layer: OutputLayer,
+    targets_M: Tensor,
+    tp: ProcessGroup | None,
+    buffer: Tensor,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Summed loss and targets on top of one depth; gradients are added to ``grads`` (x, W, b)."""
+    # A rank without any word keeps one row of padding, which nothing can reach.
+    words = max(1, min(layer.size - layer.first, layer.weight.shape[0]))
+    weight_KE = layer.weight[:words]
+    bias_K = None if layer.bias is None else layer.bias[:words]
+    grad_ME, grad_KE, grad_K = grads
+    sum_ = x_ME.new_zeros((), dtype=torch.float32)
+    num_top = torch.zeros_like(sum_, dtype=torch.int64)
+    for rows in chunks(len(x_ME), layer):
+        part_ME = x_ME[rows]
+        logits_MK = buffer[: len(part_ME) * words].view(-1, words)
+        _linear(part_ME, weight_KE, bias_K, out=logits_MK)
+        if layer.first >= layer.size:
+            logits_MK.fill_(UNSEEN)
+        loss_M, is_top_M = _to_gradient(logits_MK, targets_M[rows] - layer.first, tp)
+        sum_ += loss_M.sum()
+        num_top += is_top_M.sum()
+        if grad_K is not None:
+            grad_K[:words] += logits_MK.T @ logits_MK.new_ones(len(logits_MK))
+        gradient_MK = logits_MK.to(part_ME.dtype)
+        if grad_ME is not None:
+            torch.mm(gradient_MK, weight_KE, out=grad_ME[rows])
+        if grad_KE is not None:
+            _add_product(grad_KE[:words], gradient_MK.T, part_ME)
+    return sum_, num_top
+
+
+def _to_gradient(
+    logits_MK: Tensor, columns_M: Tensor, tp: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Loss [M] and whether the target is on top [M]; the logits become the loss's gradient."""
+    top_M = all_reduce_max(logits_MK.amax(1), group=tp)
+    own_M = (columns_M >= 0) & (columns_M < logits_MK.shape[1])  # the others' are elsewhere
+    columns_M1 = columns_M.masked_fill(~own_M, 0)[:, None]
+    target_M = logits_MK.gather(1, columns_M1).squeeze(1).masked_fill(~own_M, 0)
+    logits_MK.sub_(top_M[:, None]).exp_()
+    sums = all_reduce_sum(torch.stack([logits_MK.sum(1), target_M]), group=tp)
+    total_M, target_M = sums.unbind()
+    logits_MK.div_(total_M[:, None])
+    logits_MK.scatter_add_(1, columns_M1, -own_M[:, None].float())
+    return total_M.log() + top_M - target_M, target_M >= top_M
+
+
+def _linear(x_ME: Tensor, weight_KE: Tensor, bias_K: Tensor | None, *, out: Tensor) -> None:
+    """Write fp32 logits to memory that is used again: new memory costs a tenth of the product."""
+    if x_ME.dtype != torch.float32:
+        out.copy_(F.linear(x_ME, weight_KE, bias_K))
+    elif bias_K is None:
+        torch.mm(x_ME, weight_KE.T, out=out)
+    else:
+        torch.addmm(bias_K, x_ME, weight_KE.T, out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a b`` to an fp32 total."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
