@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from megatron_asvr.launch.script import Job
 
 SCRIPT = "job.sh"
 FACTS = "job.json"
+# States that a job leaves only when a person requeues it.
+OVER = frozenset(
+    ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
+)
 _TIMEOUT_S = 60.0
 
 
@@ -70,8 +75,13 @@ def check(script: str) -> str:
     return said
 
 
-def submit(job: Job, script: str) -> str:
+def submit(job: Job, script: str, more: Mapping[str, Any] | None = None) -> str:
     """The id of a job, after its script was written to its folder and submitted.
+
+    Args:
+        job: what to submit.
+        script: of it.
+        more: facts to keep beside the script, for whoever looks after the job.
 
     Raises:
         LaunchError: Slurm refuses it.
@@ -81,7 +91,8 @@ def submit(job: Job, script: str) -> str:
     path.write_text(script, encoding="utf-8")
     number = call("sbatch", "--parsable", str(path)).strip().partition(";")[0]
     facts = {"id": number, "name": job.name, "command": list(job.command), "array": job.array}
-    (job.folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(facts | dict(more or {}), indent=1)
+    (job.folder / FACTS).write_text(text + "\n", encoding="utf-8")
     return number
 
 
