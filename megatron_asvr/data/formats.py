@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import path as paths
@@ -23,7 +24,9 @@ from megatron_asvr.data import locations
 from megatron_asvr.data.text import IMAGE_TOKEN
 from megatron_asvr.errors import DataError
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "ppm")
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "ppm"),
+)
 IMAGE_COLUMNS = ("image", "images")  # of a Parquet file; the first that exists
 TEXT_COLUMNS = ("conversations", "caption", "text")
 MAX_TEXT_BYTES = 16 * 2**20  # of one text in an archive: JSON can unfold into far more memory
@@ -68,14 +71,19 @@ def source_format(source: SourceConfig) -> str:
     return "images" if source.path.endswith("/") or paths.isdir(source.path) else "json"
 
 
-def scan(source: SourceConfig, file: str) -> Iterator[Found]:
+def scan(source: SourceConfig, file: str, left_out: Counter[str]) -> Iterator[Found]:
     """The records of one of a source's files, in order.
+
+    Args:
+        source: it belongs to.
+        file: or folder.
+        left_out: gets the endings of files and members that are neither images nor text.
 
     Raises:
         DataError: the file cannot be read or has another format.
     """
     try:
-        yield from _READERS[source_format(source)](file, source)
+        yield from _READERS[source_format(source)](file, source, left_out)
     except OSError as error:
         raise DataError(f"data file {file} cannot be read: {error.strerror or error}") from error
     except (ValueError, ArithmeticError, pa.ArrowException) as error:
@@ -124,7 +132,7 @@ def _image_folder(file: str, source: SourceConfig) -> str:
     return file.rpartition("/")[0] if locations.is_url(file) else str(Path(file).parent)
 
 
-def _json(file: str, source: SourceConfig) -> Iterator[Found]:
+def _json(file: str, source: SourceConfig, _: Counter[str]) -> Iterator[Found]:
     value = load_json(locations.read(file), f"data file {file}")
     if not isinstance(value, list):
         raise DataError(
@@ -135,7 +143,7 @@ def _json(file: str, source: SourceConfig) -> Iterator[Found]:
         yield Found(where=f"{file}: record {index}", raw=raw, folder=folder)
 
 
-def _jsonl(file: str, source: SourceConfig) -> Iterator[Found]:
+def _jsonl(file: str, source: SourceConfig, _: Counter[str]) -> Iterator[Found]:
     folder = _image_folder(file, source)
     with locations.open_file(file) as lines:
         for number in itertools.count(1):
@@ -149,24 +157,26 @@ def _jsonl(file: str, source: SourceConfig) -> Iterator[Found]:
                 yield Found(where=where, raw=load_json(line, where), folder=folder)
 
 
-def _images(folder: str, source: SourceConfig) -> Iterator[Found]:
-    found = [name for name in locations.below(folder) if _suffix(name) in IMAGE_SUFFIXES]
-    if not found:
+def _images(folder: str, source: SourceConfig, left_out: Counter[str]) -> Iterator[Found]:
+    found = locations.below(folder)
+    images = [name for name in found if _suffix(name) in IMAGE_SUFFIXES]
+    if not images:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    for name in found:
+    left_out.update(_suffix(name) for name in found if _suffix(name) not in IMAGE_SUFFIXES)
+    for name in images:
         raw = {"id": name.removeprefix(folder).lstrip("/"), "image": name, "conversations": []}
         yield Found(where=name, raw=_with_text(raw, None))
 
 
-def _webdataset(file: str, source: SourceConfig) -> Iterator[Found]:
+def _webdataset(file: str, source: SourceConfig, left_out: Counter[str]) -> Iterator[Found]:
     """The samples of a shard: members in a row whose names are equal up to their endings."""
     size = locations.state(file)[0]
     with locations.open_file(file) as stream:
         try:
             with tarfile.open(fileobj=_Headers(stream, file), mode="r:") as tar:
-                members = (m for m in tar if _is_data(m, file, size))
+                members = (m for m in tar if _is_data(m, file, size, left_out))
                 for key, group in itertools.groupby(members, lambda m: _split(m.name)[0]):
-                    yield _sample(file, key, list(group))
+                    yield _sample(file, key, list(group), left_out)
         except tarfile.TarError as error:
             raise DataError(
                 f"data file {file} is not a complete, uncompressed tar: {error}"
@@ -199,7 +209,7 @@ class _Headers:
         return self._stream.read(size)
 
 
-def _is_data(member: tarfile.TarInfo, file: str, size: int) -> bool:
+def _is_data(member: tarfile.TarInfo, file: str, size: int, left_out: Counter[str]) -> bool:
     """Whether a member holds data; raises where an archive is up to something."""
     name = member.name
     if name.startswith("/") or ".." in name.split("/"):
@@ -212,7 +222,9 @@ def _is_data(member: tarfile.TarInfo, file: str, size: int) -> bool:
         raise DataError(f"{file}: member {name!r} claims {member.size} bytes; make it anew")
     if member.offset_data + member.size > size:
         raise DataError(f"{file}: truncated in member {name!r}; copy the file again")
-    return not paths.basename(name).startswith(".") and "." in paths.basename(name)
+    named = not paths.basename(name).startswith(".") and "." in paths.basename(name)
+    left_out.update([] if named else [_suffix(name)])
+    return named
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -223,10 +235,12 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+    return paths.basename(name).rpartition(".")[2].lower()
 
 
-def _sample(file: str, key: str, members: Sequence[tarfile.TarInfo]) -> Found:
+def _sample(
+    file: str, key: str, members: Sequence[tarfile.TarInfo], left_out: Counter[str]
+) -> Found:
     where = f"{file}: sample {key!r}"
     texts = {_split(m.name)[1]: m for m in members if _split(m.name)[1] in ("json", "txt")}
     images = [
@@ -234,6 +248,8 @@ def _sample(file: str, key: str, members: Sequence[tarfile.TarInfo]) -> Found:
         for m in members
         if _suffix(m.name) in IMAGE_SUFFIXES
     ]
+    others = (m.name for m in members if _suffix(m.name) not in IMAGE_SUFFIXES)
+    left_out.update(end for name in others if (end := _split(name)[1]) not in ("json", "txt"))
     raw: dict[str, Any] = {"id": key, "image": images}
     if "json" in texts:
         stored = load_json(_text(file, texts["json"], where), f"{where}: its .json")
@@ -257,7 +273,7 @@ def _text(file: str, member: tarfile.TarInfo, where: str) -> bytes:
     return locations.read(locations.part(file, member.offset_data, member.size))
 
 
-def _parquet(file: str, source: SourceConfig) -> Iterator[Found]:
+def _parquet(file: str, source: SourceConfig, _: Counter[str]) -> Iterator[Found]:
     parquet = locations.open_parquet(file)
     names = parquet.schema_arrow.names
     image = next((name for name in IMAGE_COLUMNS if name in names), None)
@@ -350,7 +366,7 @@ def _with_text(raw: dict[str, Any], caption: str | None) -> dict[str, Any]:
     return {**raw, "conversations": turns}
 
 
-_READERS: dict[str, Callable[[str, SourceConfig], Iterator[Found]]] = {
+_READERS: dict[str, Callable[[str, SourceConfig, Counter[str]], Iterator[Found]]] = {
     "json": _json,
     "jsonl": _jsonl,
     "webdataset": _webdataset,

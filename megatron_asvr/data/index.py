@@ -42,14 +42,14 @@ from megatron_asvr.data.images import (
     state_entries,
 )
 from megatron_asvr.data.records import Record, raise_problems, records_of
-from megatron_asvr.data.samples import KINDS, DataFile, write_samples
+from megatron_asvr.data.samples import KINDS, DataFile, left_out_of, write_samples
 from megatron_asvr.data.templates import find_template
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import ImageLayouts, Size
 from megatron_asvr.errors import DataError
 from megatron_asvr.log import Progress
 
-VERSION = 4
+VERSION = 5
 MANIFEST = "manifest.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 OVERLONG = "nothing of it fits into data.max_length"
@@ -293,7 +293,9 @@ def _image_sizes(
         return [{} for _ in files]
     listed = [
         dict.fromkeys(
-            path for record in records_of(file.source, file.path)[0] for path in record.images
+            path
+            for record in records_of(file.source, file.path, Counter())[0]
+            for path in record.images
         )
         for file in files
     ]
@@ -323,7 +325,7 @@ def _bad_samples(
             yield row, {"id": name, "image": image, "reason": why}
 
 
-def _count(tables: Sequence[pa.Table]) -> dict[str, int]:
+def _count(tables: Sequence[pa.Table]) -> dict[str, Any]:
     """Counts of one source."""
     kinds = Counter(kind for table in tables for kind in table["kind"].to_pylist())
     return {
@@ -331,6 +333,7 @@ def _count(tables: Sequence[pa.Table]) -> dict[str, int]:
         **{kind: kinds[kind] for kind in KINDS},
         "images": sum(len(pc.list_flatten(table["images"])) for table in tables),
         "text_tokens": sum(pc.sum(table["text_tokens"]).as_py() or 0 for table in tables),
+        "left_out": dict(sum(map(left_out_of, tables), Counter())),
     }
 
 

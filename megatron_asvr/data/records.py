@@ -6,7 +6,9 @@ Every format (data/formats.py) comes down to LLaVA's: a record is
 lists: independent conversations about the same images.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from megatron_asvr.data.conversation import Turn
 from megatron_asvr.data.formats import data_files, scan
 from megatron_asvr.data.text import IMAGE_TOKEN
 from megatron_asvr.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 SHOWN = 5  # problems listed in one error message
 
@@ -52,23 +56,39 @@ def read_sources(sources: Sequence[SourceConfig]) -> list[list[Record]]:
     """
     parts: list[list[Record]] = []
     problems: list[str] = []
+    left_out: Counter[str] = Counter()
     for source in sources:
         parts.append([])
         for file in data_files(source):
-            good, wrong = records_of(source, file)
+            good, wrong = records_of(source, file, left_out)
             parts[-1] += good
             problems += wrong
+    if left_out:
+        logger.warning("left out, because they are neither images nor text: %s", named(left_out))
     raise_problems(problems, "records have the wrong form")
     if sources and not any(parts):
         raise DataError(f"{', '.join(s.path for s in sources)}: no records; the list is empty")
     return parts
 
 
-def records_of(source: SourceConfig, file: str) -> tuple[list[Record], list[str]]:
-    """The good records of one of a source's files, and what is wrong with the others."""
+def named(left_out: Mapping[str, int]) -> str:
+    """How many files of which endings are left out."""
+    return ", ".join(f"{number} .{ending}" for ending, number in sorted(left_out.items()))
+
+
+def records_of(
+    source: SourceConfig, file: str, left_out: Counter[str]
+) -> tuple[list[Record], list[str]]:
+    """The good records of one of a source's files, and what is wrong with the others.
+
+    Args:
+        source: it belongs to.
+        file: or folder.
+        left_out: gets the endings of files and members that are neither images nor text.
+    """
     records: list[Record] = []
     problems: list[str] = []
-    for found in scan(source, file):
+    for found in scan(source, file, left_out):
         try:
             records.append(parse_record(found.raw, where=found.where, folder=found.folder))
         except DataError as error:

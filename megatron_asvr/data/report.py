@@ -15,6 +15,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.data.index import Index
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.plan import Planner
+from megatron_asvr.data.records import named
 from megatron_asvr.data.views import ImageLayouts
 
 STEPS = 16
@@ -133,6 +134,7 @@ def report_lines(split: str, report: dict[str, Any]) -> list[str]:
     lines += [
         f"  source {source['name']}: {source['samples']:,} samples, {source['images']:,} images, "
         f"{source['bad_samples']:,} bad"
+        + (f"; left out: {named(source['left_out'])}" if source["left_out"] else "")
         for source in report["sources"]
     ]
     lines += [

@@ -1,6 +1,8 @@
 """The table of one data file's samples: its records, and the lengths that they will have."""
 
 import itertools
+import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from megatron_asvr.data.views import Size
 
 KINDS = ("text", "one-image", "multi-image", "caption-free")
 
+LEFT_OUT = b"left_out"  # in the table's metadata
 BATCH = 8192  # samples turned into columns at a time
 
 # Large lists: the text of one file may exceed 2 GiB.
@@ -73,7 +76,8 @@ def write_samples(
     """
     file, part, sizes = job
     text = TextTokenizer(tokenizer)
-    records, problems = records_of(file.source, file.path)
+    left_out: Counter[str] = Counter()
+    records, problems = records_of(file.source, file.path, left_out)
     if problems:
         return problems
     branched, flat = (SampleBuilder(config, text, branches=branches) for branches in (True, False))
@@ -81,8 +85,15 @@ def write_samples(
     batches = []
     while chunk := list(itertools.islice(rows, BATCH)):
         batches.append(pa.RecordBatch.from_pylist(chunk, schema=_SAMPLES))
-    write_table(part.parent, pa.Table.from_batches(batches, schema=_SAMPLES), part.stem)
+    table = pa.Table.from_batches(batches, schema=_SAMPLES)
+    table = table.replace_schema_metadata({LEFT_OUT: json.dumps(left_out)})
+    write_table(part.parent, table, part.stem)
     return []
+
+
+def left_out_of(table: pa.Table) -> Counter[str]:
+    """Files and members that the records were not made of, by their endings."""
+    return Counter(json.loads((table.schema.metadata or {})[LEFT_OUT]))
 
 
 def _row(

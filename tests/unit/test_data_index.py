@@ -60,7 +60,7 @@ def corpus(folder):
     (folder / "train.json").write_text(json.dumps(records))
     shard = write_tar(folder / "s-0.tar", [(n, d) for n, d in GOOD[8:12]] + [("x.jpg", b"junk")])
     (folder / "pics").mkdir()
-    for name, data in GOOD[12:14]:
+    for name, data in [*GOOD[12:14], ("notes.md", b"no image")]:
         (folder / "pics" / name).write_bytes(data)
     TextTokenizer.train(TEXTS, folder / "tokenizer.model", vocab_size=420)
     paths = (str(folder / "train.json"), shard, str(folder / "pics"))
@@ -108,7 +108,8 @@ def test_manifest_counts_and_names_every_bad_sample(made):
     assert first["one-image"] == 13
     assert first["bad_samples"] == 4
     assert (shard["caption-free"], shard["bad_samples"]) == (5, 1)
-    assert (pics["caption-free"], pics["bad_samples"]) == (2, 0)
+    assert (pics["caption-free"], pics["bad_samples"], pics["left_out"]) == (2, 0, {"md": 1})
+    assert first["left_out"] == shard["left_out"] == {}
     lines = Path(manifest["bad_samples"]).read_text().splitlines()
     found = {line["id"]: line["reason"] for line in map(json.loads, lines)}
     assert set(found) == {"truncated.jpg", "payload.png", "gone", "long", "x"}
@@ -197,9 +198,9 @@ def test_only_what_changed_is_done_again(made, monkeypatch):
     scanned, checked = [], []
     plain_scan, plain_look = index_module.records_of, images_module.ImageChecker._look
 
-    def scan(source, file):
+    def scan(source, file, left_out):
         scanned.append(Path(file).name)
-        return plain_scan(source, file)
+        return plain_scan(source, file, left_out)
 
     def look(self, path, state):
         checked.append(Path(path).name)

@@ -129,11 +129,12 @@ def test_the_loader_decodes_from_all_of_them(make, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(*pixels, strict=True))
 
 
-def test_images_alone_are_caption_free_records(tmp_path):
+def test_images_alone_are_caption_free_records(tmp_path, caplog):
     (tmp_path / "pics" / "deep").mkdir(parents=True)
     (tmp_path / "pics" / "b.png").write_bytes(FILES[0][1])
     (tmp_path / "pics" / "deep" / "a.jpg").write_bytes(FILES[1][1])
     (tmp_path / "pics" / "notes.md").write_bytes(b"no image")
+    (tmp_path / "pics" / "deep" / "c.heic").write_bytes(FILES[1][1])
     shard = write_tar(tmp_path / "only.tar", FILES)
     bare = make_parquet(tmp_path, image=[data for _, data in FILES])
     folder, tar, table = (
@@ -141,6 +142,7 @@ def test_images_alone_are_caption_free_records(tmp_path):
         for s in (SourceConfig(path=str(tmp_path / "pics")), SourceConfig(path=shard), bare)
     )
     assert [r.id for r in folder] == ["b.png", "deep/a.jpg"]
+    assert "left out, because they are neither images nor text: 1 .heic, 1 .md" in caplog.text
     assert [locations.read(r.images[0]) for r in tar] == [data for _, data in FILES]
     assert [locations.read(r.images[0]) for r in table] == [data for _, data in FILES]
     for record in [*folder, *tar, *table]:
@@ -148,12 +150,14 @@ def test_images_alone_are_caption_free_records(tmp_path):
         assert (turn.role, turn.text) == ("user", "<image>")
 
 
-def test_captions_and_several_images(tmp_path):
+def test_captions_and_several_images(tmp_path, caplog):
     shard = write_tar(tmp_path / "s.tar", [
         ("x/k.txt", b"a lighthouse"), ("x/k.jpg", FILES[0][1]),
         ("k2.0.jpg", FILES[1][1]), ("k2.1.png", FILES[2][1]), ("k2.txt", b"two"), ("k2.cls", b"7"),
+        ("k2.meta.json", b"{}"), (".k3.jpg", FILES[0][1]), ("README", b"hello"),
     ])  # fmt: skip
     one, two = read_records([SourceConfig(path=shard)])
+    assert "neither images nor text: 1 .cls, 1 .jpg, 1 .meta.json, 1 .readme" in caplog.text
     assert [t.text for t in one.conversations[0]] == ["<image>", "a lighthouse"]
     assert [locations.read(i) for i in two.images] == [FILES[1][1], FILES[2][1]]
     table = make_parquet(
