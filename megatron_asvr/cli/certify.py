@@ -69,7 +69,12 @@ def run(args: argparse.Namespace) -> int:
         collectives=args.collectives,
     )
     certificate = certify(
-        request, partial(run_ranks, threads_per_rank=config.train.threads_per_rank)
+        request,
+        partial(
+            run_ranks,
+            threads_per_rank=config.train.threads_per_rank,
+            deterministic=config.train.deterministic,
+        ),
     )
     report = certificate.plain()
     if args.json == "-":

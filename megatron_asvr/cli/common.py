@@ -98,7 +98,13 @@ def start_ranks(fn: Callable[..., Any], args: Sequence[Any], config: Config, wor
     """
     from megatron_asvr.launch.job import place, run
 
-    result = run(fn, args, world, threads_per_rank=config.train.threads_per_rank)
+    result = run(
+        fn,
+        args,
+        world,
+        threads_per_rank=config.train.threads_per_rank,
+        deterministic=config.train.deterministic,
+    )
     here = place()
     return result if here is None or here.rank == 0 else None
 

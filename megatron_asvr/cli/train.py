@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         world,
         log_dir=attempt,
         threads_per_rank=config.train.threads_per_rank,
+        deterministic=config.train.deterministic,
     )
     if launched is None or launched.rank == 0:
         print("\n".join(summary_lines(result)))

@@ -321,6 +321,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     recompute: Literal["none", "selective", "full"] = "none"  # of the language model's layers
     recompute_visual_head: bool = False
+    deterministic: bool = False  # the same bits from every start, also on GPUs; slower there
     threads_per_rank: int = 1  # CPU threads; part of a run's identity (it changes rounding)
     eval_every_steps: int = 0  # 0: only at the end, when data.eval is given
     save_every_steps: int = 500

@@ -25,6 +25,7 @@ def run(
     *,
     log_dir: str | os.PathLike[str] | None = None,
     threads_per_rank: int = 1,
+    deterministic: bool = False,
     timeout_s: float | None = None,
 ) -> Any:
     """What ``fn(*args)`` returns on rank 0, or on this rank when a launcher started it.
@@ -38,6 +39,7 @@ def run(
         world_size: ranks to start; a launched job must have as many.
         log_dir: folder of the ranks' logs, for ranks started here.
         threads_per_rank: CPU threads of each rank.
+        deterministic: set the switches of ``platforms.deterministic`` in each rank.
         timeout_s: limit of the whole call, for ranks started here.
 
     Raises:
@@ -52,6 +54,7 @@ def run(
             log_dir=log_dir,
             timeout_s=timeout_s,
             threads_per_rank=threads_per_rank,
+            deterministic=deterministic,
         )
     if here.world_size != world_size:
         raise LaunchError(
@@ -60,7 +63,7 @@ def run(
         )
     if dist.is_initialized():
         return fn(*args)
-    init_rank(threads_per_rank)
+    init_rank(threads_per_rank, deterministic=deterministic)
     result = fn(*args)
     leave_group()
     return result

@@ -46,6 +46,7 @@ def run_ranks(
     log_dir: str | os.PathLike[str] | None = None,
     timeout_s: float | None = None,
     threads_per_rank: int = 1,
+    deterministic: bool = False,
     init: bool = True,
 ) -> Any:
     """What ``fn(*args)`` returns on rank 0, after all ranks have finished.
@@ -63,6 +64,7 @@ def run_ranks(
         timeout_s: limit of the whole call, and of each collective in it. None: no limit of the
             call, 10 minutes for a collective.
         threads_per_rank: CPU threads of each rank.
+        deterministic: set the switches of ``platforms.deterministic`` in each rank.
         init: initialise the default process group before the call, destroy it afterwards.
 
     Raises:
@@ -87,6 +89,7 @@ def run_ranks(
             env=dict(os.environ),
             log_dir=None if log_dir is None else os.path.abspath(log_dir),
             threads=threads_per_rank,
+            deterministic=deterministic,
             init=init,
             timeout_s=timeout_s or DEFAULT_TIMEOUT_S,
             fork=select()[0].supports_fork,

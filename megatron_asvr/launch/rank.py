@@ -59,10 +59,12 @@ def place() -> Place | None:
     return None
 
 
-def prepare_rank(local_rank: int, threads_per_rank: int = 1) -> None:
-    """Bind this process to its device and set its threads."""
+def prepare_rank(
+    local_rank: int, threads_per_rank: int = 1, *, deterministic: bool = False
+) -> None:
+    """Bind this process to its device, after its threads and switches are set."""
     platform, _ = select()
-    platform.per_rank(threads_per_rank)
+    platform.per_rank(threads_per_rank, deterministic=deterministic)
     platform.set_device(local_rank)
 
 
@@ -136,12 +138,18 @@ def open_store(here: Place, timeout_s: float) -> dist.Store:
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def init_rank(threads_per_rank: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S) -> Place:
+def init_rank(
+    threads_per_rank: int = 1,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    *,
+    deterministic: bool = False,
+) -> Place:
     """This rank's place, after joining the process group of a job that a launcher started.
 
     Args:
         threads_per_rank: CPU threads of this rank.
         timeout_s: how long a collective may wait for the other ranks.
+        deterministic: set the switches of ``platforms.deterministic``.
 
     Raises:
         LaunchError: no launcher's variables are set, or not where the ranks meet.
@@ -153,7 +161,7 @@ def init_rank(threads_per_rank: int = 1, timeout_s: float = DEFAULT_TIMEOUT_S) -
             "SLURM_PROCID and SLURM_NTASKS (srun) nor those of mpiexec are set; use `asvr`, "
             "torchrun, srun or mpiexec"
         )
-    prepare_rank(here.local_rank, threads_per_rank)
+    prepare_rank(here.local_rank, threads_per_rank, deterministic=deterministic)
     store = open_store(here, timeout_s)
     init_group(here.rank, here.world_size, store=store, timeout_s=timeout_s)
     return here

@@ -37,6 +37,7 @@ class Job:
         env: environment of the caller.
         log_dir: folder of ``rank_R.log``, or None to write to the caller's terminal.
         threads: CPU threads per rank.
+        deterministic: whether the switches of ``platforms.deterministic`` are set.
         init: whether the default process group is initialised before the call.
         timeout_s: how long a collective may wait for the other ranks.
         fork: ranks are forked from the nursery; otherwise each is a new interpreter.
@@ -50,6 +51,7 @@ class Job:
     env: dict[str, str]
     log_dir: str | None
     threads: int
+    deterministic: bool
     init: bool
     timeout_s: float
     fork: bool
@@ -139,6 +141,8 @@ def _enter(job: Job, rank: int) -> None:
     """Environment, output and exit behaviour of a rank."""
     # Ctrl-C ends a rank without a word, wherever it stands; training asks to be told instead.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for name in os.environ.keys() - job.env.keys() - {"PYTHONPATH"}:
+        del os.environ[name]  # the nursery may be older than the caller's environment
     os.environ.update(job.env)
     os.environ.update(rank_env(rank, job.world_size))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
@@ -170,7 +174,7 @@ def rank_env(rank: int, world_size: int) -> dict[str, str]:
 
 
 def _call(job: Job, rank: int) -> Any:
-    prepare_rank(rank, job.threads)
+    prepare_rank(rank, job.threads, deterministic=job.deterministic)
     with open(pathlib.Path(job.folder, "call"), "rb") as file:
         fn, args = pickle.load(file)
     if not job.init:

@@ -109,6 +109,8 @@ def transformer_config(
         # virtual stages, so those use the overlapped ones.
         overlap_p2p_comm=virtual,
         batch_p2p_comm=not virtual,
+        # train.deterministic has told torch so in this rank.
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         calculate_per_token_loss=True,  # the losses are divided by exact global counts
         # Checkpoint keys carry global layer numbers: the canonical names.
         hetereogenous_dist_checkpoint=True,

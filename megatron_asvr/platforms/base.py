@@ -31,11 +31,12 @@ class Platform(Protocol):
     def after_import(self) -> None:
         """Adjust modules of megatron-core that are now imported; idempotent."""
 
-    def per_rank(self, threads: int = 1) -> None:
+    def per_rank(self, threads: int = 1, *, deterministic: bool = False) -> None:
         """Settings of one rank's process, before its process group exists.
 
         Args:
             threads: CPU threads of this rank (part of a run's identity: it changes rounding).
+            deterministic: also set the switches of ``deterministic.py``.
         """
 
     def set_device(self, local_rank: int) -> None:

@@ -6,6 +6,7 @@ import warnings
 from typing import Literal
 
 from megatron_asvr.platforms import apex, shims
+from megatron_asvr.platforms import deterministic as switches
 
 import torch
 
@@ -51,12 +52,14 @@ class CpuPlatform:
         """Install the shims that replace attributes of imported megatron-core modules."""
         shims.install_after_import()
 
-    def per_rank(self, threads: int = 1) -> None:
+    def per_rank(self, threads: int = 1, *, deterministic: bool = False) -> None:
         """Set the threads and the handling of denormals, and start the checkpoint helper.
 
         Denormals are flushed because peaked logits would otherwise double the time of a step. The
         setting belongs to a thread, and threads inherit it: it comes before there are any.
         """
+        if deterministic:
+            switches.switch_on()
         torch.set_flush_denormal(True)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ import os
 from typing import Literal
 
 from megatron_asvr.platforms import apex
+from megatron_asvr.platforms import deterministic as switches
 
 import torch
 
@@ -43,8 +44,10 @@ class CudaPlatform:
     def after_import(self) -> None:
         """Nothing: megatron-core is used as it is."""
 
-    def per_rank(self, threads: int = 1) -> None:
+    def per_rank(self, threads: int = 1, *, deterministic: bool = False) -> None:
         """Set the CPU threads of this rank."""
+        if deterministic:
+            switches.switch_on()
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
 
