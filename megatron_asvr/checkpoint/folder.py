@@ -4,6 +4,7 @@
     metrics.jsonl        one line per logged step or evaluation
     wandb_id             of the run for wandb, if it is used
     bad_samples.jsonl    split, source, id, image and reason of every sample that cannot be used
+    skipped_samples.jsonl  samples left out because a step's numbers could not be right
     checkpoints/step_N/  complete checkpoints: the trained weights, optimizer and resume state
     frozen/              weights that are not trained, written once, named by their content
     attempts/K/          of the K-th start: rank logs, who started it, what it continued from
@@ -84,6 +85,11 @@ class RunFolder:
         return self.root / "bad_samples.jsonl"
 
     @property
+    def skipped(self) -> Path:
+        """Steps that were left out, with their samples, one JSON object a line."""
+        return self.root / "skipped_samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.root / "checkpoints"
@@ -97,6 +103,13 @@ class RunFolder:
     def attempts(self) -> Path:
         """Folder of the rank logs, one folder a start."""
         return self.root / "attempts"
+
+    def events(self) -> list[dict[str, Any]]:
+        """Steps that were left out, oldest first."""
+        if not self.skipped.exists():
+            return []
+        lines = self.skipped.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
 
     def attempt(self, number: int) -> Path:
         """Folder of one start."""

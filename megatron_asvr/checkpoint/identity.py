@@ -40,6 +40,11 @@ _FREE = {
     "train.log_every_steps",
     "train.cosine_every_steps",
     "train.watchdog.hang_s",
+    "train.anomaly.on_nonfinite",
+    "train.anomaly.on_spike",
+    "train.anomaly.spike_window",
+    "train.anomaly.spike_mads",
+    "train.anomaly.max_events",
 }
 # Files count by their content, not by where they lie.
 _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}

@@ -2,11 +2,11 @@
 
 So its presence means completeness, and each of its claims can be checked, those about itself too.
 
-What a run needs to go on beside weights and optimizer is a step number. The order of the samples
-is a pure function of (seed, step), the learning rate one of the step, initial weights of (seed,
-name), and nothing in a step draws random numbers: no layer has dropout, and the augmentation of
-images is a function of the order. So neither generator states nor a position in the data exist that
-could be lost.
+What a run needs to go on beside weights and optimizer is a step number, and which batches are left
+out. The order of the samples is a pure function of (seed, step, batches left out), the learning
+rate one of the step, initial weights of (seed, name), and nothing in a step draws random numbers:
+no layer has dropout, and the augmentation of images is a function of the order. So neither
+generator states nor a position in the data exist that could be lost.
 """
 
 import dataclasses
@@ -41,6 +41,8 @@ class ResumeState:
     bad_samples: int = 0  # of samples: places that held nothing because an image was bad
     tokens: int = 0  # positions without padding
     data_hash: str = ""  # of all global batches so far, in order
+    skipped: list[int] = dataclasses.field(default_factory=list)  # batches left out, ascending
+    losses: list[float] = dataclasses.field(default_factory=list)  # that a spike is compared with
     train_s: float = 0.0  # seconds spent in steps, over all attempts
     window: dict[str, Any] = dataclasses.field(default_factory=dict)  # train/metrics.py
 

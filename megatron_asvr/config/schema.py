@@ -309,6 +309,21 @@ class WatchdogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AnomalyConfig:
+    """What becomes of a step whose numbers cannot be right; see docs/watchdogs.md.
+
+    ``skip``: its samples are left out. ``rollback``: all samples since the last checkpoint are, and
+    the run goes on from there.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"  # loss or gradient norm
+    on_spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"  # of the loss
+    spike_window: int = 100  # steps whose losses a spike is compared with
+    spike_mads: float = 20.0  # deviations from their median (1.48 median absolute ones each)
+    max_events: int = 10  # steps of the whole run that may be acted on; one more stops it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """One training stage."""
 
@@ -331,6 +346,7 @@ class TrainConfig:
     log_every_steps: int = 10
     cosine_every_steps: int = 0  # gradient cosine of the two losses; 0 is never
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,7 +8,7 @@ epochs. Nothing is stored: a resumed run, or one with another number of ranks, c
 lists.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -36,6 +36,19 @@ def blend(sources: Sequence[SourceConfig], sizes: Sequence[int]) -> list[int]:
         number = max(1, round(share)) if size else 0
         taken.append(min(number, source.max_samples or number))
     return taken
+
+
+def batch_of(step: int, skipped: Collection[int]) -> int:
+    """The step of an order that a run's ``step`` trains on, when some of the order are left out.
+
+    Args:
+        step: of the run, counted from 0.
+        skipped: those left out.
+    """
+    number = step
+    for gap in sorted(skipped):
+        number += gap <= number
+    return number
 
 
 class StepOrder:

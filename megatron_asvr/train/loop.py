@@ -6,6 +6,7 @@ and the weights it ends with are the same bit for bit.
 """
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,12 @@ from megatron_asvr.platforms import select
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.checkpoint.meta import ResumeState
 from megatron_asvr.config.schema import Config
+from megatron_asvr.data.order import batch_of
 from megatron_asvr.log import clock, show_log
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.train.assemble import make_groups, open_data
+from megatron_asvr.train.anomalies import Guard, RollBack
+from megatron_asvr.train.assemble import Data, make_groups, open_data
 from megatron_asvr.train.metrics import (
     MetricsLog,
     Window,
@@ -34,7 +37,7 @@ from megatron_asvr.train.recheck import CodeCheck
 from megatron_asvr.train.saving import Saver
 from megatron_asvr.train.signals import StopRequest
 from megatron_asvr.train.start import Run, start
-from megatron_asvr.train.step import Agreement, agree, loss_function, train_step
+from megatron_asvr.train.step import Agreement, AnomalyError, agree, loss_function, train_step
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from megatron_asvr.train.validate import validate
 from megatron_asvr.train.watchdog import Watchdog
@@ -59,30 +62,43 @@ def train(config: Config) -> dict[str, Any]:
         DataError: the data cannot be used, or cached codes are not what this run computes.
         CheckpointError: the run's folder belongs to another run, a source of weights does not fit,
             the last checkpoint cannot be written, or a newer start of the run is at work.
-        AsvrError: a loss or gradient is not finite.
+        AsvrError: a loss or gradient is not finite, and ``train.anomaly`` does not allow for it.
     """
     show_log("stdout")
     groups = make_groups(config)
     config = check_parity(config, groups=groups)
     with contextlib.closing(open_data(config, groups=groups)) as data:
         check = CodeCheck(config, data, groups=groups)
-        run = start(config, data, groups=groups)
-        with (
-            StopRequest() as stop,
-            MetricsLog(
-                run.folder,
-                config,
-                done_steps=run.done.step,
-                attempt=run.attempt,
-                active=groups.rank == 0,
-            ) as log,
-            Watchdog(
-                config.train.watchdog, run.folder.attempt(run.attempt), groups=groups
-            ) as watchdog,
-        ):
-            saver = Saver(run, log)
-            done = run_steps(run, saver, log, stop, check, watchdog)
-        return {**summary(run, done), "failed_saves": saver.failures}
+        while True:
+            with contextlib.suppress(RollBack):
+                return train_from_checkpoint(config, data, check, groups=groups)
+            gc.collect()  # the model that is given up
+
+
+def train_from_checkpoint(
+    config: Config, data: Data, check: CodeCheck, *, groups: Groups
+) -> dict[str, Any]:
+    """What ``train`` returns, of one start.
+
+    Raises:
+        RollBack: samples are left out from now on, and the newest checkpoint is to be continued.
+    """
+    run = start(config, data, groups=groups)
+    attempt = run.folder.attempt(run.attempt)
+    with (
+        StopRequest() as stop,
+        MetricsLog(
+            run.folder,
+            config,
+            done_steps=run.done.step,
+            attempt=run.attempt,
+            active=groups.rank == 0,
+        ) as log,
+        Watchdog(config.train.watchdog, attempt, groups=groups) as watchdog,
+    ):
+        saver = Saver(run, log)
+        done = run_steps(run, saver, log, stop, check, watchdog)
+    return {**summary(run, done), "failed_saves": saver.failures}
 
 
 def run_steps(
@@ -105,10 +121,12 @@ def run_steps(
     """
     config, groups, data, settings = run.config, run.groups, run.data, run.config.train
     done, window, usage = run.done, Window(**run.done.window), CodeUsage(data.codebook_sizes)
-    for step in range(run.done.step, run.total_steps):
+    guard = Guard(run)
+    while done.step < run.total_steps:
+        step, batch = done.step, batch_of(done.step, done.skipped)
         started = time.perf_counter()
         with watchdog.step(step):
-            batches = data.train.step(step)
+            batches = data.train.step(batch)
             data_s = time.perf_counter() - started
 
             with naming(step, batches, groups):
@@ -120,19 +138,24 @@ def run_steps(
                     log.write(step + 1, "cosine", {"gradient_cosine": cosine})
                 rate = learning_rate(run.optimizer)
                 loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
-                result = train_step(
-                    run.wrapped, run.optimizer, batches, loss, step=step, groups=groups
-                )
+                parts = (run.wrapped, run.optimizer, batches, loss)
+                try:
+                    limit = guard.limit(done)
+                    result = train_step(*parts, step=step, groups=groups, limit=limit)
+                except AnomalyError as anomaly:
+                    saver.finish(done.step)
+                    done = guard.react(anomaly, done)
+                    continue
                 run.schedule.step(1)
                 usage.add(result.parts)
 
         train_s = time.perf_counter() - started
         window.add(result, agreement, data_s=data_s, train_s=train_s)
         done = advance(
-            done,
+            guard.note(done, result.loss),
             agreement,
             samples=settings.global_batch,
-            bad_samples=data.train.num_bad([step]),
+            bad_samples=data.train.num_bad([batch]),
             train_s=train_s,
         )
         last = done.step == run.total_steps
@@ -140,6 +163,7 @@ def run_steps(
         if last or due(done.step, settings.log_every_steps):
             values = {**window.values(), "lr": rate, **usage.values(groups=groups)}
             values["bad_samples"] = done.bad_samples
+            values["skipped_batches"] = len(done.skipped)
             log.write(done.step, "train", {**values, "data_hash": done.data_hash})
             tell(groups, progress_line(values, step=done.step, total_steps=run.total_steps))
             check.judge(window.recount)

@@ -108,7 +108,8 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
     """One line for a person.
 
     Args:
-        values: of a window, with ``lr``, and ``bad_samples`` since the run began.
+        values: of a window, with ``lr``, and since the run began ``bad_samples`` and
+            ``skipped_batches``.
         step: steps done.
         total_steps: steps of the whole run.
     """
@@ -124,7 +125,9 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
         line += f" [{' '.join(f'{v:.1%}' for v in shares)}]"
     line += f" ETA {clock((total_steps - step) * values['step_s'])}"
     line += f" data {values['data_wait']:.0%}"
-    return line + (f" bad {values['bad_samples']}" if values.get("bad_samples") else "")
+    for name in ("bad_samples", "skipped_batches"):
+        line += f" {name.partition('_')[0]} {values[name]}" if values.get(name) else ""
+    return line
 
 
 class MetricsLog:

@@ -13,7 +13,7 @@ import torch
 
 from megatron_asvr.checkpoint.meta import ResumeState
 from megatron_asvr.checkpoint.save import Save, prune
-from megatron_asvr.errors import CheckpointError
+from megatron_asvr.errors import AsvrError, CheckpointError
 from megatron_asvr.parallel.collectives import all_reduce_sum
 from megatron_asvr.train.metrics import MetricsLog
 from megatron_asvr.train.start import Run
@@ -51,6 +51,7 @@ class Saver:
         Raises:
             CheckpointError: the last save failed again and again, or a newer start of the same run
                 is at work.
+            AsvrError: there are weights that are not finite.
         """
         if last:
             self._save_at_last(done)
@@ -60,14 +61,35 @@ class Saver:
             self._publish(step)
         if step % self._settings.save_every_steps == 0 or step == self._retry_step:
             self._publish(step)
-            self._under_way = self._run.begin_save(done, background=self._settings.async_save)
+            self._under_way = self._begin(done, background=self._settings.async_save)
             if not self._settings.async_save:
                 self._publish(step)
+
+    def finish(self, step: int) -> None:
+        """Bring a save that is under way to its end; all ranks take part.
+
+        Args:
+            step: where the run stands.
+        """
+        self._publish(step)
+
+    def _begin(self, done: ResumeState, *, background: bool) -> Save:
+        """The checkpoint of ``done``, of weights that a run can go on with."""
+        weights = (p for chunk in self._run.chunks for p in chunk.parameters() if p.requires_grad)
+        bad = torch.tensor(
+            sum(not bool(x.isfinite().all()) for x in weights), device=select()[0].device
+        )
+        if int(all_reduce_sum(bad, group=self._run.groups.world)):
+            raise AsvrError(
+                f"step {done.step}: some weights are no longer finite, so they are not saved; the "
+                "checkpoints before are untouched. Lower train.optim.lr, and start again from there"
+            )
+        return self._run.begin_save(done, background=background)
 
     def _save_at_last(self, done: ResumeState) -> None:
         self._publish(done.step)
         for wait_s in (*FINAL_WAITS_S, 0.0):
-            self._under_way = self._run.begin_save(done, background=False)
+            self._under_way = self._begin(done, background=False)
             failure = self._publish(done.step)
             if failure is None:
                 return

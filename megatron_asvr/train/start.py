@@ -4,7 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -141,6 +141,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         load_trained(folder, checkpoint, chunks, optimizer, groups=groups)
 
     done = checkpoint.resume if checkpoint is not None else ResumeState()
+    done = _leave_out(done, folder, groups)
     total_steps = data.train.total_steps
     schedule = make_schedule(
         optimizer, config.train.optim, total_steps=total_steps, done_steps=done.step
@@ -244,6 +245,13 @@ def _write_frozen_again(
         )
     if groups.rank == 0:
         logger.warning("written again from the sources of weights: %s", ", ".join(damaged))
+
+
+def _leave_out(done: ResumeState, folder: RunFolder, groups: Groups) -> ResumeState:
+    """Where the run stands, with the batches that were left out after its checkpoint as well."""
+    events = on_first(folder.events, group=groups.world)
+    batches = {*done.skipped, *(batch for event in events for batch in event["batches"])}
+    return replace(done, skipped=sorted(batches))
 
 
 def _identify(config: Config, data: Data) -> dict[str, Any]:

@@ -38,6 +38,19 @@ Chunks = Sequence[DistributedDataParallel]  # this rank's stage, or its virtual 
 LossFunction = Callable[[LossSums], Tensor]
 
 
+class AnomalyError(AsvrError):
+    """The numbers of a step cannot be right; no weight was changed by it. Raised on every rank.
+
+    Args:
+        message: what is wrong, with samples.
+        kind: ``nonfinite``, or ``spike`` of the loss.
+    """
+
+    def __init__(self, message: str, kind: str = "nonfinite") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
     """What all ranks must know before a step.
@@ -258,6 +271,7 @@ def train_step(
     *,
     step: int,
     groups: Groups,
+    limit: float = math.inf,
 ) -> StepResult:
     """Losses and gradient norm of one step, after updating the weights.
 
@@ -268,9 +282,10 @@ def train_step(
         loss: see ``loss_function``.
         step: number of the step, for messages.
         groups: process groups of the layout.
+        limit: a loss above it is a spike.
 
     Raises:
-        AsvrError: a loss or a gradient is not finite; nothing was saved of this step.
+        AnomalyError: a loss or a gradient is not finite, or the loss is a spike.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -281,22 +296,55 @@ def train_step(
             stack.enter_context(emulator.recording())
         stack.enter_context(balancing(chunks, batches, loss, groups=groups))
         parts = backward(chunks, batches, loss)
-    for emulator in emulators:
-        emulator.update()
     totals, value = sum_parts(parts, depth=chunks[0].module.num_depths, groups=groups)
     if not (math.isfinite(value) and bool(totals.isfinite().all())):
-        raise AsvrError(_blame(parts, batches, step, groups))
-    reduce_gradients(chunks, groups=groups)
-    updated, norm, _ = optimizer.step()
-    grad_norm = float(norm or 0.0)
-    if not updated or not math.isfinite(grad_norm):
-        ids = [name for batch in batches for name in batch.sample_ids]
-        raise AsvrError(
-            f"step {step}, rank {groups.rank}: the losses are finite but the gradient norm is "
-            f"{grad_norm}; this rank's samples: {', '.join(ids)}. Lower train.optim.lr or set "
-            "train.optim.clip_grad, and start again from the last checkpoint"
+        raise AnomalyError(_blame(parts, batches, step, groups))
+    if value > limit:
+        raise AnomalyError(
+            f"step {step}: the loss {value:.4f} is a spike (limit {limit:.4f})", "spike"
         )
+    reduce_gradients(chunks, groups=groups)
+
+    def check(grad_norm: float) -> None:
+        if not math.isfinite(grad_norm):
+            ids = [name for batch in batches for name in batch.sample_ids]
+            raise AnomalyError(
+                f"step {step}, rank {groups.rank}: the losses are finite but the gradient norm is "
+                f"{grad_norm}; this rank's samples: {', '.join(ids)}. Lower train.optim.lr or set "
+                "train.optim.clip_grad, and start again from the last checkpoint"
+            )
+
+    with checked_norm(optimizer, check):
+        updated, norm, _ = optimizer.step()
+    grad_norm = float(norm or 0.0)
+    assert updated, "no gradient scaler is configured that could leave out an update"
+    for emulator in emulators:
+        emulator.update()
     return StepResult(totals=totals, loss=value, grad_norm=grad_norm, parts=parts)
+
+
+@contextlib.contextmanager
+def checked_norm(optimizer: MegatronOptimizer, check: Callable[[float], None]) -> Iterator[None]:
+    """Inside, ``optimizer.step`` hands the gradient norm to ``check`` before it changes a weight.
+
+    megatron-core asks for the norm after the gradients are ready, clips by it and then updates.
+
+    Args:
+        optimizer: of ``get_megatron_optimizer``.
+        check: what it raises leaves the weights and the optimizer's state as they were.
+    """
+    norm_of = optimizer.get_grad_norm
+
+    def checked() -> float | None:
+        norm = norm_of()
+        check(float(norm or 0.0))
+        return norm
+
+    optimizer.get_grad_norm = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del optimizer.get_grad_norm
 
 
 def sum_parts(parts: Sequence[Part], *, depth: int, groups: Groups) -> tuple[Tensor, float]:

@@ -101,8 +101,11 @@ def test_a_gradient_that_is_not_finite_is_an_error(clip_grad: float) -> None:
         agreement = agree(batches, stop=False, groups=groups)
         loss = loss_function(run.loss, agreement, num_micro_batches=2)
         bench.model.projector.linear_1.weight.register_hook(lambda grad: grad * math.inf)
+        before = bench.weights()
         with pytest.raises(AsvrError, match="step 3, rank 0: the losses are finite but"):
             train_step(bench.wrapped, bench.optimizer, batches, loss, step=3, groups=groups)
+        after = bench.weights()
+        assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_the_rate_warms_up_from_zero_and_ends_at_its_minimum() -> None:

@@ -72,6 +72,7 @@ class Emulator:
     def recording(self) -> Iterator[None]:
         """Inside, largest values are noted for the scales of the next step."""
         for product in self.products.values():
+            product.amax.zero_()  # of a step that was given up
             product.records = True
         try:
             yield
