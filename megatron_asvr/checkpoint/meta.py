@@ -43,6 +43,8 @@ class ResumeState:
     data_hash: str = ""  # of all global batches so far, in order
     skipped: list[int] = dataclasses.field(default_factory=list)  # batches left out, ascending
     losses: list[float] = dataclasses.field(default_factory=list)  # that a spike is compared with
+    # Linears that left 8 bits, by name: after how many steps (train/drift.py).
+    left_fp8: dict[str, int] = dataclasses.field(default_factory=dict)
     train_s: float = 0.0  # seconds spent in steps, over all attempts
     window: dict[str, Any] = dataclasses.field(default_factory=dict)  # train/metrics.py
 

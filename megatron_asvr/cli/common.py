@@ -113,6 +113,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
     """The resolved plan that ``--dry-run`` prints."""
     from megatron_asvr.data.loader import Loader
     from megatron_asvr.data.text import TextTokenizer
+    from megatron_asvr.model.linears import precision_lines
     from megatron_asvr.model.tokenizer import VisualTokenizer
     from megatron_asvr.train.assemble import open_source
 
@@ -120,13 +121,11 @@ def plan_lines(config: Config, world: int) -> list[str]:
     if config.loss.visual_weight:
         tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer))
         tokenizer.check_fits(config.model.vision)
-    counts = count_parameters(
-        config.model,
-        tokenizer.codebook_sizes if tokenizer else None,
-        tokenizer.width if tokenizer else None,
-    )
+    sizes, width = (tokenizer.codebook_sizes, tokenizer.width) if tokenizer else ((), None)
+    counts = count_parameters(config.model, sizes or None, width)
     lines = [f"{key} = {value}" for key, value in flatten(config).items()]
-    lines += layout_lines(config, world, tokenizer.codebook_sizes if tokenizer else ())
+    lines += layout_lines(config, world, sizes)
+    lines += precision_lines(config, sizes, width)
     for part, number in counts.items():
         state = "trained" if part in config.train.trainable else "frozen"
         source = config.init.source(part)

@@ -18,6 +18,11 @@ def check_precision(config: Config) -> None:
         raise ConfigError(
             f"{where}.guard_min_cosine={fp8.guard_min_cosine} must be from -1 (never) to below 1"
         )
+    if fp8.recipe != "none" and fp8.guard_every_steps and not fp8.emulate:
+        raise ConfigError(
+            f"{where}.guard_every_steps={fp8.guard_every_steps} compares with emulated products; "
+            "Transformer Engine's cannot be compared one by one. Set it to 0, or emulate=true"
+        )
     if fp8.recipe != "none" and fp8.emulate and config.precision.backend == "te":
         raise ConfigError(
             f"{where}.emulate=true runs on megatron-core's own layers, and precision.backend=te "

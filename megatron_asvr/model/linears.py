@@ -15,7 +15,7 @@ from megatron_asvr.model.sharding import canonical_names
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision.fp8.emulator import Emulator
-from megatron_asvr.precision.fp8.policy import Linear, decide
+from megatron_asvr.precision.fp8.policy import Linear, decide, describe
 
 
 def linears(
@@ -35,6 +35,29 @@ def linears(
     if codebook_sizes:
         found += _head(model.visual_head, hidden, codebook_sizes, code_width or vision, tp)
     return found
+
+
+def precision_lines(
+    config: Config, codebook_sizes: Sequence[int], code_width: int | None = None
+) -> list[str]:
+    """Module by module what multiplies in how many bits, for a person.
+
+    The arguments are those of ``linears``.
+
+    Raises:
+        ConfigError: a pattern fits nothing, or a width does not fit the recipe.
+    """
+    fp8, base = config.precision.fp8, config.train.precision
+    if fp8.recipe == "none":
+        return [f"precision: {base}"]
+    listed = linears(config, codebook_sizes, code_width)
+    how = "emulated" if fp8.emulate else "Transformer Engine"
+    return [
+        f"precision: {base}, and fp8 ({fp8.recipe} scaling, {fp8.format}, {how}) where it says so",
+        *describe(listed, decide(listed, fp8), base),
+        f"vision_encoder, embeddings, norms, attention between positions: {base}",
+        "visual tokenizer, routers of experts, losses: fp32",
+    ]
 
 
 def emulate(

@@ -28,8 +28,9 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.importer import is_source, read_folder
 from megatron_asvr.hf.vocabulary import as_large_as, grown
 from megatron_asvr.model.asvr import DTYPES, AsvrModel
+from megatron_asvr.model.linears import precision_lines
 from megatron_asvr.model.sharding import full_shapes, load_shared
-from megatron_asvr.model.tokenizer import VisualTokenizer
+from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
@@ -87,7 +88,12 @@ def make_groups(config: Config) -> Groups:
     check(config, world)
     check_attention(config, _backend(config))
     select_fp8(select()[0], DTYPES[config.train.precision], config.precision)
-    return initialize(make_plan(config, world, codebook_sizes(config)), seed=config.run.seed)
+    described = _described(config)
+    sizes, width = (described.codebook_sizes, described.width) if described else ((), None)
+    lines = precision_lines(config, sizes, width)
+    if dist.get_rank() == 0:
+        logger.info("%s", "\n".join(lines))
+    return initialize(make_plan(config, world, sizes), seed=config.run.seed)
 
 
 def codebook_sizes(config: Config) -> tuple[int, ...]:
@@ -96,11 +102,17 @@ def codebook_sizes(config: Config) -> tuple[int, ...]:
     Raises:
         CheckpointError: ``model.visual_tokenizer`` is no tokenizer's folder.
     """
+    described = _described(config)
+    return described.codebook_sizes if described is not None else ()
+
+
+def _described(config: Config) -> TokenizerConfig | None:
+    """What the visual tokenizer's folder says about it; None without a visual loss."""
     if not config.loss.visual_weight:
-        return ()
+        return None
     folder = str(config.model.visual_tokenizer)
     group = dist.group.WORLD if dist.is_initialized() else None
-    return on_first(partial(VisualTokenizer.describe, folder), group=group).codebook_sizes
+    return on_first(partial(VisualTokenizer.describe, folder), group=group)
 
 
 def open_data(config: Config, *, groups: Groups) -> Data:

@@ -25,6 +25,7 @@ from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.anomalies import Guard, RollBack
 from megatron_asvr.train.assemble import Data, make_groups, open_data
+from megatron_asvr.train.drift import check_drift
 from megatron_asvr.train.metrics import (
     MetricsLog,
     Window,
@@ -148,6 +149,8 @@ def run_steps(
                     continue
                 run.schedule.step(1)
                 usage.add(result.parts)
+                if due(step + 1, config.precision.fp8.guard_every_steps):
+                    done = check_drift(run, batches, loss, log, done)
 
         train_s = time.perf_counter() - started
         window.add(result, agreement, data_s=data_s, train_s=train_s)

@@ -168,7 +168,7 @@ class MetricsLog:
 
         Args:
             step: steps done.
-            kind: ``train``, ``eval``, ``cosine`` or ``save``; a prefix of the names in wandb.
+            kind: ``train``, ``eval``, ``cosine``, ``fp8``, ``save``; begins the names in wandb.
             values: numbers by name, and hashes; None is a number that does not exist at this step.
         """
         if self._file is None:

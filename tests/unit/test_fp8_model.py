@@ -1,5 +1,6 @@
 """Products in 8 bits in the model: which linears, what a checkpoint keeps, what changes nothing."""
 
+import dataclasses
 from pathlib import Path
 
 from megatron_asvr.platforms import mcore  # noqa: F401
@@ -9,11 +10,12 @@ import torch
 
 from megatron_asvr.checkpoint.load import find_resume
 from megatron_asvr.config.schema import Config, Fp8Config
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.errors import AnomalyError, ConfigError
 from megatron_asvr.model.linears import linears
 from megatron_asvr.model.sharding import named
 from megatron_asvr.precision.fp8.policy import decide, describe
 from megatron_asvr.train.inference import _plain
+from megatron_asvr.train.step import train_step
 from tests.fp8_cases import HEADS, RECIPES, run_of
 from tests.language_cases import one_rank
 from tests.run_cases import CODEBOOK_SIZES, IDENTITY, Bench, folder, save, step_batches
@@ -121,6 +123,24 @@ def test_the_order_of_micro_batches_moves_delayed_scales_by_nothing() -> None:
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
         assert any(float(x.max()) > 1 for x in states[0].values())
+
+
+def test_a_step_that_is_given_up_leaves_no_trace_in_the_scales() -> None:
+    run = run_of("delayed")
+    with one_rank() as groups:
+        plain, spiked = Bench(run, groups), Bench(run, groups)
+        batches = step_batches(run, 7, groups)[:1]
+        large = [
+            dataclasses.replace(b, pixel_values_ICHW=b.pixel_values_ICHW * 50) for b in batches
+        ]
+        parts = (spiked.wrapped, spiked.optimizer, large, spiked.loss(large))
+        with pytest.raises(AnomalyError, match="spike"):
+            train_step(*parts, step=0, groups=groups, limit=0.0)
+        for one in (plain, spiked):
+            one.step(0)
+        wanted = {key: x for key, x, _ in plain.model.emulator.state()}
+        got = {key: x for key, x, _ in spiked.model.emulator.state()}
+        assert [key for key, x in wanted.items() if not torch.equal(x, got[key])] == []
 
 
 def test_a_continued_run_has_the_same_scales_and_weights_bit_for_bit(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ Compared on the same operands, a linear answers for itself alone: what its neigh
 count. Numbers are sums, so that those of several ranks and micro-batches can be added up.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -75,8 +73,3 @@ def shares(values: Tensor) -> dict[str, float]:
         found[f"{role}_underflow"] = lost / max(some, 1)
         found[f"{role}_overflow"] = clamped / max(some, 1)
     return found
-
-
-def summed(drifts: Sequence[Drift]) -> Tensor:
-    """All sums in one tensor, fp64 [linears, 6, 3], to be added up over ranks."""
-    return torch.stack([torch.cat([drift.products, drift.values]) for drift in drifts])
