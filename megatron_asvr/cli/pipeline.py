@@ -115,6 +115,6 @@ def _arguments(options: Mapping[str, Any], command: str | list[str]) -> argparse
     words = []
     for key, value in options.items():
         for one in value if isinstance(value, list) else [value]:
-            words += [f"--{key}={one}"]
+            words += [f"--{key}"] if one is True else [f"--{key}={one}"]
     commanded = shlex.split(command) if isinstance(command, str) else [str(w) for w in command]
     return parse(["slurm", "submit", *words, "--", *commanded])

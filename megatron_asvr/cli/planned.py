@@ -96,8 +96,11 @@ def _plan_training(
         notes += lines + said if number == 0 else []
         lacks |= without
         configs[(folder / str(number) if args.sweep else folder) / "config.yaml"] = config
+    made_job = _job(args, resources, ["train", CONFIG], folder, read=_paths(config))
+    looks = [*made_job.command[:-2], "preflight", CONFIG]
     job = dataclasses.replace(
-        _job(args, resources, ["train", CONFIG], folder, read=_paths(config)),
+        made_job,
+        preflight=() if args.no_preflight else looks,
         name=args.name or root.name,
         purpose=f"asvr train {shlex.join([command.config, *command.overrides])}",
         usable=tuple(sorted(usable or ())),

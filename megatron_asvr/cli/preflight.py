@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             print("\n".join(f"{name:<10} {state:<12} {text}" for name, state, text in report.rows))
         if not report.ok:
+            _exclude({fault["node"] for fault in report.wrong})
             faults = "; ".join(f"{w['node']} ({w['check']}): {w['text']}" for w in report.wrong)
             error = LaunchError(f"these nodes must not start a run: {faults}")
             if not hangs:
@@ -72,3 +73,10 @@ def run(args: argparse.Namespace) -> int:
     if hangs:
         leave(1)  # the interpreter would wait for what hangs
     return 0 if report.ok else 1
+
+
+def _exclude(faulty: set[str]) -> None:
+    """Keep a job off faulty nodes; a fault of all nodes, or between two, is not theirs."""
+    single = {node for node in faulty if " " not in node}
+    if len(single) < int(os.environ.get("SLURM_STEP_NUM_NODES", "1")):
+        outcome.exclude(sorted(single))

@@ -52,6 +52,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-stops", type=positive, default=1000, help="restarts after saving")
     parser.add_argument("--max-crashes", type=int, default=3, help="restarts after a crash")
     parser.add_argument(
+        "--no-preflight", action="store_true", help="do not look at the nodes before a run starts"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check, print plan and script, submit nothing"
     )
     parser.set_defaults(run=run, takes_overrides=True)

@@ -106,7 +106,8 @@ class Job:
         max_stops: how often it may be requeued after it was told to stop.
         max_crashes: how often after it died, from its last checkpoint on.
         usable: numbers of nodes that it can use when it gets others; empty: whatever it gets.
-        environment: variables of the step.
+        preflight: command of a step before, on the same ranks; empty: none.
+        environment: variables of the steps.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Job:
     max_stops: int = 1000
     max_crashes: int = 3
     usable: tuple[int, ...] = ()
+    preflight: Sequence[str] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -157,6 +159,7 @@ def render(job: Job) -> str:
         max_crashes=job.max_crashes,
         environment=[(_name(name), shlex.quote(v)) for name, v in job.environment.items()],
         srun="".join(f" {shlex.quote(option)}" for option in srun),
+        preflight=_shell([*wraps, *job.preflight]) if job.preflight else "",
         command=_shell([*wraps, *job.command]),
     )
 

@@ -34,7 +34,7 @@ def write_config(files: Path, run: Path, **changes: Any) -> str:
 
 
 def submit(config: str, *more: str, nodes: str = "2") -> None:
-    assert main(["slurm", "submit", config, "--nodes", nodes, *more]) == 0
+    assert main(["slurm", "submit", config, "--nodes", nodes, "--no-preflight", *more]) == 0
 
 
 class Gates:

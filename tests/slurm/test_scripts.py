@@ -68,6 +68,7 @@ def test_scripts_are_sound(cluster, tmp_path, container, array, usable):
         container=container,
         array=array,
         usable=usable,
+        preflight=["python", "-m", "look"] if usable else (),
         environment={"A": "it's $x", "B": ""},
     )
     script = render(made)
@@ -80,8 +81,7 @@ def test_scripts_are_sound(cluster, tmp_path, container, array, usable):
     outside = [
         line for line in script.splitlines() if "--container" in line or "apptainer exec" in line
     ]
-    srun = script[script.index("\nsrun ") : script.index("step=$!")]
-    assert all(line in srun for line in outside)
+    assert all(line.startswith(("  srun ", "ranks ")) for line in outside)
     assert bool(outside) == (container is not None)
 
 
@@ -124,6 +124,26 @@ def test_a_requeued_job_keeps_off_excluded_nodes(cluster, tmp_path):
     assert "asvrnode1" not in (first, second)
     assert f"not to be taken again: asvrnode1,{first}\n" in log(folder)
     assert "2 crashes, and 1 are allowed: giving up" in log(folder)
+
+
+def test_nodes_that_fail_the_preflight_are_left_alone(cluster, tmp_path):
+    folder = tmp_path / "job"
+    look = 'echo "$SLURMD_NODENAME" >>"$FOLDER/looked"; [[ -s $FOLDER/exclude ]] && exit 0; '
+    look += 'echo "$SLURMD_NODENAME" >"$ASVR_EXCLUDE"; exit 1'
+    step = 'echo "$SLURMD_NODENAME" >>"$FOLDER/ran"; echo finished >"$ASVR_OUTCOME"'
+    number = submitted(job(folder, step, preflight=["bash", "-c", look]))
+    until(number, "COMPLETED")
+    bad, good = (folder / "looked").read_text().split()
+    assert bad != good
+    assert (folder / "ran").read_text().split() == [good]
+    assert f"not to be taken again: {bad}\n" in log(folder)
+
+
+def test_a_preflight_that_blames_no_node_ends_the_job(cluster, tmp_path):
+    folder = tmp_path / "job"
+    number = submitted(job(folder, "touch $FOLDER/ran", preflight=["false"]))
+    until(number, "FAILED")
+    assert not (folder / "ran").exists()
 
 
 def test_tasks_of_an_array_are_requeued_one_by_one(cluster, tmp_path):

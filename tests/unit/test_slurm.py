@@ -38,7 +38,7 @@ def test_a_dry_run_prints_plan_and_script_and_writes_nothing(config, capsys, tmp
     assert status == 0, said
     assert script.startswith('#!/usr/bin/env bash\n#SBATCH --job-name="a run"\n')
     assert "#SBATCH --nodes=2\n" in script
-    assert '-m megatron_asvr train "$job/config.yaml" </dev/null' in script
+    assert '-m megatron_asvr train "$job/config.yaml"\n' in script
     assert "layout: TP2" in said
     assert "data.train has no index" in said
     assert not (tmp_path / "a run").exists()
@@ -113,17 +113,17 @@ def test_any_command_is_a_job(config, files, capsys, tmp_path):
     )
     assert status == 0, said
     assert "env --unset=SLURM_PROCID " in script
-    assert f"-m megatron_asvr data index {config} --workers 3 </dev/null" in script
+    assert f"-m megatron_asvr data index {config} --workers 3\n" in script
     status, script, said = command(
         capsys, tmp_path, "tokenizer", "encode", config, options=("--nodes", "2")
     )
     assert status == 0, said
-    assert f"-m megatron_asvr tokenizer encode {config} </dev/null" in script
+    assert f"-m megatron_asvr tokenizer encode {config}\n" in script
     assert "SLURM_PROCID" not in script
     made = ["convert", "export", str(files), "--out", "x y"]
     status, script, said = command(capsys, tmp_path, *made)
     assert status == 0, said
-    assert f"convert export {files} --out 'x y' </dev/null" in script
+    assert f"convert export {files} --out 'x y'\n" in script
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_containers_see_what_the_configuration_names(config, files, capsys, tmp_
     words = ["--nodes", "2", "--container", "a+b:1", "--mount", "/c:/d"]
     status, script, said = dry(capsys, "submit", config, *words)
     assert status == 0, said
-    (srun,) = (line for line in script.splitlines() if line.startswith("srun "))
+    (srun,) = (line for line in script.splitlines() if line.startswith("  srun "))
     assert "--container-image=a+b:1" in srun
     assert f"--container-workdir={Path.cwd()}" in srun
     (mounts,) = (
@@ -164,7 +164,7 @@ def test_containers_see_what_the_configuration_names(config, files, capsys, tmp_
         held = [p for p in pairs if Path(place).is_relative_to(p.split(":")[0])]
         assert held, (place, pairs)
     assert pairs[-1] == "/c:/d"
-    assert "\n  python -m megatron_asvr train" in script
+    assert "\nranks python -m megatron_asvr train" in script
 
 
 def pipeline(folder: Path, config: str, **steps) -> list[str]:
