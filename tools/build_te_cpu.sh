@@ -48,7 +48,7 @@ done
 cat >"$folder/cxx" <<'CXX'
 #!/usr/bin/env bash
 headers=$(dirname "$0")/headers.h
-case " $* " in *" -c "*.cpp*) ;; *) exec g++ "$@" -O0 -w ;; esac
+case " $* " in *" -c "*.cpp*) ;; *) exec g++ "$@" -O0 -g0 -w ;; esac
 exec 9>"$headers.lock"
 flock 9
 if [[ ! -e $headers.gch ]]; then
@@ -62,16 +62,17 @@ if [[ ! -e $headers.gch ]]; then
     esac
   done
   echo '#include "extensions.h"' >"$headers"
-  g++ "${flags[@]}" -O0 -w -x c++-header "$headers" -o "$headers.gch"
+  g++ "${flags[@]}" -O0 -g0 -w -x c++-header "$headers" -o "$headers.gch"
 fi
 flock -u 9
-exec g++ -include "$headers" "$@" -O0 -w
+exec g++ -include "$headers" "$@" -O0 -g0 -w
 CXX
 chmod +x "$folder/cxx"
 rm -f "$folder"/headers.h*
 export CXX=$folder/cxx CC=$folder/cxx
 export NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1
 pip --no-deps --no-build-isolation --no-binary transformer-engine-torch "transformer-engine-torch==$TE"
+rm -f "$folder"/headers.h*
 
 "$bin/python" -c 'import torch, transformer_engine.pytorch as te; print("imported", te.__file__)'
 echo "$wanted" >"$folder/.built"

@@ -6,6 +6,7 @@ holds one block of columns (parallel/context.py). One path serves all layouts: a
 a row of one document, an empty micro-batch has rows without any.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,6 +26,7 @@ from megatron_asvr.parallel.context import (
     partition,
     row_multiple,
 )
+from megatron_asvr.precision.fp8.shapes import position_multiple
 
 Pixels = Callable[[Sequence[str]], Tensor]  # image keys to float32 [I, C, H, W]
 Codes = Callable[[str], np.ndarray]  # image key to codes [N, D]
@@ -118,6 +120,7 @@ class Collator:
         """The collator of a run."""
         degrees = config.parallel
         shares = {"tp": degrees.tp, "cp": degrees.cp, "sp": degrees.sp}
+        ranks = degrees.cp * (degrees.tp if degrees.sp else 1)
         return cls(
             num_patches=config.model.vision.num_patches,
             pad_id=pad_id,
@@ -126,7 +129,9 @@ class Collator:
             online=config.data.codes == "online" and config.loss.visual_weight != 0,
             cp=degrees.cp,
             document_multiple=document_multiple(**shares),
-            row_multiple=row_multiple(**shares),
+            row_multiple=math.lcm(
+                row_multiple(**shares), ranks * position_multiple(config.precision.fp8)
+            ),
             view=view,
             code_depth=code_depth,
         )

@@ -34,7 +34,7 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.fusion import splice_images, take_positions
 from megatron_asvr.model.language import LanguageModel, gather_positions, transformer_config
-from megatron_asvr.model.linears import emulate
+from megatron_asvr.model.linears import in_8_bits
 from megatron_asvr.model.loss import LossSums
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
@@ -75,7 +75,9 @@ class AsvrModel(MegatronModule):
         vp_stage: int | None = None,
     ) -> None:
         dtype = DTYPES[config.train.precision]
-        super().__init__(config=transformer_config(config.model.language, groups.plan, dtype))
+        model, device = config.model, platforms.select()[0].device
+        own = transformer_config(model.language, groups.plan, dtype, settings=config.precision)
+        super().__init__(config=own)
         self.run_config = config
         self.groups = groups
         self.emulator: Emulator | None = None
@@ -88,7 +90,6 @@ class AsvrModel(MegatronModule):
         self.official = config.loss.mode == "official"
         tp = groups.tp if groups.plan.tp > 1 else None
         self.tp = tp
-        model, device = config.model, platforms.select()[0].device
         if self.pre_process:
             self.vision_encoder = SiglipEncoder(model.vision).to(device, dtype)
             self.projector = Projector(model, tp=tp, dtype=dtype).to(device)
@@ -372,8 +373,7 @@ def build_chunks(
     ]
     for chunk in chunks:
         sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
-        dtype = DTYPES[config.train.precision]
-        chunk.emulator = emulate(chunk, config, groups=groups, tokenizer=tokenizer, dtype=dtype)
+        chunk.emulator = in_8_bits(chunk, config, groups=groups, tokenizer=tokenizer)
     return chunks
 
 

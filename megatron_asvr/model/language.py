@@ -57,7 +57,12 @@ def padded_vocab_size(vocab_size: int, tp: int) -> int:
 
 
 def transformer_config(
-    config: LanguageConfig, plan: ParallelPlan, dtype: torch.dtype, *, recompute: str = "none"
+    config: LanguageConfig,
+    plan: ParallelPlan,
+    dtype: torch.dtype,
+    *,
+    recompute: str = "none",
+    settings: PrecisionConfig | None = None,
 ) -> TransformerConfig:
     """megatron-core's configuration of the language model.
 
@@ -67,7 +72,9 @@ def transformer_config(
         dtype: of the parameters and the computation, float32 or bfloat16.
         recompute: ``full`` keeps each layer's input for the backward pass and computes the layer
             again; ``selective`` does so with attention only; ``none`` keeps everything.
+        settings: of 8 bits.
     """
+    platform = platforms.select()[0]
     virtual = plan.vpp is not None
     full = recompute == "full"
     window = config.sliding_window
@@ -92,7 +99,7 @@ def transformer_config(
         attention_dropout=0.0,
         init_method_std=config.init_std,
         perform_initialization=False,  # sharding.seeded_init or load_weights follows
-        use_cpu_initialization=platforms.select()[0].name == "cpu",
+        use_cpu_initialization=platform.name == "cpu",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -121,6 +128,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         **mixture,
+        **precision.megatron_settings(platform, dtype, settings or PrecisionConfig()),
     )
 
 
@@ -195,8 +203,11 @@ class LanguageModel(GPTModel):
         settings: PrecisionConfig | None = None,
     ) -> None:
         platform = platforms.select()[0]
-        megatron_config = transformer_config(config, groups.plan, dtype, recompute=recompute)
-        backend, reason = precision.select_backend(platform, dtype, settings or PrecisionConfig())
+        settings = settings or PrecisionConfig()
+        megatron_config = transformer_config(
+            config, groups.plan, dtype, recompute=recompute, settings=settings
+        )
+        backend, reason = precision.select_backend(platform, dtype, settings)
         super().__init__(
             megatron_config,
             precision.block_spec(megatron_config, backend, vp_stage=vp_stage),

@@ -1,11 +1,11 @@
 """Every linear that may multiply in 8 bits, by its canonical name, from the configuration alone.
 
-The names are those of the built model, where ``emulate`` puts the products in.
+The names are those of the built model, where ``in_8_bits`` puts the products in.
 """
 
+import importlib
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import nn
 
 from megatron_asvr import platforms, precision
@@ -60,33 +60,36 @@ def precision_lines(
     ]
 
 
-def emulate(
-    chunk: nn.Module,
-    config: Config,
-    *,
-    groups: Groups,
-    tokenizer: VisualTokenizer | None,
-    dtype: torch.dtype,
+def in_8_bits(
+    chunk: nn.Module, config: Config, *, groups: Groups, tokenizer: VisualTokenizer | None
 ) -> Emulator | None:
-    """The products of a model chunk in 8 bits, after putting them into it; None without any.
+    """Let the linears of a model chunk multiply in 8 bits, as the run says.
+
+    Returns:
+        What emulates them; None where Transformer Engine does it, or nobody.
 
     Args:
         chunk: of the model, with all its parts.
         config: the run.
         groups: process groups of the layout.
         tokenizer: tells the widths of the visual head; None without one.
-        dtype: of the parameters.
 
     Raises:
         ConfigError: 8 bits cannot be had here, or a linear does not fit the recipe.
     """
     platform, settings = platforms.select()[0], config.precision
-    if precision.select_fp8(platform, dtype, settings)[0] != "emulated":
+    engine = precision.select_fp8(platform, chunk.config.params_dtype, settings)[0]
+    if engine == "none":
         return None
     described = tokenizer if config.loss.visual_weight else None
     sizes, width = (described.codebook_sizes, described.width) if described else ((), None)
     decided = decide(linears(config, sizes, width), settings.fp8)
     names = _module_names(chunk)
+    if engine == "te":
+        importlib.import_module("megatron_asvr.precision.te").use(
+            chunk, names, decided, settings.fp8.recipe
+        )
+        return None
     return Emulator(chunk, names, decided, settings.fp8, groups=groups, device=platform.device)
 
 
@@ -95,7 +98,10 @@ def _module_names(chunk: nn.Module) -> dict[str, str]:
     names = {path: path for path, _ in chunk.named_modules()}
     for local, name in canonical_names(chunk).items():
         path, _, parameter = local.rpartition(".")
-        if not path.endswith("output_layer"):  # a tied one goes by the name of the embedding
+        fused_norm = parameter.startswith("layer_norm_")  # goes by the name of a module of its own
+        if (
+            not path.endswith("output_layer") and not fused_norm
+        ):  # a tied one goes by the name of the embedding
             names[path] = name.removesuffix(f".{parameter}")
     return names
 

@@ -31,7 +31,7 @@ from megatron_asvr.model.loss import summed_cross_entropy
 from megatron_asvr.model.output_loss import OutputLayer, output_loss
 from megatron_asvr.model.quantize import Codebooks
 from megatron_asvr.model.sharding import mark
-from megatron_asvr.precision.fp8.product import Product, linear
+from megatron_asvr.precision.fp8.product import Product, grouped_linear, linear
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,7 @@ class DepthMLP(nn.Module):
         products = [self.fp8[f"{name}.{depth}"] for depth in range(len(weight_DNK))]
         if not any(products):
             return torch.bmm(x_DMK, weight_DNK.transpose(1, 2))
-        each = zip(x_DMK, weight_DNK, products, strict=True)
-        return torch.stack([linear(x_MK, w_NK, None, product) for x_MK, w_NK, product in each])
+        return grouped_linear(x_DMK, weight_DNK, products)
 
 
 class DepthLayer(nn.Module):

@@ -1,7 +1,7 @@
 """Which implementation the transformer layers use, chosen in one place and with a reason."""
 
 import importlib
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_asvr.platforms import Platform
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 Backend = Literal["te", "local"]
 Engine = Literal["none", "te", "emulated"]  # who multiplies in 8 bits
 _DEFAULT = PrecisionConfig()
+_MEGATRON_RECIPES = {
+    "delayed": "delayed",
+    "current": "tensorwise",
+    "block": "blockwise",
+    "mxfp8": "mxfp8",
+}
 # Smallest compute capability whose tensor cores know a recipe: Ada, Hopper, Blackwell.
 _CAPABLE = {"delayed": (8, 9), "current": (8, 9), "block": (9, 0), "mxfp8": (10, 0)}
 
@@ -80,6 +86,31 @@ def select_fp8(
     if has is None or has < needs:
         raise ConfigError(f"{asked}: it needs compute capability {needs}, got {has}; {way_out}")
     return "te", f"{fp8.recipe} scaling in Transformer Engine"
+
+
+def megatron_settings(
+    platform: Platform, dtype: torch.dtype, settings: PrecisionConfig
+) -> dict[str, Any]:
+    """What megatron-core's configuration says about 8 bits; nothing where it has no part in them.
+
+    Args:
+        platform: what ``platforms.select()`` returned.
+        dtype: of the computation.
+        settings: of the run.
+
+    Raises:
+        ConfigError: 8 bits are asked for and nothing here can do them.
+    """
+    if select_fp8(platform, dtype, settings)[0] != "te":
+        return {}
+    fp8 = settings.fp8
+    return {
+        "fp8": fp8.format,
+        "fp8_recipe": _MEGATRON_RECIPES[fp8.recipe],
+        "fp8_margin": fp8.margin,
+        "fp8_amax_history_len": fp8.history,
+        "fp8_amax_compute_algo": fp8.amax,
+    }
 
 
 def _without_te(platform: Platform, dtype: torch.dtype) -> str | None:

@@ -8,6 +8,7 @@ change only between steps (``Emulator.update``). So computing a layer again for 
 or the order of micro-batches, changes no bit.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
@@ -54,6 +55,15 @@ class Product:
         self.amax = torch.zeros(len(ROLES), device=device)
         self.scale = torch.ones(len(ROLES), device=device)
         self.history = torch.zeros(settings.history, len(ROLES), device=device)
+
+    def __call__(self, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+        """The linear's output [M, N]; its gradients are in 8 bits, too.
+
+        Args:
+            x_MK: the input, its rows padded.
+            weight_NK: the weight.
+        """
+        return _Multiply.apply(x_MK, weight_NK, self)
 
     def dtype(self, role: Role) -> torch.dtype:
         """The float8 type of a matrix."""
@@ -128,8 +138,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product | No
     rows = x.shape[:-1].numel()
     padded_MK = pad_rows(x.reshape(rows, -1), product.recipe)
     check_product(product.recipe, padded_MK, weight, name=product.name)
-    y = _Multiply.apply(padded_MK, weight, product)[:rows].view(*x.shape[:-1], -1)
+    y = product(padded_MK, weight)[:rows].view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
+
+
+def grouped_linear(x_DMK: Tensor, weight_DNK: Tensor, products: Sequence[Product | None]) -> Tensor:
+    """Each depth's ``x`` times its own matrix, [D, M, N].
+
+    Args:
+        x_DMK: inputs.
+        weight_DNK: weights.
+        products: of each depth; where all have a kernel for it, it computes them together.
+    """
+    together = {getattr(product, "grouped", None) for product in products}
+    if len(together) == 1 and (kernel := together.pop()) is not None and x_DMK.numel():
+        return kernel(x_DMK, weight_DNK)
+    each = zip(x_DMK, weight_DNK, products, strict=True)
+    return torch.stack([linear(x_MK, w_NK, None, product) for x_MK, w_NK, product in each])
 
 
 def parallel_linear(

@@ -10,6 +10,7 @@ a weight the rows are what is summed over, and there cuBLAS wants 16, as megatro
 import torch
 from torch import Tensor
 
+from megatron_asvr.config.schema import Fp8Config
 from megatron_asvr.errors import AsvrError
 
 ROWS = {"delayed": 16, "current": 16, "block": 128, "mxfp8": 32}
@@ -28,6 +29,14 @@ def pad_rows(x_MK: Tensor, recipe: str) -> Tensor:
     """
     missing = -len(x_MK) % ROWS[recipe]
     return x_MK if not missing else torch.cat([x_MK, x_MK.new_zeros(missing, x_MK.shape[1])])
+
+
+def position_multiple(settings: Fp8Config) -> int:
+    """What the positions of every rank must be a multiple of in Transformer Engine's layers.
+
+    1 without them: the linears that pad their own rows need no more.
+    """
+    return 1 if settings.recipe == "none" or settings.emulate else ROWS[settings.recipe]
 
 
 def width_problem(recipe: str, *, inputs: int, outputs: int) -> str | None:
