@@ -1,4 +1,4 @@
-"""A hang that is planted at a place: one rank skips a collective, or stops."""
+"""Faults that are planted at a place: one rank skips a collective, stops, or cannot go on."""
 
 import itertools
 from collections.abc import Callable
@@ -24,3 +24,13 @@ def skip_a_collective() -> None:
     from megatron_asvr.train import loop
 
     loop.agree = once(loop.agree, lambda last: last)
+
+
+def break_memory() -> None:
+    """Make this process's first step end with what torch says of a GPU whose memory is broken."""
+    from megatron_asvr.train import loop
+
+    def train_step(*_: Any, **__: Any) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    loop.train_step = train_step

@@ -66,15 +66,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"asvr {args.command}: interrupted", file=sys.stderr)
         return 130
     except AsvrError as err:
+        from megatron_asvr.platforms import faults
+
         from megatron_asvr.launch import job  # imports torch
 
+        fault = faults.note_error(err)
         job.after_first()
         # An error of ours inside a rank is shown as itself; its traceback is in the rank's log.
         shown = err.__cause__ if isinstance(err.__cause__, AsvrError) else err
         print(f"asvr {args.command}: {type(shown).__name__}: {shown}", file=sys.stderr)
-        if not isinstance(shown, LaunchError):  # a rank died: that may not happen again
+        # A rank that died, or its node: that may not happen again.
+        if not isinstance(shown, LaunchError) and fault is None:
             outcome.note(outcome.REFUSED, f"{type(shown).__name__}: {shown}")
         return 1
+    except Exception as err:
+        from megatron_asvr.platforms import faults
+
+        faults.note_error(err)
+        raise
     outcome.note(outcome.STOPPED if status == STOPPED else outcome.FINISHED)
     if status == STOPPED:
         from megatron_asvr.launch import job

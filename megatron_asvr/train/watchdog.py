@@ -15,7 +15,6 @@ import faulthandler
 import json
 import logging
 import os
-import socket
 import statistics
 import threading
 import time
@@ -23,6 +22,9 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from megatron_asvr.platforms import faults
+from megatron_asvr.platforms.faults import Fault
 
 from megatron_asvr.checkpoint.folder import write_durably
 from megatron_asvr.config.schema import WatchdogConfig
@@ -55,7 +57,7 @@ class Watchdog:
         self._hang_s, self._rank = settings.hang_s, groups.rank
         self._words = attempt / "hang"
         self._log = attempt / f"rank_{groups.rank}.log"
-        self._hosts = gather_objects(socket.gethostname(), group=groups.world)
+        self._hosts = gather_objects(faults.this_host(), group=groups.world)
         self._poll_s = min(max(self._hang_s / 20, 0.1), 15.0)
         self._durations: deque[float] = deque(maxlen=_STEPS)
         self._doing, self._since_ns = "start", time.time_ns()
@@ -119,6 +121,9 @@ class Watchdog:
                 text = explain(words, self._hosts)
                 write_durably(verdict, text.encode())
                 os.write(2, text.encode())  # no lock that the main thread may hold
+                found = flight.culprits(words, len(self._hosts))
+                for host in {self._hosts[rank] for rank in found}:
+                    faults.note(Fault(host, f"hang in {self._doing}", sure=False))
             else:
                 self._wait(verdict.exists)
         except Exception:
