@@ -27,6 +27,7 @@ from megatron_asvr.log import Progress
 from megatron_asvr.parallel.collectives import gather_objects
 
 MISSING = "missing file"
+DEADLY = "ends the process that decodes it"
 CHECK_BATCH_BYTES = 64 * 2**20  # encoded bytes that wait to be test-decoded together
 CHECK_BATCH = 64  # images that do
 PART_IMAGES = 4096  # images of one part file: what an interruption can cost
@@ -97,7 +98,8 @@ class ImageIndex:
         Args:
             paths: locations of images, the same on every rank.
             group: ranks that share the work; all of them must call. None: this process alone.
-            run: a ``map`` that shares the work among processes instead.
+            run: a ``map`` that shares the work among processes instead; it gives None for a batch
+                that its process died of.
         """
         rank, world = (group.rank(), group.size()) if group is not None else (0, 1)
         mine = list(dict.fromkeys(paths))[rank::world]
@@ -114,7 +116,7 @@ class ImageIndex:
         if run is None:
             results = map(ImageChecker(self._config, self._device).check, batches)
         else:
-            results = run(partial(_check_elsewhere, self._config, self._device), batches)
+            results = self._elsewhere(batches, run)
         unsaved: dict[str, Entry] = {}
         progress = Progress(
             "images checked", len(new), unit="images" + " of this rank" * (world > 1)
@@ -129,6 +131,17 @@ class ImageIndex:
         self._save(unsaved)
         for share in gather_objects(found, group=group):
             self.entries.update(share)
+
+    def _elsewhere(self, batches: Sequence[Sequence[str]], run: Run) -> Iterator[dict[str, Entry]]:
+        """What other processes find about each batch; images that they die of are bad."""
+        check = partial(_check_elsewhere, self._config, self._device)
+        for batch, entries in zip(batches, run(check, batches), strict=True):
+            if entries is not None:
+                yield entries
+                continue
+            alone = run(check, [[path] for path in batch])
+            for path, found in zip(batch, alone, strict=True):
+                yield {path: _deadly(path)} if found is None else found
 
     def problems(self, paths: Iterable[str]) -> dict[str, str]:
         """Why each bad path among ``paths`` is bad."""
@@ -264,6 +277,12 @@ _checker_of_this_process = lru_cache(maxsize=1)(ImageChecker)
 
 def _check_elsewhere(config: Config, device: torch.device, paths: Sequence[str]) -> dict:
     return _checker_of_this_process(config, device).check(paths)
+
+
+def _deadly(path: str) -> Entry:
+    """The entry of an image that ends the process that decodes it."""
+    key = hashlib.sha256(locations.read(path)).hexdigest()
+    return Entry(*locations.state(locations.container(path)), key, DEADLY)
 
 
 def _state(file: str) -> locations.State | None:

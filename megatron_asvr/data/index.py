@@ -136,6 +136,10 @@ def build(
     progress = Progress("text measured", len(jobs), unit="data files")
     for (file, *_), problems in zip(jobs, run(work, jobs), strict=True):
         progress.add(1)
+        if problems is None:
+            raise DataError(
+                f"a process died while it measured {file.path}; memory may have run out"
+            )
         raise_problems(problems, f"records of {file.path} have the wrong form")
     tables = [_open(part) for part in parts]
     images = [path for table in tables for path in pc.list_flatten(table["images"]).to_pylist()]

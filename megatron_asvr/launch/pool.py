@@ -1,23 +1,30 @@
 """Independent pieces of work over processes: of this machine, or of a job that MPI started."""
 
 import contextlib
+import logging
 import multiprocessing
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.mpi import world
 from megatron_asvr.launch.rank import place
+
+logger = logging.getLogger(__name__)
 
 Run = Callable[..., Iterable]
 
 
 @contextlib.contextmanager
 def workers(number: int) -> Iterator[Run | None]:
-    """A ``map`` whose pieces run in other processes, in order and none of them twice.
+    """A ``map`` whose pieces run in other processes; their results come in order.
 
     Under ``mpiexec`` the first process gets it and the others work for it; they get None, when
-    there is no more work. A process that fails ends the whole call with its error.
+    there is no more work. A piece that fails ends the whole call with its error. One whose process
+    dies, also when it is alone, gives None (not under MPI, which then ends the job).
 
     Args:
         number: processes to start; 1 works here. MPI's own number wins.
@@ -39,9 +46,46 @@ def workers(number: int) -> Iterator[Run | None]:
     if number == 1:
         yield map
         return
+    begun = []
+
+    def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        begun.append(_each(number, function, items))
+        return begun[-1]
+
+    try:
+        yield run
+    finally:
+        for each in begun:  # whoever stopped half-way wants no more of it
+            each.close()
+
+
+def _each(number: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """The results of all items, in order; None where a process died of an item alone."""
+    left = deque(items)
+    while left:
+        try:
+            with _pool(number) as pool:
+                futures = deque(pool.submit(function, item) for item in left)
+                while futures:
+                    result = futures.popleft().result()
+                    left.popleft()
+                    yield result
+        except BrokenProcessPool:  # the first that is left may be the cause: it is tried alone
+            logger.warning("a process died; its work is tried again, piece by piece")
+            try:
+                with _pool(1) as pool:
+                    result = pool.submit(function, left[0]).result()
+            except BrokenProcessPool:
+                result = None
+            left.popleft()
+            yield result
+
+
+@contextlib.contextmanager
+def _pool(number: int) -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(number, multiprocessing.get_context("forkserver")) as pool:
         try:
-            yield pool.map
+            yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

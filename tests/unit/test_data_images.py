@@ -283,6 +283,21 @@ def test_index_is_kept_and_only_changed_files_are_read_again(folder, monkeypatch
     assert all(entry.problem for entry in stricter.entries.values())
 
 
+def test_an_image_that_ends_its_process_is_bad_and_alone(folder):
+    """The map is one whose process dies of an image; launch/pool.py gives None then."""
+    paths = sorted(str(path) for path in folder.iterdir())
+    fatal = next(path for path in paths if "jpeg" in path)
+    index = ImageIndex(config(), folder=folder / "i", device=CPU)
+    index.prepare(paths, run=lambda check, jobs: (None if fatal in j else check(j) for j in jobs))
+    plain = ImageIndex(config(), folder=folder / "j", device=CPU)
+    plain.prepare(paths)
+    wanted = plain.problems(paths) | {fatal: images_module.DEADLY}
+    assert index.problems(paths) == wanted
+    again = ImageIndex(config(), folder=folder / "i", device=CPU)
+    again.prepare(paths, run=lambda check, jobs: pytest.fail("checked again") if jobs else ())
+    assert again.problems(paths) == wanted
+
+
 def test_damaged_index_is_made_anew(folder):
     paths = [str(folder / name) for name in list(GOOD)[:2]]
     ImageIndex(config(), folder=folder / "cache", device=CPU).prepare(paths)

@@ -1,8 +1,11 @@
 """Work over processes comes back in order, with its errors; launchers are understood."""
 
+import math
 import operator
+import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -18,8 +21,22 @@ def test_results_are_in_order(number):
 
 
 def test_an_error_of_a_process_ends_the_call():
-    with pytest.raises(ZeroDivisionError), workers(2) as run:
-        list(run(operator.floordiv, [4, 4, 4], [2, 0, 1]))
+    with pytest.raises(ValueError, match="math domain"), workers(2) as run:
+        list(run(math.sqrt, [4, -1, 1]))
+
+
+def test_a_piece_that_kills_its_process_takes_no_other_with_it():
+    pieces = [partial(operator.neg, number) for number in range(6)]
+    pieces[2] = partial(os._exit, 1)
+    with workers(2) as run:
+        assert list(run(operator.call, pieces)) == [0, -1, None, -3, -4, -5]
+
+
+def test_whoever_stops_half_way_gets_no_more():
+    with workers(2) as run:
+        found = run(operator.neg, range(4))
+        assert next(found) == 0
+    assert list(found) == []
 
 
 def test_ranks_of_another_launcher_are_refused(monkeypatch):
