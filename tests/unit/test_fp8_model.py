@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from megatron_asvr.checkpoint.load import find_resume
+from megatron_asvr.config.load import load
 from megatron_asvr.config.schema import Config, Fp8Config
-from megatron_asvr.errors import AnomalyError, ConfigError
-from megatron_asvr.model.linears import linears
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.model.linears import linears, precision_lines
 from megatron_asvr.model.sharding import named
 from megatron_asvr.precision.fp8.policy import decide, describe
 from megatron_asvr.train.inference import _plain
-from megatron_asvr.train.step import train_step
+from megatron_asvr.train.step import AnomalyError, train_step
 from tests.fp8_cases import HEADS, RECIPES, run_of
 from tests.language_cases import one_rank
 from tests.run_cases import CODEBOOK_SIZES, IDENTITY, Bench, folder, save, step_batches
@@ -69,6 +70,24 @@ def test_a_pattern_that_fits_nothing_is_refused_with_the_nearest_name() -> None:
         decide(listed, Fp8Config(recipe="current", exclude=("projector.linear1",)))
     none = decide(listed, Fp8Config(recipe="none", exclude=("projector.linear1",)))
     assert set(none.values()) == {"precision.fp8.recipe=none"}
+
+
+def test_the_official_model_on_8_gpus_is_listed_linear_by_linear() -> None:
+    ends = '["language_model.decoder.layers.0.*", "language_model.decoder.layers.-1.*"]'
+    settings = ["parallel.tp=2", "precision.fp8.recipe=block", f"precision.fp8.exclude={ends}"]
+    run = load("vicuna7b_stage2", settings)
+    lines = precision_lines(run, (4096,) * 8)
+    assert "bf16, and fp8 (block scaling, hybrid, Transformer Engine)" in lines[0]
+    layer = "language_model.decoder.layers"
+    middle = f"{layer}.1.mlp.linear_fc1 to {layer}.30.mlp.linear_fc1 (30)"
+    assert f"{middle}: 4096 -> 11008 a rank, fp8" in lines
+    last = f"{layer}.31.mlp.linear_fc2: 5504 -> 4096 a rank, bf16 ({layer}.-1.*)"
+    assert last in lines
+    assert "language_model.output_layer: 4096 -> 16000 a rank, fp8" in lines
+    assert "visual_head.heads.0 to visual_head.heads.7 (8): 2048 -> 2048 a rank, fp8" in lines
+    with pytest.raises(ConfigError, match="output_layer with 4000 outputs: no multiple of 128"):
+        precision_lines(load("vicuna7b_stage2", [*settings, "parallel.tp=8"]), (4096,) * 8)
+    assert precision_lines(load("vicuna7b_stage2"), (4096,) * 8) == ["precision: bf16"]
 
 
 @pytest.mark.parametrize(
