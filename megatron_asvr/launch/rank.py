@@ -59,6 +59,24 @@ def place() -> Place | None:
     return None
 
 
+def _require_node_order(here: Place) -> None:
+    """Return when ranks are numbered node by node, as groups of neighbours are made.
+
+    Raises:
+        LaunchError: Slurm has distributed them in another way.
+    """
+    if here.launcher != "Slurm" or "SLURM_NODEID" not in os.environ:
+        return
+    node = int(os.environ["SLURM_NODEID"])
+    per_node, rest = divmod(here.world_size, int(os.environ.get("SLURM_STEP_NUM_NODES", "1")))
+    if not rest and here.rank != node * per_node + here.local_rank:
+        raise LaunchError(
+            f"Slurm made process {here.local_rank} of node {node} rank {here.rank}, wanted "
+            f"{node * per_node + here.local_rank}: ranks that share a layer would be on different "
+            "nodes; start them with srun --distribution=block"
+        )
+
+
 def prepare_rank(
     local_rank: int, threads_per_rank: int = 1, *, deterministic: bool = False
 ) -> None:
@@ -152,7 +170,8 @@ def init_rank(
         deterministic: set the switches of ``platforms.deterministic``.
 
     Raises:
-        LaunchError: no launcher's variables are set, or not where the ranks meet.
+        LaunchError: no launcher's variables are set, or not where the ranks meet, or Slurm has not
+            numbered them node by node.
     """
     here = place()
     if here is None:
@@ -162,6 +181,7 @@ def init_rank(
             "torchrun, srun or mpiexec"
         )
     prepare_rank(here.local_rank, threads_per_rank, deterministic=deterministic)
+    _require_node_order(here)
     store = open_store(here, timeout_s)
     init_group(here.rank, here.world_size, store=store, timeout_s=timeout_s)
     return here

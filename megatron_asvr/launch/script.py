@@ -167,13 +167,13 @@ def render(job: Job) -> str:
 def _options(job: Job) -> list[str]:
     """Options of sbatch, ``name=value``."""
     wants, log = job.resources, "%A_%a.log" if job.array is not None else "%j.log"
-    fewest = f"{wants.min_nodes}-" if wants.min_nodes is not None else ""
-    options = [
-        f"job-name={job.name}",
-        f"nodes={fewest}{wants.nodes}",
-        f"ntasks-per-node={wants.ranks_a_node}",
-        f"cpus-per-task={wants.cpus_per_rank}",
-    ]
+    options = [f"job-name={job.name}"]
+    if wants.min_nodes is None:
+        options += [f"nodes={wants.nodes}", f"ntasks-per-node={wants.ranks_a_node}"]
+        options.append(f"cpus-per-task={wants.cpus_per_rank}")
+    else:  # given tasks, Slurm takes no more nodes than the smallest number needs
+        options.append(f"nodes={wants.min_nodes}-{wants.nodes}")
+        options.append(f"mincpus={wants.ranks_a_node * wants.cpus_per_rank}")
     if wants.gpus_per_node:
         options.append(f"gpus-per-node={wants.gpus_per_node}")
     asked = {name: getattr(wants, name) for name in ("time", "partition", "account")}

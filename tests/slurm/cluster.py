@@ -22,9 +22,9 @@ GPUS = 8
 PREFIX = "asvrnode"
 HOSTS = Path("/etc/hosts")
 MARK = f"# asvr test cluster of process {os.getpid()}"
-DAEMON_PORTS = range(21000, 26000)
+DAEMON_PORTS = range(20100, 21300, 20)
 LIMIT_S = 120.0
-JOB_IDS = 6000  # and up: ports of jobs (20000 + id) beyond those of daemons
+JOB_IDS = 1340  # and up: ports of jobs (from 10 times the id) beyond those of daemons
 
 CONF = """
 ClusterName=asvrtest
@@ -183,7 +183,7 @@ class Cluster:
         text = CONF.format(
             host=socket.gethostname().partition(".")[0],
             port=port,
-            first_job=JOB_IDS + os.getpid() % 60 * 100,
+            first_job=JOB_IDS + os.getpid() % 50 * 20,
             first=port + 1,
             last=port + NODES,
             folder=self.folder,
@@ -218,12 +218,14 @@ class Cluster:
         for pid in self._members(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        self._namespaces.pop(node)  # the kernel gives its number to the next one
 
     def _members(self, node: str) -> list[int]:
         """Processes on a node, which are those with its host name, also without its daemon."""
         known = self._namespaces.setdefault(node, set())
         if node in self._daemons:
-            known.add(Path(f"/proc/{self._daemons[node].pid}/ns/uts").readlink())
+            with contextlib.suppress(OSError):  # it ended by itself
+                known.add(Path(f"/proc/{self._daemons[node].pid}/ns/uts").readlink())
         known.discard(Path("/proc/self/ns/uts").readlink())  # of a daemon that is just starting
         found = []
         for process in Path("/proc").glob("[0-9]*"):
@@ -275,7 +277,7 @@ def _hosts(change: Callable[[list[str]], list[str]]) -> None:
 
 def _free_ports(number: int) -> int:
     """The first of so many ports in a row that nobody listens on; processes look elsewhere."""
-    places = list(range(DAEMON_PORTS.start, DAEMON_PORTS.stop, 50))
+    places = list(DAEMON_PORTS)
     turn = os.getpid() % len(places)
     for first in places[turn:] + places[:turn]:
         with contextlib.ExitStack() as stack:

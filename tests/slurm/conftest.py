@@ -35,3 +35,10 @@ def undisturbed(cluster, files, tmp_path_factory) -> Path:
     submit(write_config(files, run))
     finished(run)
     return run
+
+
+@pytest.fixture
+def nodes(cluster) -> Iterator[Cluster]:
+    """The cluster, whose nodes may be disturbed."""
+    yield cluster
+    cluster.restore()

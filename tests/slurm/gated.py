@@ -20,7 +20,7 @@ LIMIT_S = 900.0
 
 def main() -> int:
     module, arguments = sys.argv[1:3], sys.argv[3:]
-    assert module == ["-m", "megatron_asvr.cli.main"]
+    assert module == ["-m", "megatron_asvr"]
     gates = json.loads(os.environ[VARIABLE])
     start = os.environ.get("SLURM_RESTART_COUNT", "0")
     train_step, place = loop.train_step, gates["steps"].get(start)

@@ -88,9 +88,14 @@ def task(run: Path) -> dict[str, Any]:
 
 
 def wait(run: Path, condition: Callable[[], bool]) -> None:
+    poll(condition, lambda: logs(run))
+
+
+def poll(condition: Callable[[], bool], text: Callable[[], str]) -> None:
+    """Wait for a condition, and show a text when it does not come."""
     deadline = time.monotonic() + LIMIT_S
     while not condition():
-        assert time.monotonic() < deadline, logs(run)
+        assert time.monotonic() < deadline, text()
         time.sleep(0.3)
 
 
@@ -105,7 +110,9 @@ def logs(run: Path) -> str:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     _, get = read_run(run)
-    return {name: get(name) for name in weight_names(RunFolder(run).step(STEPS))}
+    latest = RunFolder(run).latest()
+    assert latest is not None
+    return {name: get(name) for name in weight_names(RunFolder(run).step(latest))}
 
 
 def same_weights(run: Path, other: Path) -> None:

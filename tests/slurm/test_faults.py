@@ -5,12 +5,10 @@ The long half (marked ``slow``) waits for Slurm's own limits: `make test-slurm`.
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 from megatron_asvr.checkpoint.folder import RunFolder
-from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import (
     STEPS,
     Gates,
@@ -26,13 +24,6 @@ from tests.slurm.jobs import (
 )
 
 pytestmark = pytest.mark.slurm
-
-
-@pytest.fixture
-def nodes(cluster) -> Iterator[Cluster]:
-    """The cluster, whose nodes may be disturbed."""
-    yield cluster
-    cluster.restore()
 
 
 def same_as(run, undisturbed) -> None:

@@ -40,6 +40,17 @@ def test_a_slurm_step_is_a_launcher_and_its_batch_script_is_not(monkeypatch):
     assert place() == Place(launcher="Slurm", rank=3, world_size=4, local_rank=1)
 
 
+def test_ranks_that_slurm_did_not_number_node_by_node_are_refused(monkeypatch):
+    names = {"PROCID": "1", "NTASKS": "4", "STEP_ID": "0", "STEP_NUM_NODES": "2"}
+    for name, value in {**names, "NODEID": "1", "LOCALID": "0"}.items():  # cyclic
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(LaunchError, match=r"process 0 of node 1 rank 1, wanted 2: .*=block"):
+        init_rank()
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    with pytest.raises(LaunchError, match="MASTER_ADDR and MASTER_PORT"):  # what comes next
+        init_rank()
+
+
 @pytest.mark.parametrize(
     ("prefix", "local"), [("PMI", "MPI_LOCALRANKID"), ("OMPI_COMM_WORLD", None)]
 )
