@@ -16,7 +16,7 @@ import copy
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -132,15 +132,7 @@ def build(
     sizes = _image_sizes(config, files, checked, run)
     parts = [_part(folder, file, rules, of) for file, of in zip(files, sizes, strict=True)]
     jobs = [job for job in zip(files, parts, sizes, strict=True) if read_table(job[1]) is None]
-    work = partial(write_samples, config, str(tokenizer.path))
-    progress = Progress("text measured", len(jobs), unit="data files")
-    for (file, *_), problems in zip(jobs, run(work, jobs), strict=True):
-        progress.add(1)
-        if problems is None:
-            raise DataError(
-                f"a process died while it measured {file.path}; memory may have run out"
-            )
-        raise_problems(problems, f"records of {file.path} have the wrong form")
+    _write_tables(partial(write_samples, config, str(tokenizer.path)), jobs, run)
     tables = [_open(part) for part in parts]
     images = [path for table in tables for path in pc.list_flatten(table["images"]).to_pylist()]
     checked.prepare(images, run=run)
@@ -169,6 +161,19 @@ def build(
     write_atomically(own_folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     _forget(folder, manifest["files"])
     return manifest
+
+
+def _write_tables(
+    write: Callable[..., list[str]],
+    jobs: Sequence[tuple[DataFile, Path, dict[str, Size]]],
+    run: Run,
+) -> None:
+    progress = Progress("text measured", len(jobs), unit="data files")
+    for (file, *_), problems in zip(jobs, run(write, jobs), strict=True):
+        progress.add(1)
+        if problems is None:
+            raise DataError(f"a process died measuring {file.path}; memory may have run out")
+        raise_problems(problems, f"records of {file.path} have the wrong form")
 
 
 class Index:

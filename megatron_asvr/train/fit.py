@@ -103,11 +103,7 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
     )
     images = Sources(config, request.sources, device=device)
     images.prepare(group=group)
-    keys = images.good_image_keys()
-    if not keys:
-        named = ", ".join(source.path for source in request.sources)
-        raise DataError(f"{named}: no record has an image; there is nothing to fit on")
-    keys = keys[:: max(1, -(-len(keys) // request.max_images))]
+    keys = _chosen(images, request)
     sample = FitSample(
         Path(request.out) / UNFINISHED,
         keys,
@@ -139,11 +135,7 @@ def fit_tokenizer(request: FitRequest) -> dict[str, Any]:
     levels = quantisation_report(sample.stored(device), tokenizer.codebooks.tables(), group=group)
     found = images.report()
     report = {
-        "fingerprint": tokenizer.fingerprint,
-        "kind": request.kind,
-        "feature_layer": request.feature_layer,
-        "codebook_sizes": list(request.codebook_sizes),
-        "width": tokenizer.width,
+        **_facts(tokenizer, request),
         "num_images": len(keys),
         "num_vectors": sample.num_vectors,
         "num_vectors_of_all": sample.num_all,
@@ -175,6 +167,26 @@ def new_tokenizer(request: FitRequest) -> VisualTokenizer:
         state = {name.removeprefix(_PREFIX): x.cpu().clone() for name, x in found}
         tokenizer.encoder.load_state_dict(state)
     return tokenizer
+
+
+def _chosen(images: Sources, request: FitRequest) -> list[str]:
+    """Keys of the images that are read, spread evenly over all good ones."""
+    keys = images.good_image_keys()
+    if not keys:
+        named = ", ".join(source.path for source in request.sources)
+        raise DataError(f"{named}: no record has an image; there is nothing to fit on")
+    return keys[:: max(1, -(-len(keys) // request.max_images))]
+
+
+def _facts(tokenizer: VisualTokenizer, request: FitRequest) -> dict[str, Any]:
+    """What the tokenizer is, for its report."""
+    return {
+        "fingerprint": tokenizer.fingerprint,
+        "kind": request.kind,
+        "feature_layer": request.feature_layer,
+        "codebook_sizes": list(request.codebook_sizes),
+        "width": tokenizer.width,
+    }
 
 
 def _check_new(out: Path) -> None:
