@@ -201,6 +201,10 @@ def _begins(pin: str, version: str) -> bool:
 
 def _declared() -> Iterator[Entry]:
     """One line for all packages that this one declares, and one for each that does not fit."""
+    if _package("megatron_asvr")()[0] is None:
+        note = "this package is on the path, but not installed: what it needs is not known"
+        yield Entry(name="declared packages", state="WRONG", found=None, note=note)
+        return
     declared = [Requirement(text) for text in importlib.metadata.requires("megatron_asvr") or ()]
     plain = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
     wrong = []
