@@ -112,6 +112,8 @@ def _arguments(options: Mapping[str, Any], command: str | list[str]) -> argparse
     """Arguments of `asvr slurm submit`, as its own parser reads them."""
     from megatron_asvr.cli.main import parse
 
+    if not isinstance(options.get("time", ""), str):  # YAML takes 1:00:00 for a number
+        raise ConfigError(f'time: {options["time"]} is a number; quote it, as in time: "4:00:00"')
     words = []
     for key, value in options.items():
         for one in value if isinstance(value, list) else [value]:

@@ -130,7 +130,7 @@ def _plan_command(
     read, makes = inputs.read_by_command(command), inputs.written_by_command(command)
     if hasattr(command, "config"):
         config = check(load(command.config, command.overrides), None if alone else resources.world)
-        read = inputs.read_by_run(config, weights=command.command != "data")
+        read = inputs.read_by_run(config, weights=command.command not in ("data", "tokenizer"))
         if command.command == "tokenizer":
             makes = [str(cache_root(config))]
         elif getattr(command, "action", None) == "index":

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from megatron_asvr.cli.pipeline import read
+from megatron_asvr.cli.planned import plan
 from megatron_asvr.launch import slurm
 from megatron_asvr.launch.script import Container, Job, Resources, render
+from tests.slurm.cluster import NODES
 
 pytestmark = pytest.mark.slurm
 
 LIMIT_S = 120.0
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "slurm").glob("*/pipeline.yaml"))
 
 
 def job(folder: Path, step: str, **changes) -> Job:
@@ -48,6 +53,14 @@ def log(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted(folder.glob("*.log")))
 
 
+def sound(script: str, path: Path) -> None:
+    """Fail unless bash reads a script, and shellcheck finds nothing in it."""
+    path.write_text(script)
+    for checker in (["bash", "-n"], ["shellcheck"]):
+        done = subprocess.run([*checker, path], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 CONTAINERS = [
     None,
     Container(image="docker://a/b:1", mounts=("/a b:/a b", "/c:/c")),
@@ -72,17 +85,26 @@ def test_scripts_are_sound(cluster, tmp_path, container, array, usable):
         environment={"A": "it's $x", "B": ""},
     )
     script = render(made)
-    path = tmp_path / "job.sh"
-    path.write_text(script)
-    for checker in (["bash", "-n"], ["shellcheck"]):
-        done = subprocess.run([*checker, path], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    sound(script, tmp_path / "job.sh")
     assert "to start at" in slurm.check(script)
     outside = [
         line for line in script.splitlines() if "--container" in line or "apptainer exec" in line
     ]
     assert all(line.startswith(("  srun ", "ranks ")) for line in outside)
     assert bool(outside) == (container is not None)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_recipes_are_sound(cluster, tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(ROOT)
+    _, steps, _ = read(str(recipe.relative_to(ROOT)))
+    made = dict.fromkeys(["assets", "runs"], "an earlier pipeline")
+    for name, step in steps.items():
+        step.cpus_per_rank, step.sbatch = 1, []  # the nodes of the test are small
+        script = render(plan(step, made).job)
+        sound(script, tmp_path / f"{name}.sh")
+        if (step.nodes[0] or step.nodes[1]) <= NODES:
+            assert "to start at" in slurm.check(script)
 
 
 def test_values_reach_the_step_as_they_are(cluster, tmp_path):

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.load import save as save_config
@@ -209,3 +210,30 @@ def test_wrong_pipelines_are_refused(steps, why, config, capsys, tmp_path):
     status, _, said = dry(capsys, *pipeline(tmp_path, config, **steps))
     assert status == 1
     assert why in said
+
+
+RECIPES = sorted((ROOT / "slurm").glob("*/pipeline.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_recipes_lack_nothing_but_their_files(recipe, capsys, monkeypatch):
+    """Everything but what is in the files is checked: arguments, settings, layouts, batches."""
+    monkeypatch.chdir(ROOT)
+    status, scripts, said = dry(capsys, "pipeline", str(recipe.relative_to(ROOT)))
+    _, _, lacking = said.partition("no job before makes them:\n")
+    for line in lacking.splitlines():
+        assert line.partition("=")[2].startswith(("assets/", "runs/quickstart/", "runs/llava_7b/"))
+    assert bool(lacking) == (status == 1), said
+    assert "crosses nodes" not in said
+    steps = yaml.safe_load(recipe.read_text())["steps"]
+    assert scripts.count("#!/usr/bin/env bash\n") == len(steps)
+    runs = [step for step in steps.values() if step["command"].startswith("train ")]
+    assert said.count("layout: ") == len(runs)
+
+
+def test_a_time_that_yaml_takes_for_a_number_is_refused(capsys, tmp_path):
+    path = tmp_path / "steps.yaml"
+    path.write_text("steps: {a: {command: checkpoint ls ., time: 24:00:00}}")
+    status, _, said = dry(capsys, "pipeline", str(path))
+    assert status == 1
+    assert "quote it" in said
