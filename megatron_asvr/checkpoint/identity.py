@@ -40,6 +40,7 @@ _FREE = {
     "train.log_every_steps",
     "train.cosine_every_steps",
     "train.watchdog.hang_s",
+    "train.watchdog.slow_share",
     "train.anomaly.on_nonfinite",
     "train.anomaly.on_spike",
     "train.anomaly.spike_window",

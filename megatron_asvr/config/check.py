@@ -147,7 +147,7 @@ def _check_train(config: Config) -> None:
     _positive(t, "train", ("steps", "epochs", "global_batch", "micro_batch", "threads_per_rank"))
     _positive(t, "train", ("save_every_steps", "keep_checkpoints", "log_every_steps"))
     _not_negative(t, "train", ("eval_every_steps", "cosine_every_steps", "keep_every_steps"))
-    _not_negative(t.watchdog, "train.watchdog", ("hang_s",))
+    _not_negative(t.watchdog, "train.watchdog", ("hang_s", "slow_share"))
     _positive(t.anomaly, "train.anomaly", ("spike_window", "spike_mads"))
     _not_negative(t.anomaly, "train.anomaly", ("max_events",))
     _require(bool(t.trainable), f"train.trainable is empty; choose from {', '.join(PARTS)}")

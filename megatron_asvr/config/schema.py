@@ -303,9 +303,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchdogConfig:
-    """When a run that nobody watches ends itself, to be started again; see docs/watchdogs.md."""
+    """When a run ends itself, to be started again, and what it warns of; see docs/watchdogs.md."""
 
     hang_s: float = 300.0  # longest step, but never less than 10 usual ones; 0: no limit
+    slow_share: float = 0.2  # ranks that need so much more time than the usual are named; 0: none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

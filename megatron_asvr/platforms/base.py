@@ -42,5 +42,8 @@ class Platform(Protocol):
     def set_device(self, local_rank: int) -> None:
         """Bind this process to the device of its rank on the node."""
 
+    def synchronize(self) -> None:
+        """Return when the device has done all that was asked of it."""
+
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: of the device, or of this process on the CPU."""

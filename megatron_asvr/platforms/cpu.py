@@ -69,6 +69,9 @@ class CpuPlatform:
     def set_device(self, local_rank: int) -> None:
         """Nothing: all ranks of a node share its CPU."""
 
+    def synchronize(self) -> None:
+        """Nothing: every operator has finished when it returns."""
+
     def peak_memory_bytes(self) -> int:
         """Highest resident set of this process so far."""
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:

@@ -55,6 +55,10 @@ class CudaPlatform:
         """Bind this process to one GPU of the node."""
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
+    def synchronize(self) -> None:
+        """Return when this GPU has nothing left to do."""
+        torch.cuda.synchronize()
+
     def peak_memory_bytes(self) -> int:
         """Highest memory that torch's allocator reserved on this GPU."""
         return torch.cuda.max_memory_reserved()

@@ -19,6 +19,7 @@ from megatron_asvr.config.schema import AnomalyConfig
 from megatron_asvr.data.order import batch_of
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.parallel.collectives import on_first
+from megatron_asvr.train.saving import Saver
 from megatron_asvr.train.start import Run
 from megatron_asvr.train.step import AnomalyError
 
@@ -37,10 +38,11 @@ class Guard:
 
     Args:
         run: the run.
+        saver: writes its checkpoints.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._settings = run, run.config.train.anomaly
+    def __init__(self, run: Run, saver: Saver) -> None:
+        self._run, self._saver, self._settings = run, saver, run.config.train.anomaly
 
     def limit(self, done: ResumeState) -> float:
         """Loss above which the next step is a spike."""
@@ -69,6 +71,7 @@ class Guard:
         policy = getattr(self._settings, f"on_{anomaly.kind}")
         if policy == "stop":
             raise anomaly
+        self._saver.finish(done.step)
         first = done.step
         if policy == "rollback":
             first = min(first, self._newest_checkpoint())

@@ -33,6 +33,7 @@ from megatron_asvr.train.metrics import (
     progress_line,
 )
 from megatron_asvr.train.optim import learning_rate
+from megatron_asvr.train.pace import Pace
 from megatron_asvr.train.parity import check_parity
 from megatron_asvr.train.recheck import CodeCheck
 from megatron_asvr.train.saving import Saver
@@ -122,7 +123,8 @@ def run_steps(
     """
     config, groups, data, settings = run.config, run.groups, run.data, run.config.train
     done, window, usage = run.done, Window(**run.done.window), CodeUsage(data.codebook_sizes)
-    guard = Guard(run)
+    guard = Guard(run, saver)
+    pace = Pace(settings.watchdog.slow_share, watchdog.hosts, groups=groups)
     while done.step < run.total_steps:
         step, batch = done.step, batch_of(done.step, done.skipped)
         started = time.perf_counter()
@@ -139,12 +141,17 @@ def run_steps(
                     log.write(step + 1, "cosine", {"gradient_cosine": cosine})
                 rate = learning_rate(run.optimizer)
                 loss = loss_function(config.loss, agreement, num_micro_batches=len(batches))
-                parts = (run.wrapped, run.optimizer, batches, loss)
                 try:
-                    limit = guard.limit(done)
-                    result = train_step(*parts, step=step, groups=groups, limit=limit)
+                    result = train_step(
+                        run.wrapped,
+                        run.optimizer,
+                        batches,
+                        loss,
+                        step=step,
+                        groups=groups,
+                        limit=guard.limit(done),
+                    )
                 except AnomalyError as anomaly:
-                    saver.finish(done.step)
                     done = guard.react(anomaly, done)
                     continue
                 run.schedule.step(1)
@@ -153,6 +160,7 @@ def run_steps(
                     done = check_drift(run, batches, loss, log, done)
 
         train_s = time.perf_counter() - started
+        pace.add(data_s + result.own_s)
         window.add(result, agreement, data_s=data_s, train_s=train_s)
         done = advance(
             guard.note(done, result.loss),
@@ -169,6 +177,7 @@ def run_steps(
             values["skipped_batches"] = len(done.skipped)
             log.write(done.step, "train", {**values, "data_hash": done.data_hash})
             tell(groups, progress_line(values, step=done.step, total_steps=run.total_steps))
+            pace.report(log, done.step)
             check.judge(window.recount)
             window = Window()
 

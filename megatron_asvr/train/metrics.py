@@ -168,7 +168,8 @@ class MetricsLog:
 
         Args:
             step: steps done.
-            kind: ``train``, ``eval``, ``cosine``, ``fp8``, ``save``; begins the names in wandb.
+            kind: ``train``, ``eval``, ``cosine``, ``fp8``, ``save``, ``slow``; begins the
+                names in wandb.
             values: numbers by name, and hashes; None is a number that does not exist at this step.
         """
         if self._file is None:

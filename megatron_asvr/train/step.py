@@ -13,6 +13,7 @@ and decides the same.
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,18 +90,20 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one step did, the same on every rank (``parts``: of this rank).
+    """What one step did, the same on every rank (``own_s`` and ``parts``: of this rank).
 
     Attributes:
         totals: fp64 sum of ``LossSums.totals`` over the global batch.
         loss: the joint loss of the global batch.
         grad_norm: before clipping.
+        own_s: seconds of this rank's forward and backward passes; see pace.py.
         parts: this rank's micro-batches; none on a stage that computes no loss.
     """
 
     totals: Tensor
     loss: float
     grad_norm: float
+    own_s: float
     parts: list[Part]
 
 
@@ -287,6 +290,7 @@ def train_step(
     Raises:
         AnomalyError: a loss or a gradient is not finite, or the loss is a spike.
     """
+    started = time.perf_counter()
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -296,6 +300,8 @@ def train_step(
             stack.enter_context(emulator.recording())
         stack.enter_context(balancing(chunks, batches, loss, groups=groups))
         parts = backward(chunks, batches, loss)
+    select()[0].synchronize()  # the sum that follows waits for the device in any case
+    own_s = time.perf_counter() - started
     totals, value = sum_parts(parts, depth=chunks[0].module.num_depths, groups=groups)
     if not (math.isfinite(value) and bool(totals.isfinite().all())):
         raise AnomalyError(_blame(parts, batches, step, groups))
@@ -320,7 +326,7 @@ def train_step(
     assert updated, "no gradient scaler is configured that could leave out an update"
     for emulator in emulators:
         emulator.update()
-    return StepResult(totals=totals, loss=value, grad_norm=grad_norm, parts=parts)
+    return StepResult(totals=totals, loss=value, grad_norm=grad_norm, own_s=own_s, parts=parts)
 
 
 @contextlib.contextmanager

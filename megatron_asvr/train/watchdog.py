@@ -51,13 +51,16 @@ class Watchdog:
         settings: limits; nothing is watched with ``hang_s=0``.
         attempt: folder of this start.
         groups: process groups of the layout.
+
+    Attributes:
+        hosts: of all ranks.
     """
 
     def __init__(self, settings: WatchdogConfig, attempt: Path, *, groups: Groups) -> None:
         self._hang_s, self._rank = settings.hang_s, groups.rank
         self._words = attempt / "hang"
         self._log = attempt / f"rank_{groups.rank}.log"
-        self._hosts = gather_objects(faults.this_host(), group=groups.world)
+        self.hosts = gather_objects(faults.this_host(), group=groups.world)
         self._poll_s = min(max(self._hang_s / 20, 0.1), 15.0)
         self._durations: deque[float] = deque(maxlen=_STEPS)
         self._doing, self._since_ns = "start", time.time_ns()
@@ -118,12 +121,12 @@ class Watchdog:
             words = self._gather()
             verdict = self._words / "verdict.txt"
             if min(words) == self._rank:
-                text = explain(words, self._hosts)
-                write_durably(verdict, text.encode())
+                text = explain(words, self.hosts)
                 os.write(2, text.encode())  # no lock that the main thread may hold
-                found = flight.culprits(words, len(self._hosts))
-                for host in {self._hosts[rank] for rank in found}:
+                found = flight.culprits(words, len(self.hosts))
+                for host in {self.hosts[rank] for rank in found}:
                     faults.note(Fault(host, f"hang in {self._doing}", sure=False))
+                write_durably(verdict, text.encode())  # the others may end now
             else:
                 self._wait(verdict.exists)
         except Exception:
@@ -136,7 +139,7 @@ class Watchdog:
 
     def _gather(self) -> dict[int, Words]:
         """What every rank has to say, as far as it does so in time."""
-        ranks = range(len(self._hosts))
+        ranks = range(len(self.hosts))
         self._wait(lambda: all(self._of(rank).exists() for rank in ranks))
         there = [rank for rank in ranks if self._of(rank).exists()]
         return {rank: Words.read(json.loads(self._of(rank).read_text())) for rank in there}
