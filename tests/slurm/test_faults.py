@@ -59,6 +59,7 @@ def test_told_to_stop_and_then_killed_it_goes_on_by_itself(cluster, files, undis
     assert restarts(run) == (2, 1, 1)
 
 
+@pytest.mark.slow
 def test_the_budget_of_crashes_ends_a_job_and_a_checkpoint_renews_it(
     cluster, files, undisturbed, tmp_path
 ):
