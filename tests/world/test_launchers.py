@@ -1,6 +1,8 @@
 """A run is the same whoever starts its ranks: `asvr train --nproc`, torchrun, or mpiexec."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 import yaml
 
 from megatron_asvr.config.load import to_dict
+from megatron_asvr.errors import LaunchError
+from megatron_asvr.launch.rank import Place, open_store
 from tests.run_data import make_files, run_config
 from tests.unit.data_corpus import MPIEXEC
 
@@ -79,3 +83,25 @@ def test_an_error_is_shown_once(files, tmp_path, launcher):
     assert done.stderr.count("asvr train: ConfigError: ") == 1, done.stderr
     if launcher == "mpi":
         assert "Traceback" not in done.stderr
+
+
+def test_a_preflight_by_the_launcher_of_the_run(tmp_path):
+    small = ["--folder", tmp_path, "--write-mib", "1"]
+    done = call("torchrun", "preflight", *small, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)  # from one of the ranks
+    assert report["ok"]
+    assert report["rows"][0][2] == "2 of 2 answered, on 1 nodes"
+    done = call("mpi", "preflight", *small, "--min-gb-s", "1e9")
+    assert done.returncode != 0
+    assert done.stderr.count("asvr preflight: LaunchError: these nodes must not start") == 1
+
+
+def test_a_first_node_that_is_gone_is_named(monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(closed.getsockname()[1]))
+        here = Place(launcher="torchrun", rank=1, world_size=2, local_rank=1)
+        with pytest.raises(LaunchError, match=r"does not reach rank 0 at 127\.0\.0\.1:"):
+            open_store(here, 1.0)
