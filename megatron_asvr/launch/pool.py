@@ -1,6 +1,7 @@
 """Independent pieces of work over processes: of this machine, or of a job that MPI started."""
 
 import contextlib
+import itertools
 import logging
 import multiprocessing
 from collections import deque
@@ -61,24 +62,27 @@ def workers(number: int) -> Iterator[Run | None]:
 
 def _each(number: int, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """The results of all items, in order; None where a process died of an item alone."""
-    left = deque(items)
+    left, careful = deque(items), 0
     while left:
+        dead = False
         try:
-            with _pool(number) as pool:
-                futures = deque(pool.submit(function, item) for item in left)
-                while futures:
-                    result = futures.popleft().result()
+            with _pool(1 if careful else number) as pool:
+                chosen = itertools.islice(left, careful or None)
+                for future in [pool.submit(function, item) for item in chosen]:
+                    result = future.result()
                     left.popleft()
                     yield result
-        except BrokenProcessPool:  # the first that is left may be the cause: it is tried alone
-            logger.warning("a process died; its work is tried again, piece by piece")
-            try:
-                with _pool(1) as pool:
-                    result = pool.submit(function, left[0]).result()
-            except BrokenProcessPool:
-                result = None
+            careful = 0
+        except BrokenProcessPool:
+            dead = careful == 1
+            if not careful:
+                logger.warning("a process died; what it and the others had begun is tried again")
+                careful = 2 * number + 1  # more than had begun, in one process after the other
+            else:
+                careful = 1 - dead  # of one process only the first can be the cause: it goes alone
+        if dead:
             left.popleft()
-            yield result
+            yield None
 
 
 @contextlib.contextmanager

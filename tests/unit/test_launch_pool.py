@@ -26,10 +26,12 @@ def test_an_error_of_a_process_ends_the_call():
 
 
 def test_a_piece_that_kills_its_process_takes_no_other_with_it():
-    pieces = [partial(operator.neg, number) for number in range(6)]
-    pieces[2] = partial(os._exit, 1)
+    pieces = [partial(operator.neg, number) for number in range(12)]
+    wanted = [-number for number in range(12)]
+    for fatal in (2, 3, 11):
+        pieces[fatal], wanted[fatal] = partial(os._exit, 1), None
     with workers(2) as run:
-        assert list(run(operator.call, pieces)) == [0, -1, None, -3, -4, -5]
+        assert list(run(operator.call, pieces)) == wanted
 
 
 def test_whoever_stops_half_way_gets_no_more():
