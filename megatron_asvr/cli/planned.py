@@ -18,6 +18,7 @@ from megatron_asvr.config.layout import data_parallel
 from megatron_asvr.config.load import load
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.cache import cache_root
+from megatron_asvr.data.index import index_folder, open_index
 from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.launch import inputs
 from megatron_asvr.launch.elastic import start_nodes, usable_nodes
@@ -89,7 +90,7 @@ def _plan_training(
         fits = _require_work(config, resources)
         usable = set(fits) if usable is None else usable & set(fits)
         pending = inputs.missing(inputs.read_by_run(config))
-        steps, lines = _look_into(config, start_world(resources, fits), bool(pending))
+        steps, lines = _look_into(config, start_world(resources, fits), bool(pending), made)
         said, without = _tell_pending(pending, made)
         if args.sweep:
             notes.append(f"{place}: {' '.join(values)}")
@@ -133,8 +134,10 @@ def _plan_command(
         read = inputs.read_by_run(config, weights=command.command not in ("data", "tokenizer"))
         if command.command == "tokenizer":
             makes = [str(cache_root(config))]
-        elif getattr(command, "action", None) == "index":
+        elif command.command == "data" and command.action == "index":
             read.pop("model.visual_tokenizer", None)
+            parts = (part for part in (config.data.train, config.data.eval) if part)
+            makes = [str(index_folder(config, part)) for part in parts]
     pending = inputs.missing(read)
     if (
         hasattr(command, "model")
@@ -265,17 +268,19 @@ def _require_work(config: Config, resources: Resources) -> tuple[int, ...]:
     return fits
 
 
-def _look_into(config: Config, world: int, pending: bool) -> tuple[int | None, list[str]]:
+def _look_into(
+    config: Config, world: int, pending: bool, made: Mapping[str, str]
+) -> tuple[int | None, list[str]]:
     """Optimizer steps and plan of a run; without its inputs, what can be known."""
     if pending:
         return config.train.steps, layout_lines(config, world, ())
-    from megatron_asvr.data.index import open_index
     from megatron_asvr.data.loader import Loader
     from megatron_asvr.data.text import TextTokenizer
 
     lines = [line for line in plan_lines(config, world) if line.startswith(SHOWN)]
     text = TextTokenizer(str(config.model.text_tokenizer))
-    if open_index(config, config.data.train, text) is None:
+    coming = inputs.maker(str(index_folder(config, config.data.train)), made)
+    if coming is None and open_index(config, config.data.train, text) is None:
         lines.append("data.train has no index: every start looks at all images first")
     with Loader(config, text, split="train") as data:
         return data.total_steps, lines

@@ -1,6 +1,7 @@
 """Jobs on a real Slurm: real daemons, real gloo ranks on two nodes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,19 @@ pytestmark = pytest.mark.slurm
 def test_a_job_on_two_nodes_trains(undisturbed):
     assert task(undisturbed)["step"] == 8
     assert "finished" in logs(undisturbed)
+
+
+def test_a_job_that_slurm_has_forgotten_is_known_from_its_folder(undisturbed, tmp_path, capsys):
+    run = tmp_path / "copy"
+    shutil.copytree(undisturbed, run)
+    facts = json.loads((run / "slurm/job.json").read_text())
+    (run / "slurm/job.json").write_text(json.dumps({**facts, "id": "99999999"}))
+    assert main(["slurm", "status", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "FORGOTTEN, step 8/8, loss " in said
+    assert "last word: finished" in said
+    assert main(["slurm", "requeue", str(run)]) == 1
+    assert "submit it again" in capsys.readouterr().err
 
 
 def pipeline(folder: Path, steps: dict[str, Any]) -> Path:

@@ -195,6 +195,7 @@ def test_steps_of_a_pipeline_may_need_what_earlier_ones_make(config, capsys, tmp
     assert f"not looked into: model={tmp_path}/2 comes from second\n" in said
     assert said.count("after: second\n") == 2
     assert "after: nothing\n" in said
+    assert "has no index" not in said  # the first step makes it
 
 
 @pytest.mark.parametrize(
