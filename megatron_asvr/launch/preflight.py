@@ -19,7 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_asvr.platforms import select
+from megatron_asvr.platforms import Platform, select
 
 import torch
 import torch.distributed as dist
@@ -154,6 +154,7 @@ class Rank:
 
     def _bandwidth(self, ranks: list[int], name: str) -> float:
         platform, _ = select()
+        platform.set_device(self._here.local_rank)  # a thread begins with the first one
         group = f"{name} of {ranks[0]}"
         dist.init_process_group(
             platform.backend,
@@ -163,20 +164,26 @@ class Rank:
             timeout=timedelta(seconds=self._settings.timeout_s / 2),
         )
         try:
-            mib = self._settings.message_mib or (8 if platform.name == "cpu" else 64)
-            ones = torch.ones(mib * MIB // 4, device=platform.device)
-            summed = all_reduce_sum(ones, group=dist.group.WORLD)  # connects, so is not timed
-            if not bool((summed == len(ranks)).all()):
-                raise LaunchError("a sum came out wrong: the network or a GPU changes data")
-            start = time.perf_counter()
-            for _ in range(REPEATS):
-                summed = all_reduce_sum(ones, group=dist.group.WORLD)
-            float(summed[0])  # waits for the device
-            seconds = (time.perf_counter() - start) / REPEATS
-            # What each rank sends in an all-reduce of n: 2 (n-1)/n of the message.
-            return 2 * (len(ranks) - 1) / len(ranks) * mib * MIB / seconds / 1e9
-        finally:
-            leave_group()
+            speed = self._all_reduce(platform, len(ranks))
+        except BaseException:
+            dist.destroy_process_group()  # nobody may come to a last barrier
+            raise
+        leave_group()
+        return speed
+
+    def _all_reduce(self, platform: Platform, number: int) -> float:
+        mib = self._settings.message_mib or (8 if platform.name == "cpu" else 64)
+        ones = torch.ones(mib * MIB // 4, device=platform.device)
+        summed = all_reduce_sum(ones, group=dist.group.WORLD)  # connects, so is not timed
+        if not bool((summed == number).all()):
+            raise LaunchError("a sum came out wrong: the network or a GPU changes data")
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            summed = all_reduce_sum(ones, group=dist.group.WORLD)
+        float(summed[0])  # waits for the device
+        seconds = (time.perf_counter() - start) / REPEATS
+        # What each rank sends in an all-reduce of n: 2 (n-1)/n of the message.
+        return 2 * (number - 1) / number * mib * MIB / seconds / 1e9
 
 
 def preflight(settings: Settings, make: type[Rank] = Rank) -> tuple[Report, bool]:
