@@ -19,7 +19,7 @@ from torch import nn
 
 from megatron_asvr.checkpoint.identity import identity
 from megatron_asvr.config.check import check
-from megatron_asvr.config.schema import Config, InitConfig, ParallelConfig
+from megatron_asvr.config.schema import Config, InitConfig, ParallelConfig, PrecisionConfig
 from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
@@ -167,6 +167,8 @@ def _one_step(request: Request) -> Config:
     return replace(
         config,
         init=InitConfig() if request.shrink else config.init,
+        # Ranks round their own parts to 8 bits: layouts would differ by more than is compared.
+        precision=PrecisionConfig(backend=config.precision.backend),
         train=replace(
             t,
             steps=1,

@@ -13,11 +13,17 @@ from megatron_asvr.cli.certify import table, with_layout
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load, override, save
-from megatron_asvr.config.schema import LanguageConfig, ParallelConfig, SourceConfig, VisionConfig
+from megatron_asvr.config.schema import (
+    LanguageConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    SourceConfig,
+    VisionConfig,
+)
 from megatron_asvr.data.files import read_table
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.planner.parameters import count_parameters
-from megatron_asvr.train.certify import Certificate, Request
+from megatron_asvr.train.certify import Certificate, Request, _one_step
 from megatron_asvr.train.excerpt import make_excerpt
 from megatron_asvr.train.probes import Probe, compare_probes, direction
 from megatron_asvr.train.shrink import shrink
@@ -290,6 +296,13 @@ def test_the_report_is_plain_json(tmp_path):
 
 
 # --- the command line
+
+
+def test_layouts_are_compared_without_8_bits():
+    fp8 = replace(PrecisionConfig().fp8, recipe="block", emulate=True)
+    config = replace(vicuna(), precision=PrecisionConfig(backend="local", fp8=fp8))
+    step = _one_step(Request(config=config, dp=2))
+    assert step.precision == PrecisionConfig(backend="local")
 
 
 def test_a_layout_is_read_from_text():
