@@ -60,6 +60,17 @@ def test_told_to_stop_and_then_killed_it_goes_on_by_itself(cluster, files, undis
 
 
 @pytest.mark.slow
+def test_told_to_stop_while_it_starts_it_has_not_crashed(cluster, files, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    submit(write_config(files, run))
+    wait(run, lambda: "start 0: job" in logs(run))  # the ranks import torch for seconds now
+    cluster.run("scancel", "--signal=USR1", "--batch", job_id(run))
+    finished(run)
+    same_as(run, undisturbed)
+    assert restarts(run) == (1, 1, 0)
+
+
+@pytest.mark.slow
 def test_the_budget_of_crashes_ends_a_job_and_a_checkpoint_renews_it(
     cluster, files, undisturbed, tmp_path
 ):
