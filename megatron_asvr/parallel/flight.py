@@ -30,6 +30,8 @@ _HIDDEN = (  # torch marks functions as deprecated by a wrapper of the second
     str(Path(__file__).with_name("collectives.py")),
     __file__,
 )
+# A stage waits for a message's handle in megatron-core's own file, without a frame of torch.
+_MESSAGES = os.path.join("megatron", "core", "pipeline_parallel", "p2p_communication.py")
 _PACKAGES = ("megatron_asvr", "megatron")
 
 
@@ -105,7 +107,7 @@ def last_words(doing: str, *, since_ns: int) -> Words:
     return Words(
         doing=doing,
         where=_site(files),
-        waits=call is not None or any(file.startswith(_DISTRIBUTED) for file, *_ in files),
+        waits=call is not None or any(_is_waiting(file) for file, *_ in files),
         call=call,
         members=_members().get(call.group, ()) if call is not None else (),
         counts={call.group: call.number for call in calls},
@@ -185,9 +187,11 @@ def _calls() -> list[Call]:
 def _call(entry: Mapping[str, Any]) -> Call:
     op = entry["profiling_name"].partition(":")[2]
     sizes = ", ".join(map(str, entry["input_sizes"]))
+    # Messages are numbered by each rank for itself: they are not compared.
+    group = entry["process_group"][0] + (" (messages)" if entry["is_p2p"] else "")
     files = ((f["filename"], f["line"], f["name"]) for f in entry.get("frames", ()))
     return Call(
-        group=entry["process_group"][0],
+        group=group,
         number=entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"],
         form=" ".join([op, sizes, *entry["input_dtypes"][:1]]),
         where=_site(files),
@@ -215,6 +219,11 @@ def _site(files: Iterable[tuple[str, int, str]]) -> str:
     own = (found for found in seen if _short(found[0]) != found[0])
     file, line, function = next(own, seen[0] if seen else ("unknown", 0, "unknown"))
     return f"{_short(file)}:{line} in {function}"
+
+
+def _is_waiting(file: str) -> bool:
+    """Whether a frame of this file means that a rank is in a call to others."""
+    return file.startswith(_DISTRIBUTED) or file.endswith(_MESSAGES)
 
 
 def _short(file: str) -> str:

@@ -41,10 +41,10 @@ def train_hanging(config: Config, how: str) -> Any:
     return loop.train(config)
 
 
-def hang(files: Path, how: str) -> tuple[list[str], list[str]]:
+def hang(files: Path, how: str, layout: str) -> tuple[list[str], list[str]]:
     """What is said of a hang that rank 1 is the cause of, and the log of every rank."""
-    settings = {"parallel__tp": 2, "train__steps": 8, "train__watchdog__hang_s": HANG_S}
-    config = run_config(files, files.parent / how, **settings)
+    settings = {f"parallel__{layout}": 2, "train__steps": 8, "train__watchdog__hang_s": HANG_S}
+    config = run_config(files, files.parent / f"{how}_{layout}", **settings)
     folder = RunFolder(config.run.dir)
     logs = folder.next_attempt()
     with pytest.raises(LaunchError, match=f"exited with status {STATUS}") as caught:
@@ -55,7 +55,7 @@ def hang(files: Path, how: str) -> tuple[list[str], list[str]]:
 
 
 def test_who_skips_a_collective_is_named_with_its_line(files) -> None:
-    (first, culprit, other), logs = hang(files, "skips")
+    (first, culprit, other), logs = hang(files, "skips", "tp")
     assert f"no progress in step {STEP};" in first
     assert culprit.startswith(f"culprit: rank 1 on {os.uname().nodename} waits in ")
     assert re.search(r"until now followed: .* at megatron_asvr/train/step.py:\d+ in agree", culprit)
@@ -66,7 +66,13 @@ def test_who_skips_a_collective_is_named_with_its_line(files) -> None:
         assert f" in {function}\n" in stack
 
 
+def test_who_waits_for_a_message_instead_is_named_with_its_line(files) -> None:
+    (_, culprit, other), _ = hang(files, "skips", "pp")
+    assert re.search(r"^culprit: rank 1 on .* is at megatron/core/.*p2p_comm.*py:\d+ in", culprit)
+    assert re.search(r"^rank 0 .* at megatron_asvr/train/step.py:\d+ in agree for rank 1$", other)
+
+
 def test_who_says_nothing_is_named(files) -> None:
-    (_, culprit, other), _ = hang(files, "stopped")
+    (_, culprit, other), _ = hang(files, "stopped", "pp")
     assert re.search(r"^culprit: rank 1 on .* says nothing", culprit)
-    assert re.search(r"^rank 0 on .* waits in .* for rank 1$", other)
+    assert re.search(r"^rank 0 on .* is at megatron/core/.*p2p_comm.*py:\d+ in", other)
