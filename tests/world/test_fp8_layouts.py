@@ -44,6 +44,26 @@ def layout_run(recipes: tuple[str, ...], degrees: dict[str, Any]) -> dict[str, A
     return found
 
 
+MIXTURE = {
+    "model__language__family": "mixtral",
+    "model__language__num_experts": 2,
+    "model__language__num_layers": 1,
+}
+
+
+def test_an_expert_has_the_scales_of_the_ranks_that_hold_it() -> None:
+    one = run_ranks(layout_run, (("delayed",), MIXTURE), 1)
+    got = run_ranks(layout_run, (("delayed",), {**MIXTURE, "parallel__ep": 2}), 2)
+    assert got["delayed"] == pytest.approx(one["delayed"], rel=WITHIN)
+    (wanted,), states = one["state"], got["state"]
+    experts = [{key for key in state if ".local_experts." in key} for state in states]
+    assert experts[0]
+    assert not experts[0] & experts[1]
+    for state in states:
+        for key, x in state.items():
+            assert torch.equal(x[..., 1], wanted[key][..., 1]), key
+
+
 @pytest.fixture(scope="module")
 def single() -> dict[str, Any]:
     return run_ranks(layout_run, (RECIPES, {}), 1)
