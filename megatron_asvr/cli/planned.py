@@ -120,16 +120,19 @@ def _plan_command(
     made: Mapping[str, str],
 ) -> Planned:
     resources = _resources(args)
-    alone = not hasattr(command, "ranks") or getattr(command, "verify", "") == "weights"
+    ranked = hasattr(command, "ranks") or command.command == "preflight"
+    alone = not ranked or getattr(command, "verify", "") == "weights"
     if alone and (resources.nodes > 1 or (args.ranks_per_node or 1) > 1):
-        raise LaunchError(f"`{shlex.join(words)}` is one process; leave out --nodes and --ranks")
+        raise LaunchError(
+            f"`{shlex.join(words)}` is one process; leave out --nodes and --ranks-per-node"
+        )
     if alone:
         resources = dataclasses.replace(resources, ranks_per_node=1)
         words = _with_workers(command, words, resources)
-    elif command.ranks not in (None, 1):
+    elif getattr(command, "ranks", None) not in (None, 1):
         raise LaunchError(f"--ranks={command.ranks}: the ranks of a job are nodes x ranks-per-node")
     read, makes = inputs.read_by_command(command), inputs.written_by_command(command)
-    if hasattr(command, "config"):
+    if getattr(command, "config", None) is not None:
         config = check(load(command.config, command.overrides), None if alone else resources.world)
         read = inputs.read_by_run(config, weights=command.command not in ("data", "tokenizer"))
         if command.command == "tokenizer":

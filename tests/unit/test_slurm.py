@@ -121,6 +121,9 @@ def test_any_command_is_a_job(config, files, capsys, tmp_path):
     assert status == 0, said
     assert f"-m megatron_asvr tokenizer encode {config}\n" in script
     assert "SLURM_PROCID" not in script
+    status, script, said = command(capsys, tmp_path, "preflight", options=("--nodes", "2"))
+    assert status == 0, said
+    assert "SLURM_PROCID" not in script
     made = ["convert", "export", str(files), "--out", "x y"]
     status, script, said = command(capsys, tmp_path, *made)
     assert status == 0, said
