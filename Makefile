@@ -15,7 +15,7 @@ export WANDB_MODE ?= offline
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-eval quickstart quickstart-short test test-unit test-world \
-	test-mcore19 test-eval test-slurm test-slurm-short test-apis test-torture test-dirt bench \
+	test-mcore19 test-eval test-slurm test-slurm-short test-apis test-te test-torture test-dirt bench \
 	bench-short bench-convert bench-convert-short verify-smollm2 check check-gpu-extra format docs clean
 
 help:  ## list the commands
@@ -87,6 +87,11 @@ test-slurm: setup  ## run all tests of jobs: preempted, killed, hung, on nodes t
 
 test-apis: $(MCORE19)/.installed $(TE_SOURCES)/.installed  ## what we take from pinned packages is there
 	ASVR_REQUIRE=apis $(BIN)/python -m pytest -m apis tests/unit/test_apis.py
+
+# 9 GB and about 5 minutes of computing, at the first time; not in CI for that.
+test-te: setup  ## build Transformer Engine without a GPU, construct the whole model with it
+	PYTHON=$(CURDIR)/$(BIN)/python tools/build_te_cpu.sh $(CURDIR)/.venv-te
+	ASVR_REQUIRE=te .venv-te/bin/python -m pytest -m te
 
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture

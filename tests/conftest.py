@@ -23,6 +23,8 @@ def _missing(need: str) -> str | None:
             return f"needs Slurm and shellcheck: no {program} on PATH"
     if need == "eval" and importlib.util.find_spec("lmms_eval") is None:
         return "needs lmms-eval: run by `make test-eval`"
+    if need == "te" and importlib.util.find_spec("transformer_engine_torch") is None:
+        return "needs Transformer Engine's compiled extension: run by `make test-te`"
     if need == "apis" and not (MCORE19.is_dir() and TE_SOURCES.is_dir()):
         return "needs the sources of the pinned versions: run by `make test-apis`"
     return None
@@ -31,7 +33,7 @@ def _missing(need: str) -> str | None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what cannot run here, or fail where the environment says that it must."""
     required = {need.strip() for need in os.environ.get("ASVR_REQUIRE", "").split(",")}
-    for need in ("gpu", "slurm", "eval", "apis"):
+    for need in ("gpu", "slurm", "eval", "apis", "te"):
         reason = _missing(need) if item.get_closest_marker(need) else None
         if reason and need in required:
             pytest.fail(f"{reason}, but ASVR_REQUIRE names {need}", pytrace=False)

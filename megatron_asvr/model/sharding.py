@@ -23,7 +23,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from torch import Tensor, nn
 
@@ -55,7 +54,9 @@ def mark(
             a gated linear: a rank holds its share of both).
     """
     if not hasattr(parameter, "tensor_model_parallel"):
-        set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+        # Not by megatron-core's function: it refuses what its Transformer Engine layers began.
+        parameter.tensor_model_parallel = True
+        parameter.partition_dim, parameter.partition_stride = dim, 1
     parameter.asvr_full_size = full_size
     parameter.asvr_blocks = blocks
     return parameter
@@ -86,17 +87,21 @@ def mark_parallel_linears(module: nn.Module) -> None:
     """Mark the weights of megatron-core's parallel layers in ``module``.
 
     megatron-core 0.16 marks them only when it also initialises them (tensor_parallel/layers.py:228
-    and :865); 0.19 always does. Parameters that are marked already are left alone.
+    and :865); 0.19 always does. Transformer Engine's do when they get memory, so not on the meta
+    device. Parameters that are marked already are left alone.
     """
     for part in module.modules():
-        if isinstance(part, (VocabParallelEmbedding, ColumnParallelLinear)):
-            dim = 0
-        elif isinstance(part, RowParallelLinear):
-            dim = 1
+        mode = getattr(part, "parallel_mode", None)  # Transformer Engine's
+        if isinstance(part, (VocabParallelEmbedding, ColumnParallelLinear)) or mode == "column":
+            parameters, dim = [part.weight, getattr(part, "bias", None)], 0
+        elif isinstance(part, RowParallelLinear) or mode == "row":
+            parameters, dim = [part.weight], 1
         else:
             continue
-        if part.weight is not None and not hasattr(part.weight, "tensor_model_parallel"):
-            mark(part.weight, dim=dim)
+        for parameter in parameters:
+            is_one = isinstance(parameter, nn.Parameter)  # an absent bias is an empty tensor there
+            if is_one and not hasattr(parameter, "tensor_model_parallel"):
+                mark(parameter, dim=dim)
 
 
 def canonical_names(module: nn.Module, *, prefix: str = "") -> dict[str, str]:

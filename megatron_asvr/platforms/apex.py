@@ -24,12 +24,24 @@ def detect() -> tuple[bool, str]:
     folders = [pathlib.Path(p) for p in spec.submodule_search_locations or ()]
     parts = ("optimizers", "multi_tensor_apply")
     if any(all((folder / part).is_dir() for part in parts) for folder in folders):
-        return True, f"NVIDIA's apex in {folders[0]}"
+        parts = [name if there else f"no {name}" for name, there in compiled_parts().items()]
+        return True, f"NVIDIA's apex in {folders[0]}, with {', '.join(parts)}"
     where = folders[0] if folders else spec.origin
     return False, (
         f"{where} is not NVIDIA's apex (PyPI's package of that name is a toolkit for the Pyramid "
         "web framework); it is ignored, `pip uninstall apex` removes it"
     )
+
+
+def compiled_parts() -> dict[str, bool]:
+    """Which of the extensions that megatron-core takes from NVIDIA's apex are there; imports none.
+
+    ``amp_C`` scales and measures many tensors at once, where Transformer Engine does not.
+    ``fused_weight_gradient_mlp_cuda`` adds the gradient of a weight inside the matrix product, for
+    the linears that are not Transformer Engine's. Both are built only on request.
+    """
+    names = ("amp_C", "fused_weight_gradient_mlp_cuda")
+    return {name: importlib.util.find_spec(name) is not None for name in names}
 
 
 def block() -> None:

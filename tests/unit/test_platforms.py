@@ -163,6 +163,11 @@ class TestApex:
         usable, reason = apex.detect()
         assert usable
         assert reason.startswith("NVIDIA's apex in")
+        assert reason.endswith("with no amp_C, no fused_weight_gradient_mlp_cuda")
+        write_package(tmp_path, "amp_C.py", "fused_weight_gradient_mlp_cuda.py")
+        importlib.invalidate_caches()
+        assert apex.detect()[1].endswith("with amp_C, fused_weight_gradient_mlp_cuda")
+        assert all(apex.compiled_parts().values())
 
     def test_with_cuda_only_the_wrong_one_is_blocked(self, tmp_path):
         write_package(tmp_path, "apex/__init__.py", "apex/models.py")

@@ -1,0 +1,179 @@
+"""The whole model on Transformer Engine has the parameters that it has on the local layers.
+
+Built on the meta device, so nothing computes and no GPU is needed, but the compiled extension of
+Transformer Engine is: `make test-te` builds it (docs/gpu.md).
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
+from megatron_asvr.platforms.cpu import CpuPlatform
+
+import pytest
+import torch
+
+from megatron_asvr import platforms, precision
+from megatron_asvr.config.schema import Config, Fp8Config, LanguageConfig, PrecisionConfig
+from megatron_asvr.model import linears, sharding
+from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.parallel.groups import Groups
+from tests import asvr_cases
+from tests.language_cases import CASES, MIXTURES, one_rank
+
+pytestmark = pytest.mark.te
+
+
+class MetaPlatform(CpuPlatform):
+    """A GPU on which nothing can be computed."""
+
+    name = "cuda"
+    device = torch.device("meta")
+    compute_capability = (10, 0)
+
+
+@pytest.fixture(autouse=True)
+def _meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine finds a device, and what is asked for on it is made on ``meta``."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
+    monkeypatch.setattr(platforms, "select", lambda: (MetaPlatform(), "for this test"))
+
+
+def config(language: LanguageConfig, fp8: Fp8Config) -> Config:
+    """A run whose widths 8 bits can multiply."""
+    wide = dataclasses.replace(
+        language,
+        hidden_size=256,
+        head_dim=None,
+        ffn_hidden_size=256,
+        expert_ffn_hidden_size=128 if language.is_mixture else None,
+    )
+    run = asvr_cases.config(precision="bf16")
+    head = dataclasses.replace(run.model.visual_head, width=256)
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(run.model, language=wide, visual_head=head),
+        precision=PrecisionConfig(fp8=fp8),
+    )
+
+
+def build(run: Config, backend: str, groups: Groups) -> AsvrModel:
+    settings = PrecisionConfig(backend=backend)
+    if backend == "te":
+        settings = dataclasses.replace(run.precision, backend=backend)
+    run = dataclasses.replace(run, precision=settings)
+    tokenizer = asvr_cases.tokenizer()
+    with torch.device("meta"):
+        model = AsvrModel(run, groups=groups, tokenizer=tokenizer)
+    linears.in_8_bits(model, run, groups=groups, tokenizer=tokenizer)
+    return model
+
+
+def described(model: AsvrModel, groups: Groups) -> dict[str, tuple[Any, ...]]:
+    """All that a checkpoint depends on: name, this rank's shape and the full one, how it is cut."""
+    return {
+        name: (
+            tuple(parameter.shape),
+            sharding.full_shape(parameter, groups=groups),
+            parameter.dtype,
+            sharding.is_split(parameter),
+            getattr(parameter, "partition_dim", None) if sharding.is_split(parameter) else None,
+            getattr(parameter, "asvr_blocks", 1),
+            sharding.is_expert(parameter),
+        )
+        for name, parameter in sharding.named(model)
+    }
+
+
+LAYERS = {**CASES, **MIXTURES}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_checkpoint_of_one_backend_is_one_of_the_other(case: str) -> None:
+    run = config(LAYERS[case], Fp8Config())
+    with one_rank() as groups:
+        local, te = build(run, "local", groups), build(run, "te", groups)
+        assert (local.language_model.backend, te.language_model.backend) == ("local", "te")
+        assert described(te, groups) == described(local, groups)
+        linear = te.language_model.decoder.layers[0].self_attention.linear_qkv
+        assert isinstance(
+            linear, importlib.import_module("transformer_engine.pytorch").LayerNormLinear
+        )
+        # What Transformer Engine keeps beside its weights is no part of a checkpoint.
+        extra = {name for name in te.state_dict() if name.endswith("_extra_state")}
+        assert not extra & set(described(te, groups))
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "current", "block", "mxfp8"])
+def test_the_recipe_of_megatron_core_is_the_one_of_the_settings(recipe: str) -> None:
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    fp8 = Fp8Config(recipe=recipe, format="e4m3", margin=1, history=7, amax="most_recent")
+    with one_rank() as groups:
+        model = build(config(CASES["llama"], _with_head_out(fp8)), "te", groups)
+        made = get_fp8_recipe(model.config)
+    names = {"delayed": "TEDelayedScaling", "current": "Float8CurrentScaling"}
+    names |= {"block": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
+    assert type(made).__name__ == names[recipe]
+    assert made.fp8_format.name == "E4M3"
+    if recipe == "delayed":
+        assert (made.margin, made.amax_history_len, made.amax_compute_algo) == (1, 7, "most_recent")
+
+
+def _with_head_out(fp8: Fp8Config) -> Fp8Config:
+    """Without the linears whose widths are those of the vocabulary and of the codebooks."""
+    out = ("*.heads.*", "*.output_layer", "*.code_projection", "projector.*")
+    return dataclasses.replace(fp8, exclude=(*fp8.exclude, *out))
+
+
+def test_what_is_kept_out_of_8_bits_is_and_the_rest_is_not() -> None:
+    fp8 = _with_head_out(Fp8Config(recipe="current", exclude=("*.layers.0.self_attention.*",)))
+    with one_rank() as groups:
+        model = build(config(CASES["llama"], fp8), "te", groups)
+    layers = model.language_model.decoder.layers
+    assert "forward" in vars(layers[0].self_attention.linear_qkv)  # a region of its own
+    assert "forward" not in vars(layers[1].self_attention.linear_qkv)
+    attention, mlp = model.visual_head.layers[1].attention, model.visual_head.layers[1].mlp
+    te = importlib.import_module("megatron_asvr.precision.te")
+    assert isinstance(attention.in_proj.fp8, te.Product)
+    assert model.visual_head.heads[0].fp8 is None
+    assert {slot.partition(".")[0] for slot in mlp.fp8} == {"w1", "w2"}
+    kernels = {product.grouped for product in mlp.fp8.values()}
+    assert len(kernels) == 2
+    assert all(isinstance(kernel, te.GroupedProduct) for kernel in kernels)
+
+
+def test_modules_of_transformer_engine_take_weights_that_are_not_theirs() -> None:
+    te = importlib.import_module("transformer_engine.pytorch")
+    lend = importlib.import_module("megatron_asvr.precision.te")._lend
+    weight = torch.nn.Parameter(torch.empty(3, 32, 16, device="meta", dtype=torch.bfloat16))
+    grouped = te.GroupedLinear(3, 16, 32, bias=False, params_dtype=weight.dtype, device="meta")
+    assert [tuple(x.shape) for x in grouped.parameters()] == [(32, 16)] * 3
+    lend(grouped, **{f"weight{d}": x for d, x in enumerate(weight)})
+    assert not list(grouped.parameters())
+    assert grouped.weight1.data_ptr() == weight[1].data_ptr()
+    assert grouped.weight1._base is weight
+
+
+def test_what_megatron_core_takes_from_the_compiled_library_is_there() -> None:
+    library = importlib.import_module("transformer_engine_torch")
+    folder = Path(importlib.util.find_spec("megatron.core").origin).parent
+    texts = [path.read_text(encoding="utf-8") for path in folder.rglob("*.py")]
+    used = {
+        name
+        for text in texts
+        if "import transformer_engine_torch as tex" in text
+        for name in re.findall(r"\btex\.(\w+)", text)
+    }
+    assert used
+    assert {name for name in used if not hasattr(library, name)} == set()
+
+
+def test_the_backend_is_chosen_with_a_reason() -> None:
+    chosen = precision.select_backend(MetaPlatform(), torch.bfloat16)
+    assert chosen == ("te", "CUDA with Transformer Engine")
