@@ -5,7 +5,7 @@ to the order of their sums. Block recipes cut an operand along the axis that is 
 same matrix is rounded in two ways for two products; one scale for a whole matrix serves both.
 Nothing here depends on chance or on what was computed before in the same step: delayed scales
 change only between steps (``Emulator.update``). So computing a layer again for its backward pass,
-or the order of micro-batches, changes no bit.
+or the order of micro-batches, changes no rounding.
 """
 
 from collections.abc import Sequence
