@@ -15,7 +15,9 @@ from megatron_asvr.launch.rank import init_rank, leave_group, place
 
 __all__ = ["after_first", "init_rank", "leave_group", "part", "place", "run"]
 
-FIRST_WORD_S = 3.0  # srun takes two to notice that a rank has ended
+# For rank 0 to come to the same error, and for the launcher to end the others then. Start-up from
+# slow storage sets ranks seconds apart, and srun takes two to notice an end.
+FIRST_WORD_S = 20.0
 
 
 def run(
