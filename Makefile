@@ -91,7 +91,7 @@ test-apis: $(MCORE19)/.installed $(TE_SOURCES)/.installed  ## what we take from 
 # 9 GB and about 5 minutes of computing, at the first time; not in CI for that.
 test-te: setup  ## build Transformer Engine without a GPU, construct the whole model with it
 	PYTHON=$(CURDIR)/$(BIN)/python tools/build_te_cpu.sh $(CURDIR)/.venv-te
-	ASVR_REQUIRE=te .venv-te/bin/python -m pytest -m te
+	ASVR_REQUIRE=te .venv-te/bin/python -m pytest tests/unit/test_te_model.py
 
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture

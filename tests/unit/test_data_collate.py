@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_asvr.batch import IGNORE, NO_POSITION
+from megatron_asvr.config.schema import Fp8Config, ParallelConfig, PrecisionConfig
 from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.pixels import ZERO_KEY
 from megatron_asvr.data.records import parse_record
@@ -295,3 +296,13 @@ def test_newlines_are_positions_without_a_target(tokenizer, tmp_path, shift):
     assert where == {patch: at[patch] - shift for patch in at if patch not in lost}
     assert len(lost) == collator.lost_first_patches(sample) == (2 if shift else 0)
     assert batch.codes_PD[7].tolist() == [16, 17]  # the last but one patch of the first tile
+
+
+@pytest.mark.parametrize(("recipe", "rows"), [("current", 16), ("block", 128)])
+def test_every_rank_has_as_many_positions_as_8_bits_need(recipe, rows):
+    run = replace(config(), parallel=ParallelConfig(tp=2, sp=True, cp=3))
+    plain = Collator.from_config(run, 0).row_multiple
+    for emulate, wanted in ((False, np.lcm(plain, 2 * 3 * rows)), (True, plain)):
+        precision = PrecisionConfig(fp8=Fp8Config(recipe=recipe, emulate=emulate))
+        collator = Collator.from_config(replace(run, precision=precision), 0)
+        assert collator.row_multiple == wanted

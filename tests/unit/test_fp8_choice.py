@@ -7,6 +7,8 @@ from megatron_asvr.platforms.cpu import CpuPlatform
 
 import pytest
 import torch
+from megatron.core.enums import Fp8Recipe
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_asvr import precision
 from megatron_asvr.config.check import check
@@ -77,3 +79,19 @@ def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     run = dataclasses.replace(config(), precision=PrecisionConfig(fp8=fp8))
     with pytest.raises(ConfigError, match=f"precision.fp8.{name}"):
         check(run)
+
+
+def test_megatron_core_is_told_what_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_without_te", lambda *_: None)
+    told = precision.megatron_settings(Gpu((10, 0)), torch.bfloat16, asked("current"))
+    assert (told["fp8"], told["fp8_recipe"]) == ("hybrid", "tensorwise")
+    fields = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert set(told) <= fields
+    assert {Fp8Recipe(precision._MEGATRON_RECIPES[recipe]) for recipe in RECIPES} == {
+        Fp8Recipe.delayed,
+        Fp8Recipe.tensorwise,
+        Fp8Recipe.blockwise,
+        Fp8Recipe.mxfp8,
+    }
+    emulated = asked("current", emulate=True)
+    assert precision.megatron_settings(CpuPlatform(), torch.bfloat16, emulated) == {}

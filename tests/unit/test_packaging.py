@@ -140,3 +140,9 @@ def test_pip_installs_a_copy_of_the_repository(tmp_path):
     presets = {f"megatron_asvr/config/presets/{path.name}" for path in PRESETS.glob("*.yaml")}
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "megatron_asvr").rglob("*.py")}
     assert presets | modules <= names
+
+
+def test_transformer_engine_is_built_at_the_declared_version():
+    (pin,) = (r for r in EXTRAS["gpu"] if r.name == "transformer-engine")
+    script = (ROOT / "tools/build_te_cpu.sh").read_text(encoding="utf-8")
+    assert str(pin.specifier) == "==" + re.search(r"TE=\$\{TE:-([\d.]+)\}", script)[1]
