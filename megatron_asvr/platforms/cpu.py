@@ -1,6 +1,8 @@
 """The CPU: gloo between ranks, and megatron-core behind the shims of ``shims.py``."""
 
+import ctypes
 import importlib
+import logging
 import os
 import warnings
 from typing import Literal
@@ -11,6 +13,11 @@ from megatron_asvr.platforms import deterministic as switches
 import torch
 
 from megatron_asvr.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST_KEPT = 2**25  # bytes, the most that glibc accepts
 
 
 class CpuPlatform:
@@ -53,7 +60,7 @@ class CpuPlatform:
         shims.install_after_import()
 
     def per_rank(self, threads: int = 1, *, deterministic: bool = False) -> None:
-        """Set the threads and the handling of denormals, and start the checkpoint helper.
+        """Set threads, denormals and what malloc keeps, and start the checkpoint helper.
 
         Denormals are flushed because peaked logits would otherwise double the time of a step. The
         setting belongs to a thread, and threads inherit it: it comes before there are any.
@@ -63,6 +70,7 @@ class CpuPlatform:
         torch.set_flush_denormal(True)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+        keep_memory()
         importlib.import_module("megatron_asvr.platforms.mcore")  # prepares, where nobody has
         shims.install_per_rank()
 
@@ -79,3 +87,16 @@ class CpuPlatform:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
         return 0
+
+
+def keep_memory() -> bool:
+    """Let this process keep what it freed; False where the C library knows no such setting.
+
+    glibc gives large pieces back to the system, and every step then faults the same pages in
+    again: a sixth of its time (docs/performance.md). Pieces above ``LARGEST_KEPT`` still go back.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        logger.info("the C library has no mallopt: freed memory goes back to the system")
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

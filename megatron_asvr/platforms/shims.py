@@ -149,8 +149,11 @@ def install_before_import() -> None:
 
 
 def install_after_import() -> None:
-    """Install the shims of stage ``after``; idempotent."""
+    """Install the shims of stage ``after``, and what saves time only; idempotent."""
     _install("after")
+    if "lone_collectives" not in _installed:
+        replacements.lone_collectives()
+        _installed.add("lone_collectives")
 
 
 def install_per_rank() -> None:

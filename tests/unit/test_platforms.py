@@ -15,6 +15,7 @@ import torch
 
 from megatron_asvr import platforms
 from megatron_asvr.errors import ConfigError
+from tests.language_cases import one_rank
 
 MCORE = pathlib.Path(importlib.util.find_spec("megatron.core").origin).parent
 VERSION = importlib.metadata.version("megatron-core")
@@ -197,3 +198,34 @@ class TestCpu:
         size = before // 4  # floats: as much again as all memory used so far
         torch.ones(size)
         assert platform.peak_memory_bytes() > before + size
+
+
+def test_freed_memory_is_kept():
+    code = """
+import resource, torch
+from megatron_asvr.platforms.cpu import keep_memory
+assert keep_memory()
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pieces = [torch.ones(2**20, 5) for _ in range(8)]  # 20 MiB each
+    del pieces
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults())
+"""
+    assert int(run_python(code)) < 20_000  # measured 5,120; 40,945 when they were given back
+
+
+def test_a_lone_rank_copies_nothing_and_others_are_served():
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    with one_rank() as groups:
+        settings = {"group": groups.world, "async_op": False}
+        for collective in (buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func):
+            x, y = torch.arange(4.0), torch.zeros(4)
+            collective(x, x, **settings)
+            assert x.tolist() == [0.0, 1.0, 2.0, 3.0]
+            collective(y, x, **settings)
+            assert torch.equal(x, y)
