@@ -1,0 +1,57 @@
+"""Output layers split over ranks, cut into chunks or not, against the plain form on one rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.model import output_loss as module
+from megatron_asvr.model.output_loss import OutputLayer, output_loss
+from megatron_asvr.parallel import groups as process_groups
+from megatron_asvr.parallel.collectives import copy_to_tp
+from megatron_asvr.parallel.plan import ParallelPlan
+
+pytestmark = pytest.mark.world
+
+SIZES = (9, 1)  # of two ranks the second has 4 words of 5 rows, and none of 1
+WIDTH, ROWS, RANKS = 8, 11, 2
+
+
+def compare() -> None:
+    """Runs on every rank; each compares its rows of the weights' gradients."""
+    tp = process_groups.initialize(ParallelPlan(tp=RANKS, world=RANKS), 60.0).tp
+    generator = torch.Generator().manual_seed(0)
+    x_DME = torch.randn(len(SIZES), ROWS, WIDTH, generator=generator, requires_grad=True)
+    full = [torch.randn(size, WIDTH, generator=generator, requires_grad=True) for size in SIZES]
+    targets_MD = torch.stack([torch.randint(k, (ROWS,), generator=generator) for k in SIZES], 1)
+    logits = [F.linear(x, weight) for x, weight in zip(x_DME, full, strict=True)]
+    wanted_D = torch.stack(
+        [F.cross_entropy(x, targets_MD[:, d], reduction="sum") for d, x in enumerate(logits)]
+    )
+    wanted_D[0].mul(2).add(wanted_D[1]).backward()
+    wanted: list[Any] = [x_DME.grad.clone(), *(weight.grad for weight in full)]
+    x_DME.grad = None
+    for chunk_bytes in (2**26, 4):
+        module.CHUNK_BYTES = chunk_bytes
+        own, layers = [], []
+        for weight in full:
+            rows = -(-len(weight) // RANKS)
+            padded = F.pad(weight.detach(), (0, 0, 0, RANKS * rows - len(weight)), value=9.0)
+            own.append(padded[tp.rank() * rows :][:rows].clone().requires_grad_())
+            layers.append(OutputLayer(own[-1], None, tp.rank() * rows, len(weight)))
+        sum_D, _ = output_loss(copy_to_tp(x_DME, group=tp), layers, targets_MD, tp=tp)
+        torch.testing.assert_close(sum_D, wanted_D, rtol=1e-6, atol=1e-6)
+        sum_D[0].mul(2).add(sum_D[1]).backward()
+        assert (x_DME.grad - wanted[0]).norm() <= 1e-6 * wanted[0].norm()
+        x_DME.grad = None
+        for layer, gradient in zip(layers, wanted[1:], strict=True):
+            mine = gradient[layer.first :][: len(layer.weight)]
+            got = layer.weight.grad
+            assert (got[: len(mine)] - mine).norm() <= 1e-6 * max(gradient.norm(), 1.0)
+            assert not got[len(mine) :].any()  # padding
+
+
+def test_two_ranks_compute_the_plain_form_also_without_any_word():
+    run_ranks(compare, world_size=RANKS, timeout_s=120)
