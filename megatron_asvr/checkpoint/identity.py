@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_asvr.config.load import flatten
-from megatron_asvr.config.schema import TEMPLATES, Config, PrecisionConfig, SourceConfig
+from megatron_asvr.config.schema import TEMPLATES, Config, SourceConfig
 from megatron_asvr.data import locations
 from megatron_asvr.data.formats import data_files, source_format
 from megatron_asvr.data.templates import find_template
@@ -69,12 +69,9 @@ def identity(
         ConfigError: a training file or the text tokenizer cannot be read.
     """
     facts: dict[str, Any] = {}
-    plain = config.precision == PrecisionConfig()  # left out, so that earlier checkpoints go on
-    for key, value in flatten(config).items():
-        if plain and key.startswith("precision."):
-            continue
+    for key, value in _settings(config).items():
         if key not in _FREE | _BY_CONTENT and not key.startswith(_LAYOUT):
-            facts[key] = json.loads(json.dumps(value))  # as a checkpoint gives it back
+            facts[key] = value
     facts["data.train (number of files)"] = len(config.data.train)
     for number, source in enumerate(config.data.train):
         name = f"data.train[{number}].path"
@@ -91,8 +88,15 @@ def identity(
     return facts
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """All settings, as a checkpoint gives them back."""
+    return json.loads(json.dumps(flatten(config)))
+
+
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
     """Return when a run may continue from a checkpoint.
+
+    A setting that the checkpoint's version did not have counts as its default.
 
     Args:
         saved: the checkpoint's identity.
@@ -102,11 +106,11 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: s
     Raises:
         CheckpointError: they differ; every key is named with its old and new value.
     """
-    keys = sorted(saved.keys() | now.keys())
+    default = _settings(Config())
     changed = [
-        f"{key}: checkpoint has {saved.get(key)!r}, this run has {now.get(key)!r}"
-        for key in keys
-        if saved.get(key) != now.get(key)
+        f"{key}: checkpoint has {before!r}, this run has {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if (before := saved.get(key, default.get(key))) != now.get(key)
     ]
     if changed:
         raise CheckpointError(

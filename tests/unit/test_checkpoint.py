@@ -310,6 +310,10 @@ def test_identity_names_what_changed(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             check_identity(old, facts(**change), where="here")
+    older = {key: value for key, value in old.items() if key != "train.deterministic"}
+    check_identity(older, facts(), where="here")
+    with pytest.raises(CheckpointError, match="deterministic: checkpoint has False, this run has"):
+        check_identity(older, facts(train__deterministic=True), where="here")
     data.write_text("[1]")
     with pytest.raises(CheckpointError, match=r"data\.train\[0\]\.path \(content\)"):
         check_identity(old, facts(), where="here")
