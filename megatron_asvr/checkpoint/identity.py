@@ -68,10 +68,7 @@ def identity(
     Raises:
         ConfigError: a training file or the text tokenizer cannot be read.
     """
-    facts: dict[str, Any] = {}
-    for key, value in _settings(config).items():
-        if key not in _FREE | _BY_CONTENT and not key.startswith(_LAYOUT):
-            facts[key] = value
+    facts = _settings(config)
     facts["data.train (number of files)"] = len(config.data.train)
     for number, source in enumerate(config.data.train):
         name = f"data.train[{number}].path"
@@ -89,8 +86,12 @@ def identity(
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """All settings, as a checkpoint gives them back."""
-    return json.loads(json.dumps(flatten(config)))
+    """Settings that change a run's numbers, as a checkpoint gives them back."""
+    return {
+        key: json.loads(json.dumps(value))
+        for key, value in flatten(config).items()
+        if key not in _FREE | _BY_CONTENT and not key.startswith(_LAYOUT)
+    }
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
