@@ -22,7 +22,7 @@ from megatron_asvr.data.index import index_folder, open_index
 from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.launch import inputs
 from megatron_asvr.launch.elastic import start_nodes, usable_nodes
-from megatron_asvr.launch.script import CONFIG, Container, Job, Resources
+from megatron_asvr.launch.script import CONFIG, Container, Job, Resources, time_s
 
 RESOURCES = ("gpus_per_node", "ranks_per_node", "cpus_per_rank", "time", "partition", "account")
 FOLDER = "slurm"  # of a run's job, in the run's folder
@@ -174,6 +174,12 @@ def _paths(config: Config) -> list[str]:
 
 
 def _resources(args: argparse.Namespace) -> Resources:
+    limit = time_s(args.time or "")
+    if limit and args.warning_s >= limit:
+        raise LaunchError(
+            f"--warning={args.warning_s}: ranks would be told to save before they start, for "
+            f"--time={args.time} is {limit} s; give a longer --time or a shorter --warning"
+        )
     return Resources(
         **{name: getattr(args, name) for name in RESOURCES},
         min_nodes=args.nodes[0],
@@ -195,7 +201,7 @@ def _job(
     if args.container is not None:
         places = inputs.folders([str(workdir / "x"), str(folder.absolute() / "x"), *read])
         container = Container(
-            image=args.container,
+            image=_image(args.container, args.container_runtime),
             runtime=args.container_runtime,
             mounts=(*(f"{place}:{place}" for place in places), *args.mount),
         )
@@ -212,6 +218,25 @@ def _job(
         max_crashes=args.max_crashes,
         environment={"PYTHONUNBUFFERED": "1"} | {name: value for name, _, value in pairs},
     )
+
+
+def _image(name: str, runtime: str) -> str:
+    """An image as its runtime takes it: pyxis asks a registry for what does not begin with ``/``.
+
+    Raises:
+        LaunchError: it is a file that is not there.
+    """
+    path = Path(name)
+    if path.is_file() or (runtime == "apptainer" and path.is_dir()):
+        return str(path.absolute())
+    if "://" not in name and (
+        runtime == "apptainer" or name.startswith(("/", ".")) or path.suffix in (".sqsh", ".sif")
+    ):
+        raise LaunchError(
+            f"--container {name}: there is no such file; wanted one that all nodes see, or the "
+            "name of an image in a registry (apptainer: docker://NAME)"
+        )
+    return name
 
 
 def json_of(value: object) -> str:
@@ -258,12 +283,14 @@ def _require_work(config: Config, resources: Resources) -> tuple[int, ...]:
     if share > batch or uneven:
         larger = -(-batch // share) * share
         why = "more than" if share > batch else "which does not divide"
-        numbers = ", ".join(str(n) for n in fits[-8:]) or "none"
+        most = f"With {ranks} ranks a node that is so on any number of nodes"
+        if fits:
+            numbers = ", ".join(str(n) for n in fits[-8:])
+            most = f"The largest useful number of nodes is {fits[-1]} (that fit: {numbers})"
         raise ConfigError(
             f"{world // ranks} nodes x {ranks} ranks are {dp} data-parallel replicas, which take "
             f"{share} samples at a time (micro-batch {t.micro_batch}), {why} "
-            f"train.global_batch={batch}. The largest useful number of nodes is "
-            f"{fits[-1] if fits else 'none'} (that fit: {numbers}). Or take a larger batch and, "
+            f"train.global_batch={batch}. {most}. Or take a larger batch and, "
             "by the square-root rule for Adam (lr x sqrt of the factor; arXiv 2205.10287), "
             f"train.global_batch={larger} train.optim.lr={t.optim.lr * (larger / batch) ** 0.5:.3g}"
         )

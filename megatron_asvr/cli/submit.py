@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
     require_inputs({planned.job.name: planned.lacks})
     if args.dry_run:
         return
+    require_known(after)
     require_idle(planned.job)
     print(slurm.check(render(planned.job)), file=sys.stderr)
     number = submit(planned, tuple(number for number, _ in after))
@@ -155,6 +156,23 @@ def require_inputs(lacks: Mapping[str, Mapping[str, str]]) -> None:
         )
 
 
+def require_known(after: Sequence[tuple[str, Sequence[str]]]) -> None:
+    """Return when Slurm will wait for every earlier job; for one it does not know it would not.
+
+    Args:
+        after: number of each job, and what it makes.
+
+    Raises:
+        LaunchError: one is unknown to Slurm, or it does not answer.
+    """
+    for number, _ in after:
+        if not slurm.state(number):
+            raise LaunchError(
+                f"--after: Slurm knows no job {number} (any more), so nothing would be waited for; "
+                "leave it out when what that job makes is there"
+            )
+
+
 def require_idle(job: Job) -> None:
     """Return when no job of the same folder is waiting or at work.
 
@@ -180,10 +198,15 @@ def submit(planned: Planned, after: tuple[str, ...]) -> str:
         after: numbers of the jobs that must succeed before.
     """
     job = dataclasses.replace(planned.job, after=after)
-    for place in [job.folder, *job.folder.glob("[0-9]*")]:
-        for name in ("exclude", "config.yaml"):
-            (place / name).unlink(missing_ok=True)
-    for path, config in planned.configs.items():
-        save_config(config, path)
     more = {"steps": planned.steps, "makes": [str(Path(path).absolute()) for path in planned.makes]}
-    return slurm.submit(job, render(job), more)
+    try:
+        for place in [job.folder, *job.folder.glob("[0-9]*")]:
+            for name in ("exclude", "config.yaml"):
+                (place / name).unlink(missing_ok=True)
+        for path, config in planned.configs.items():
+            save_config(config, path)
+        return slurm.submit(job, render(job), more)
+    except OSError as err:
+        raise LaunchError(
+            f"{job.folder} cannot be written: {err}; run.dir or --job-dir names another folder"
+        ) from None

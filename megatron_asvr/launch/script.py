@@ -18,6 +18,20 @@ CONFIG = "$job/config.yaml"  # in a command: the resolved configuration, of an a
 
 _PLAIN = re.compile(r"[\w@%+=:,./-]*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
+
+
+def time_s(text: str) -> int | None:
+    """Seconds of a time limit in one of Slurm's forms; None for any other text: Slurm judges it."""
+    found = _TIME.fullmatch(text)
+    if found is None:
+        return None
+    days, *parts = found.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # minutes, or minutes:seconds
+        numbers = [0, *numbers]
+    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

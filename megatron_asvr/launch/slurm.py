@@ -16,41 +16,39 @@ FACTS = "job.json"
 # States that a job leaves only when a person requeues it.
 OVER = frozenset(
     ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE")
-)
+).union(("PREEMPTED", "BOOT_FAIL"))
 _TIMEOUT_S = 60.0
 
 
-def call(*command: str, script: str | None = None) -> str:
+def call(*command: str) -> str:
     """What one of Slurm's commands prints.
 
     Args:
         command: its words.
-        script: standard input.
 
     Raises:
         LaunchError: there is no Slurm here, it refuses, or does not answer.
     """
+    done = _run(*command)
+    if done.returncode:
+        raise LaunchError(f"{shlex.join(command)} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _run(*command: str, script: str = "") -> subprocess.CompletedProcess[str]:
     if shutil.which(command[0]) is None:
         raise LaunchError(
             f"{command[0]} is not on this machine's PATH; call this on a login node of the cluster"
         )
     try:
-        done = subprocess.run(
-            command,
-            input=script or "",
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
+        return subprocess.run(
+            command, input=script, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
         raise LaunchError(
             f"{shlex.join(command)} has not answered for {_TIMEOUT_S:.0f} s; `scontrol ping` tells "
             "whether the controller is up"
         ) from None
-    if done.returncode:
-        raise LaunchError(f"{shlex.join(command)} failed: {done.stderr.strip()}")
-    return done.stdout
 
 
 def check(script: str) -> str:
@@ -59,16 +57,7 @@ def check(script: str) -> str:
     Raises:
         LaunchError: it would refuse it.
     """
-    if shutil.which("sbatch") is None:
-        call("sbatch")
-    done = subprocess.run(
-        ["sbatch", "--test-only"],
-        input=script,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
+    done = _run("sbatch", "--test-only", script=script)
     said = done.stderr.strip()
     if done.returncode:
         raise LaunchError(f"sbatch --test-only refuses this job: {said}")

@@ -9,6 +9,7 @@ import yaml
 
 from megatron_asvr.cli.main import main
 from megatron_asvr.config.load import save as save_config
+from megatron_asvr.launch.script import time_s
 from tests.run_data import make_files, run_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -241,3 +242,41 @@ def test_a_time_that_yaml_takes_for_a_number_is_refused(capsys, tmp_path):
     status, _, said = dry(capsys, "pipeline", str(path))
     assert status == 1
     assert "quote it" in said
+
+
+def test_an_image_in_a_file_is_named_by_its_whole_path(config, capsys, tmp_path, monkeypatch):
+    (tmp_path / "a.sqsh").touch()
+    monkeypatch.chdir(tmp_path)
+    words = ["submit", config, "--nodes", "2", "--container"]
+    _, script, _ = dry(capsys, *words, "a.sqsh")
+    assert f" --container-image={tmp_path}/a.sqsh " in script  # else pyxis asks a registry
+    _, script, _ = dry(capsys, *words, "a.sqsh", "--container-runtime", "apptainer")
+    assert f" {tmp_path}/a.sqsh python -m megatron_asvr train" in script
+    status, _, said = dry(capsys, *words, "b.sqsh")
+    assert status == 1
+    assert "b.sqsh: there is no such file" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("2", 120), ("2:30", 150), ("1:00:00", 3600), ("1-0", 86_400), ("1-2:30", 95_400)),
+        *(("1-0:0:5", 86_405), ("UNLIMITED", None), ("", None)),
+    ],
+)
+def test_time_limits(text, seconds):
+    assert time_s(text) == seconds
+
+
+def test_a_warning_before_the_start_is_refused(config, capsys):
+    status, _, said = dry(capsys, "submit", config, "--nodes", "2", "--time", "3")
+    assert status == 1
+    assert "told to save before they start" in said
+    status, _, said = dry(capsys, "submit", config, "--nodes", "2", "--time", "3:01")
+    assert status == 0, said
+
+
+def test_ranks_that_never_fit_are_told_so(config, capsys):
+    status, _, said = dry(capsys, "submit", config, "--nodes", "1", "--gpus-per-node", "8")
+    assert status == 1
+    assert "With 8 ranks a node that is so on any number of nodes. Or take a larger batch" in said
