@@ -89,7 +89,7 @@ def _plan_training(
         config = load(command.config, [*command.overrides, *values, f"run.dir={json_of(place)}"])
         fits = _require_work(config, resources)
         usable = set(fits) if usable is None else usable & set(fits)
-        pending = inputs.missing(inputs.read_by_run(config))
+        pending = _awaited(inputs.read_by_run(config), made)
         steps, lines = _look_into(config, start_world(resources, fits), bool(pending), made)
         said, without = _tell_pending(pending, made)
         if args.sweep:
@@ -141,7 +141,7 @@ def _plan_command(
             read.pop("model.visual_tokenizer", None)
             parts = (part for part in (config.data.train, config.data.eval) if part)
             makes = [str(index_folder(config, part)) for part in parts]
-    pending = inputs.missing(read)
+    pending = _awaited(read, made)
     if (
         hasattr(command, "model")
         and not alone
@@ -314,6 +314,17 @@ def _look_into(
         lines.append("data.train has no index: every start looks at all images first")
     with Loader(config, text, split="train") as data:
         return data.total_steps, lines
+
+
+def _awaited(read: Mapping[str, str], made: Mapping[str, str]) -> dict[str, str]:
+    """Inputs that are not there, or come from a job before: a run has a folder before weights."""
+    others = {place: who for place, who in made.items() if place != "/"}
+    models = {
+        name: path
+        for name, path in read.items()
+        if name.startswith(("init.", "model")) and inputs.maker(path, others) is not None
+    }
+    return inputs.missing(read) | models
 
 
 def _tell_pending(

@@ -280,3 +280,13 @@ def test_ranks_that_never_fit_are_told_so(config, capsys):
     status, _, said = dry(capsys, "submit", config, "--nodes", "1", "--gpus-per-node", "8")
     assert status == 1
     assert "With 8 ranks a node that is so on any number of nodes. Or take a larger batch" in said
+
+
+def test_a_run_that_an_earlier_step_begins_need_not_have_weights_yet(config, capsys, tmp_path):
+    (tmp_path / "a run").mkdir()
+    second = f"train {config} 'run.dir={tmp_path}/2' 'init.all={tmp_path}/a run'"
+    steps = {"first": {"command": f"train {config}", "nodes": 2}}
+    steps["second"] = {"command": second, "nodes": 2}
+    status, _, said = dry(capsys, *pipeline(tmp_path, config, **steps))
+    assert status == 0, said
+    assert f"not looked into: init.all={tmp_path}/a run comes from first\n" in said
