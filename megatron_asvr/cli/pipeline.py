@@ -63,6 +63,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _submit(folder: Path, planned: Mapping[str, Planned], after: Mapping[str, list[str]]) -> None:
     numbers: dict[str, str] = {}
+    places = {name: str(step.job.folder) for name, step in planned.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STEPS).write_text(json.dumps(places, indent=1) + "\n", encoding="utf-8")
+    except OSError as err:
+        raise LaunchError(f"{folder} cannot be written: {err}; `dir:` names another") from None
     try:
         for name, step in planned.items():
             numbers[name] = submit.submit(step, tuple(numbers[other] for other in after[name]))
@@ -72,9 +78,6 @@ def _submit(folder: Path, planned: Mapping[str, Planned], after: Mapping[str, li
             slurm.call("scancel", *numbers.values())
             print(f"cancelled again: {', '.join(numbers)}", file=sys.stderr)
         raise
-    folder.mkdir(parents=True, exist_ok=True)
-    places = {name: str(step.job.folder) for name, step in planned.items()}
-    (folder / STEPS).write_text(json.dumps(places, indent=1) + "\n", encoding="utf-8")
 
 
 def read(file: str) -> tuple[Path, dict[str, argparse.Namespace], dict[str, list[str]]]:

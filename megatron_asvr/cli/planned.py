@@ -200,6 +200,12 @@ def _job(
     container, workdir = None, Path.cwd()
     if args.container is not None:
         places = inputs.folders([str(workdir / "x"), str(folder.absolute() / "x"), *read])
+        apart = " ,:" if args.container_runtime == "pyxis" else ",:"
+        if odd := [place for place in places if set(place) & set(apart)]:
+            raise LaunchError(
+                f"{odd[0]!r} cannot be mounted: {args.container_runtime} takes none of {apart!r} "
+                "in a path; use another folder, or a link to it"
+            )
         container = Container(
             image=_image(args.container, args.container_runtime),
             runtime=args.container_runtime,

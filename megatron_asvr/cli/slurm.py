@@ -151,7 +151,10 @@ def _told(task: dict[str, Any]) -> Iterator[str]:
 
 def run_ls(args: argparse.Namespace) -> None:
     """Print one line a job."""
-    for path in sorted(Path(args.root).rglob(slurm.FACTS)):
+    found = sorted(Path(args.root).rglob(slurm.FACTS))
+    if not found:
+        raise LaunchError(f"no job was submitted from below {args.root}; name the folder of runs")
+    for path in found:
         status = status_of(path.parent)
         states = sorted({task["state"] for task in status["tasks"]})
         print(f"{status['job']:>8}  {status['name']:<20}  {', '.join(states):<12}  {path.parent}")

@@ -190,6 +190,17 @@ def require_idle(job: Job) -> None:
         )
 
 
+def clear(folder: Path) -> None:
+    """Remove what an earlier submission left of settings and broken nodes; logs stay.
+
+    Args:
+        folder: of the job; tasks of an array have folders in it.
+    """
+    for place in [folder, *folder.glob("[0-9]*/")]:
+        for name in ("exclude", "config.yaml"):
+            (place / name).unlink(missing_ok=True)
+
+
 def submit(planned: Planned, after: tuple[str, ...]) -> str:
     """The number of a job that was checked, after its files were written and it was submitted.
 
@@ -200,9 +211,7 @@ def submit(planned: Planned, after: tuple[str, ...]) -> str:
     job = dataclasses.replace(planned.job, after=after)
     more = {"steps": planned.steps, "makes": [str(Path(path).absolute()) for path in planned.makes]}
     try:
-        for place in [job.folder, *job.folder.glob("[0-9]*")]:
-            for name in ("exclude", "config.yaml"):
-                (place / name).unlink(missing_ok=True)
+        clear(job.folder)
         for path, config in planned.configs.items():
             save_config(config, path)
         return slurm.submit(job, render(job), more)

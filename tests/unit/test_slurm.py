@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_asvr.cli.main import main
+from megatron_asvr.cli.submit import clear
 from megatron_asvr.config.load import save as save_config
 from megatron_asvr.launch.script import time_s
 from tests.run_data import make_files, run_config
@@ -290,3 +291,35 @@ def test_a_run_that_an_earlier_step_begins_need_not_have_weights_yet(config, cap
     status, _, said = dry(capsys, *pipeline(tmp_path, config, **steps))
     assert status == 0, said
     assert f"not looked into: init.all={tmp_path}/a run comes from first\n" in said
+
+
+def test_what_a_container_cannot_mount_is_refused(config, capsys, tmp_path):
+    words = ["submit", config, "--nodes=2", "--container=a:1", f"run.dir={tmp_path}/x/run"]
+    for name, runtime, wanted in (
+        ("a b", "pyxis", 1),
+        ("a b", "apptainer", 0),
+        ("a,b", "pyxis", 1),
+    ):
+        (tmp_path / name).mkdir(exist_ok=True)
+        more = [
+            f"data.cache_dir={json.dumps(str(tmp_path / name))}",
+            f"--container-runtime={runtime}",
+        ]
+        if runtime == "apptainer":
+            more.append("--container=docker://a:1")
+        status, _, said = dry(capsys, *words, *more)
+        assert (name, runtime, status) == (name, runtime, wanted), said
+
+
+def test_a_folder_without_jobs_is_said_to_be_one(capsys, tmp_path):
+    assert main(["slurm", "ls", str(tmp_path)]) == 1
+    assert "no job was submitted from below" in capsys.readouterr().err
+
+
+def test_a_folder_with_logs_is_used_again(tmp_path):
+    (tmp_path / "12").mkdir()
+    for name in ("12.log", "12_0.log", "exclude", "12/config.yaml", "12/crashes"):
+        (tmp_path / name).touch()
+    clear(tmp_path)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"12.log", "12_0.log", "12/crashes"}
