@@ -103,6 +103,8 @@ def read(file: str) -> tuple[Path, dict[str, argparse.Namespace], dict[str, list
         options = {"name": name, "job-dir": str(folder / name), **(tree.get("defaults") or {})}
         options |= {key: value for key, value in step.items() if key not in ("command", "after")}
         after[name] = step.get("after", list(steps)[-1:])
+        if not isinstance(after[name], list):
+            raise ConfigError(f"{file}: step {name!r}: `after:` takes a list of names in brackets")
         if wrong := [other for other in after[name] if other not in steps]:
             raise ConfigError(
                 f"{file}: step {name!r} comes after {wrong[0]!r}, which is no step above it"

@@ -209,6 +209,7 @@ def test_steps_of_a_pipeline_may_need_what_earlier_ones_make(config, capsys, tmp
         ({"a": {"command": "eval gone --data gone.json"}}, "a: model=gone"),
         ({"a": {"nodes": 2}}, "has no `command:`"),
         ({"a": {"command": "checkpoint ls .", "after": ["b"]}}, "no step above it"),
+        ({"a": {"command": "checkpoint ls .", "after": "b"}}, "takes a list"),
         ({}, "wanted `steps:`"),
     ],
 )
