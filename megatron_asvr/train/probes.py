@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from megatron_asvr.batch import NO_POSITION, MicroBatch
-from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.model.asvr import AsvrModel, LossSums
 from megatron_asvr.model.sharding import generator_of
 from megatron_asvr.parallel.groups import Groups
 
@@ -122,7 +122,10 @@ class Recorder:
                 targets_BS = batch.text_targets_BS
                 self._exact(TEXT_TARGETS, self._batch.columns, _by_column(targets_BS))
 
-        def end(*_: Any) -> None:
+        def end(_: nn.Module, __: tuple[MicroBatch], output: Any) -> None:
+            sums = output[-1] if isinstance(output, tuple) else output
+            if isinstance(sums, LossSums) and sums.codes_MD is not None:
+                self._exact(CODES, self._batch.targets, sums.codes_MD)
             self._batch = None
 
         self._handles += [
@@ -137,9 +140,7 @@ class Recorder:
             if self._batch is None:
                 return
             x = output[0] if isinstance(output, tuple) else output
-            if name == "visual_head":
-                self._exact(CODES, self._batch.targets, args[1])
-            elif name == "projector":
+            if name == "projector":
                 self._add(FEATURES, self._batch.patches, args[0][:, None])
                 self._add(name, self._batch.patches, x[:, None])
             elif name.startswith("visual_head."):
@@ -214,8 +215,7 @@ def probed(chunk: AsvrModel) -> Iterator[tuple[str, nn.Module]]:
         if layer:  # its number here counts from the stage's first layer
             number = chunk.get_submodule(layer[0]).layer_number - 1
             path = f"{layer[1]}.{number}{path.removeprefix(layer[0])}"
-        named = path in ("projector", "visual_head")
-        if named or _SEQUENCE.fullmatch(path) or _HEAD.fullmatch(path):
+        if path == "projector" or _SEQUENCE.fullmatch(path) or _HEAD.fullmatch(path):
             yield path, module
 
 
