@@ -300,7 +300,7 @@ def test_ctrl_c_elsewhere_is_one_line(trained, tmp_path):
         text=True,
         start_new_session=True,
     ) as process:
-        while "answered" not in (line := process.stderr.readline()):
+        while "answers: " not in (line := process.stderr.readline()):
             assert line, process.communicate()  # it ended by itself
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=300)
