@@ -50,7 +50,7 @@ def hang(files: Path, how: str, layout: str) -> tuple[list[str], list[str]]:
     with pytest.raises(LaunchError, match=f"exited with status {STATUS}") as caught:
         run_ranks(train_hanging, (config, how), 2, log_dir=logs, timeout_s=240)
     said = (folder.attempt(0) / "hang" / "verdict.txt").read_text()
-    assert said in str(caught.value)
+    assert said.strip() in str(caught.value)
     return said.splitlines(), [(logs / f"rank_{rank}.log").read_text() for rank in (0, 1)]
 
 

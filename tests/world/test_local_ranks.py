@@ -228,7 +228,8 @@ from megatron_asvr.launch.nursery import Job, Nursery
 
 nursery = Nursery(os.pipe()[0], os.pipe()[1])
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
-settings = dict(folder=".", path=[], cwd=".", env={}, log_dir=None, threads=1, init=False)
+settings = dict(folder=".", path=[], cwd=".", env={}, log_dir=None, threads=1)
+settings |= dict(init=False, deterministic=False)
 job = Job(world_size=1, module="math", timeout_s=1, fork=True, **settings)
 _, status = os.waitpid(nursery._start(job, 0), 0)
 print(os.waitstatus_to_exitcode(status))
