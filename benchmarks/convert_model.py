@@ -1,7 +1,6 @@
 """The synthetic model of the conversion benchmark: as a Hugging Face folder, and as a run."""
 
 import itertools
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +8,6 @@ from pathlib import Path
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,14 +15,13 @@ from megatron_asvr.checkpoint import write
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.frozen import write_frozen
 from megatron_asvr.checkpoint.meta import FileFacts, Meta, ResumeState, write_meta
+from megatron_asvr.checkpoint.state import Part
 from megatron_asvr.config.load import load, override, to_dict
 from megatron_asvr.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.hf import run as conversions
 from megatron_asvr.hf import stock, tables
 from megatron_asvr.hf.shards import ShardWriter
-from megatron_asvr.parallel import groups
-from megatron_asvr.parallel.plan import ParallelPlan
 
 DTYPE = torch.bfloat16
 SHARD_BYTES = 2 * 10**9
@@ -121,12 +117,9 @@ def make_run(imported: Path, run: Path) -> None:
 
 def save(tensors: dict[str, Tensor], step: Path) -> dict[str, FileFacts]:
     """Size and checksum of the files of a distributed checkpoint, which this one rank writes."""
-    with tempfile.NamedTemporaryFile() as store:
-        dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
-        groups.initialize(ParallelPlan())
-        state = {name: ShardedTensor.from_rank_offsets(name, x) for name, x in tensors.items()}
-        share = write.plan({"model": state}, step, copy=False)
-        written = write.write(share)
-        write.write_index(share, [written.results])
-        dist.destroy_process_group()
-    return written.files
+    whole = [
+        Part(name, tuple(x.shape), (0,) * x.dim(), x, is_main=True, is_padded=False)
+        for name, x in tensors.items()
+    ]
+    written = write.write(write.plan(whole, step, rank=0, copy=False))
+    return written.files | write.write_index(step, written.entries, promised=tensors)
