@@ -207,10 +207,12 @@ def _declared() -> Iterator[Entry]:
         return
     declared = [Requirement(text) for text in importlib.metadata.requires("megatron_asvr") or ()]
     plain = [r for r in declared if r.marker is None or r.marker.evaluate({"extra": ""})]
+    judged = {row.pinned for row in ROWS}  # by their own lines, which tell supported from pinned
     wrong = []
     for one in plain:
         version, why = _package(one.name)()
-        if version is None or not one.specifier.contains(version, prereleases=True):
+        fits = one.name in judged or one.specifier.contains(version or "0", prereleases=True)
+        if version is None or not fits:
             note = why if version is None else f"wanted {one.specifier}"
             wrong.append(Entry(name=one.name, state="WRONG", found=version, note=note))
     others = sorted(_other_dali())
