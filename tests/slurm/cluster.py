@@ -248,7 +248,10 @@ def missing() -> str | None:
     lacking = [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]
     if lacking:
         return f"{', '.join(lacking)} not found: apt-get install slurm-wlm munge"
-    return None if os.geteuid() == 0 else "Slurm's daemons need root here"
+    if os.geteuid():
+        return "Slurm's daemons need root here"
+    made = subprocess.run(["unshare", "--uts", "true"], capture_output=True, check=False)
+    return None if made.returncode == 0 else "nodes need UTS namespaces, which are forbidden here"
 
 
 @contextlib.contextmanager
