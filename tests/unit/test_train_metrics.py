@@ -243,6 +243,15 @@ def test_a_signal_is_remembered_and_the_handlers_are_restored() -> None:
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Also where the tests were started in the background, whose processes ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_only_a_second_interrupt_ends_the_process() -> None:
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
