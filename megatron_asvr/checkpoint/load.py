@@ -1,7 +1,6 @@
 """Continue a run from its newest checkpoint that verifies."""
 
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +17,13 @@ from megatron_asvr.checkpoint.frozen import frozen_damage, open_frozen
 from megatron_asvr.checkpoint.identity import check_identity
 from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.checkpoint.read import read
-from megatron_asvr.checkpoint.save import layout, trained_shapes
+from megatron_asvr.checkpoint.save import trained_shapes
 from megatron_asvr.checkpoint.state import parts, set_step
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.sharding import load_shared
 from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.stored import Stored
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +168,6 @@ def load_trained(
     _check_shapes(path, meta.trained, trained_shapes(chunks, groups=groups))
     read(parts(chunks, optimizer), path, group=groups.world)
     set_step(optimizer, meta.resume.step)
-    now = layout(groups)
-    changed = [f"{k} {meta.layout.get(k)} -> {now[k]}" for k in now if meta.layout.get(k) != now[k]]
-    if changed and groups.rank == 0:
-        logger.warning(
-            "continuing with another layout (%s): results equal the undisturbed run only up to "
-            "rounding",
-            ", ".join(changed),
-        )
 
 
 def _check_shapes(

@@ -161,7 +161,8 @@ def write_index(
 def _require_once(folder: Path, key: str, boxes: Sequence[Entry]) -> None:
     shapes = {entry.shape for entry in boxes}
     numbers = sum(math.prod(entry.size) for entry in boxes)
-    if len(shapes) != 1 or numbers != math.prod(boxes[0].shape):
+    places = {entry.offset for entry in boxes}
+    if len(shapes) != 1 or len(places) < len(boxes) or numbers != math.prod(boxes[0].shape):
         raise CheckpointError(
             f"{folder}: the ranks wrote {numbers} numbers of {key}, of shapes {sorted(shapes)}; "
             "wanted each number exactly once. Please report this with the run's layout"

@@ -59,6 +59,17 @@ def positive(text: str) -> int:
 positive.__name__ = "number of at least 1"  # argparse shows it: "invalid ... value: '0'"
 
 
+def natural(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+natural.__name__ = "number of at least 0"
+
+
 def write_report(path: str, report: Any) -> None:
     """Write a report as JSON, whole or not at all; folders are made."""
     out = Path(path)

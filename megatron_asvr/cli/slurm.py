@@ -55,6 +55,14 @@ def folders(path: str) -> list[Path]:
     return [submit.job_folder(path)]
 
 
+def _one(path: str) -> Path:
+    """The folder of one job."""
+    folder, *more = folders(path)
+    if more:
+        raise LaunchError(f"{path} is a pipeline; name one of its jobs: {folder}, ...")
+    return folder
+
+
 def status_of(folder: Path) -> dict[str, Any]:
     """What is known of a job and its run, by name; also when Slurm has forgotten it.
 
@@ -162,9 +170,7 @@ def run_ls(args: argparse.Namespace) -> None:
 
 def run_logs(args: argparse.Namespace) -> None:
     """Print the logs of a job; with ``--follow`` until it is over."""
-    (folder, *more) = folders(args.run_dir)
-    if more:
-        raise LaunchError(f"{args.run_dir} is a pipeline; name one of its jobs: {folder}, ...")
+    folder = _one(args.run_dir)
     number = slurm.facts(folder)["id"]
     read: dict[Path, int] = {}
     shown = _print_new(folder, number, read)
@@ -219,9 +225,7 @@ def run_cancel(args: argparse.Namespace) -> None:
 
 def run_requeue(args: argparse.Namespace) -> None:
     """Start a job again; its restarts are counted anew."""
-    (folder, *more) = folders(args.run_dir)
-    if more:
-        raise LaunchError(f"{args.run_dir} is a pipeline; name one of its jobs: {folder}, ...")
+    folder = _one(args.run_dir)
     number = slurm.facts(folder)["id"]
     if not slurm.state(number):
         raise LaunchError(f"Slurm has forgotten job {number}; submit it again, and it continues")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_asvr.cli.common import positive
+from megatron_asvr.cli.common import natural, positive
 from megatron_asvr.cli.planned import FOLDER, Planned, plan
 from megatron_asvr.config.load import save as save_config
 from megatron_asvr.errors import ConfigError, LaunchError
@@ -50,7 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--job-dir", help="for a command: where script and logs go")
     parser.add_argument("--max-stops", type=positive, default=1000, help="restarts after saving")
-    parser.add_argument("--max-crashes", type=int, default=3, help="restarts after a crash")
+    parser.add_argument("--max-crashes", type=natural, default=3, help="restarts after a crash")
     parser.add_argument(
         "--no-preflight", action="store_true", help="do not look at the nodes before a run starts"
     )
@@ -68,7 +68,7 @@ def _add_resources(parser: argparse.ArgumentParser) -> None:
         metavar="N|MIN-MAX",
         help="a range: the run goes on with what it gets when it is requeued",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=0)
+    parser.add_argument("--gpus-per-node", type=natural, default=0)
     parser.add_argument("--ranks-per-node", type=positive, help="default: one a GPU, else one")
     parser.add_argument("--cpus-per-rank", type=positive, default=1)
     parser.add_argument("--time", help="limit, as Slurm writes it: 4:00:00, 2-00:00:00")

@@ -36,7 +36,6 @@ PRELOAD = (
     "megatron.core.optimizer",
     "megatron.core.distributed",
     "megatron.core.pipeline_parallel",
-    "megatron.core.dist_checkpointing.strategies.filesystem_async",
 )
 
 

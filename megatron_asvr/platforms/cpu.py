@@ -60,7 +60,7 @@ class CpuPlatform:
         shims.install_after_import()
 
     def per_rank(self, threads: int = 1, *, deterministic: bool = False) -> None:
-        """Set threads, denormals and what malloc keeps, and start the checkpoint helper.
+        """Set threads, denormals and what malloc keeps.
 
         Denormals are flushed because peaked logits would otherwise double the time of a step. The
         setting belongs to a thread, and threads inherit it: it comes before there are any.
@@ -72,7 +72,6 @@ class CpuPlatform:
         torch.set_num_threads(threads)
         keep_memory()
         importlib.import_module("megatron_asvr.platforms.mcore")  # prepares, where nobody has
-        shims.install_per_rank()
 
     def set_device(self, local_rank: int) -> None:
         """Nothing: all ranks of a node share its CPU."""

@@ -5,8 +5,6 @@ import ctypes
 import functools
 import importlib
 import logging
-import multiprocessing
-import multiprocessing.managers
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -127,22 +125,6 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def results_queue() -> None:
-    """The checkpoint writer's queue comes from a forked process; its own spawns an interpreter.
-
-    A spawned one imports torch and megatron-core again on every rank, at each first save, and
-    without these shims. Forking here is safe: a rank has no threads yet. The process dies with its
-    rank, however that ends.
-    """
-    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    if writer._results_queue is None:
-        manager = multiprocessing.managers.SyncManager(ctx=multiprocessing.get_context("fork"))
-        manager.start(initializer=die_with_parent)
-        writer._results_queue = manager.Queue()
-        _keep_alive.append(manager)
-
-
-_keep_alive: list[object] = []
 _PR_SET_PDEATHSIG = 1
 
 

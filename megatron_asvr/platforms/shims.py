@@ -6,8 +6,7 @@ the CPU platform and by nothing else. ``SHIMS``, at the end, lists them with lin
 (a few of many; a test compares them with the installed version).
 
 A shim of stage ``before`` works on torch and is installed before the first import of megatron, one
-of stage ``after`` replaces attributes of imported modules, one of stage ``rank`` runs in each rank
-(which may be forked from a process where the other stages ran already).
+of stage ``after`` replaces attributes of imported modules.
 """
 
 import sys
@@ -32,7 +31,7 @@ class Shim(NamedTuple):
     """One shim: its name, when it is installed, how, and the lines that need it."""
 
     name: str
-    stage: Literal["before", "after", "rank"]
+    stage: Literal["before", "after"]
     install: Callable[[], None]
     needed_by: tuple[Line, ...]
 
@@ -123,12 +122,6 @@ SHIMS = (
         replacements.fused_adam,
         (Line("optimizer/distrib_optimizer.py", 641, 838, '["step"].item()'),),
     ),
-    Shim(
-        "results_queue",
-        "rank",
-        replacements.results_queue,
-        (Line("dist_checkpointing/strategies/filesystem_async.py", 55, 65, "Manager().Queue()"),),
-    ),
 )
 
 _installed: set[str] = set()
@@ -154,11 +147,6 @@ def install_after_import() -> None:
     if "lone_collectives" not in _installed:
         replacements.lone_collectives()
         _installed.add("lone_collectives")
-
-
-def install_per_rank() -> None:
-    """Install the shims of stage ``rank``; idempotent."""
-    _install("rank")
 
 
 def _install(stage: str) -> None:

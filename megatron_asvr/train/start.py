@@ -183,9 +183,10 @@ def _announce_layout(config: Config, before: Mapping[str, Any], now: Mapping[str
     ]
     if changes:
         t = config.train
-        logger.info(
+        logger.warning(
             "it goes on with another layout: %s. The global batch (%d samples, micro-batches of %d "
-            "on each of %d replicas) and the order of samples are the same",
+            "on each of %d replicas) and the order of samples are the same; results equal the "
+            "undisturbed run up to rounding",
             ", ".join(changes),
             t.global_batch,
             t.micro_batch,
