@@ -26,12 +26,7 @@ from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.anomalies import Guard, RollBack
 from megatron_asvr.train.assemble import Data, make_groups, open_data
 from megatron_asvr.train.drift import check_drift
-from megatron_asvr.train.metrics import (
-    MetricsLog,
-    Window,
-    last_values,
-    progress_line,
-)
+from megatron_asvr.train.metrics import MetricsLog, Window, last_values, progress_line
 from megatron_asvr.train.optim import learning_rate
 from megatron_asvr.train.pace import Pace
 from megatron_asvr.train.parity import check_parity
@@ -172,24 +167,34 @@ def run_steps(
         last = done.step == run.total_steps
 
         if last or due(done.step, settings.log_every_steps):
-            values = {**window.values(), "lr": rate, **usage.values(groups=groups)}
-            values["bad_samples"] = done.bad_samples
-            values["skipped_batches"] = len(done.skipped)
-            log.write(done.step, "train", {**values, "data_hash": done.data_hash})
-            tell(groups, progress_line(values, step=done.step, total_steps=run.total_steps))
+            write_line(
+                run, log, done, {**window.values(), "lr": rate, **usage.values(groups=groups)}
+            )
             pace.report(log, done.step)
             check.judge(window.recount)
             window = Window()
 
         if data.held_out and (last or due(done.step, settings.eval_every_steps)):
-            held_out = validate(run.chunks, data.held_out, config.loss, groups=groups)
-            log.write(done.step, "eval", held_out)
-            tell(groups, f"eval at step {done.step}: {main_numbers(held_out)}")
+            evaluate(run, log, done)
 
         saver.after_step(replace(done, window=asdict(window)), last=last or agreement.stop)
         if agreement.stop:
             break
     return done
+
+
+def write_line(run: Run, log: MetricsLog, done: ResumeState, values: dict[str, Any]) -> None:
+    """Write the numbers of the steps since the last line, and tell the main ones."""
+    values |= {"bad_samples": done.bad_samples, "skipped_batches": len(done.skipped)}
+    log.write(done.step, "train", {**values, "data_hash": done.data_hash})
+    tell(run.groups, progress_line(values, step=done.step, total_steps=run.total_steps))
+
+
+def evaluate(run: Run, log: MetricsLog, done: ResumeState) -> None:
+    """Write the losses on held-out data, and tell the main ones; all ranks take part."""
+    held_out = validate(run.chunks, run.data.held_out, run.config.loss, groups=run.groups)
+    log.write(done.step, "eval", held_out)
+    tell(run.groups, f"eval at step {done.step}: {main_numbers(held_out)}")
 
 
 def advance(

@@ -105,10 +105,11 @@ def test_a_run_of_numbers_is_a_few_boxes(size):
             assert torch.cat([torch.empty(0), *pieces]).tolist() == list(range(start, stop))
 
 
-@pytest.mark.parametrize("change", ["missing", "twice", "promised"])
+@pytest.mark.parametrize("change", ["missing", "twice", "instead", "promised"])
 def test_numbers_that_are_not_written_exactly_once_are_refused(change, tmp_path):
     held = [part("a", (4, 2), torch.zeros(2, 2), (2 * i, 0)) for i in range(2)]
-    held = {"missing": held[:1], "twice": [*held, held[0]]}.get(change, held)
+    wrong = {"missing": held[:1], "twice": [*held, held[0]], "instead": [held[0], held[0]]}
+    held = wrong.get(change, held)
     written = write.write(write.plan(held, tmp_path, rank=0, copy=False))
     with pytest.raises(CheckpointError, match="each number exactly once"):
         write.write_index(
