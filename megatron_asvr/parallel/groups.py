@@ -1,6 +1,8 @@
 """The process groups of a rank, made once by megatron-core and passed on by hand from here."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
@@ -67,13 +69,16 @@ class Groups:
         return self.pp_rank == self.plan.pp - 1 - self.plan.head_alone
 
 
-def initialize(plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0) -> Groups:
+def initialize(
+    plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0, gloo: bool = True
+) -> Groups:
     """The groups of this rank; every rank of the world must call it with the same plan.
 
     Args:
         plan: degrees; ``plan.world`` must be the size of the initialised default group.
         timeout_s: how long a collective may wait for the other ranks; rounded up to minutes.
         seed: start of megatron-core's random states (dropout; weights have their own).
+        gloo: make megatron-core's second groups as well; not where groups carry nothing.
 
     Raises:
         LaunchError: torch.distributed is not initialised, or with another number of ranks.
@@ -94,6 +99,7 @@ def initialize(plan: ParallelPlan, timeout_s: float = 600.0, *, seed: int = 0) -
         expert_model_parallel_size=plan.ep,
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=math.ceil(timeout_s / 60),
+        create_gloo_process_groups=gloo,
         # Where the two copies of a tied weight are: with the embedding and with the LM head.
         get_embedding_ranks=lambda ranks: sorted({ranks[0], ranks[-1 - plan.head_alone]}),
     )
@@ -122,3 +128,27 @@ def destroy() -> None:
     """Forget the groups, so that ``initialize`` can be called again; the default group stays."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def imagined(plan: ParallelPlan, rank: int) -> Iterator[Groups]:
+    """The groups of one rank of a world that is not there: modules can be built, nothing is sent.
+
+    Args:
+        plan: degrees.
+        rank: which rank.
+
+    Raises:
+        LaunchError: this process is a rank of a real world.
+    """
+    if dist.is_initialized():
+        raise LaunchError("this process is a rank of a job; plan in a process of its own")
+    # Registers the backend too; it is torch's own, but under a name of its tests.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.world)
+    try:
+        yield initialize(plan, gloo=False)
+    finally:
+        destroy()
+        dist.destroy_process_group()

@@ -1,7 +1,9 @@
-"""The choice of the platform: automatic, or forced by ASVR_PLATFORM."""
+"""The choice of the platform: automatic, or forced by ASVR_PLATFORM; or none, to plan."""
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 
 from megatron_asvr.platforms.base import Platform
 from megatron_asvr.platforms.cpu import CpuPlatform
@@ -14,13 +16,38 @@ from megatron_asvr.errors import ConfigError
 CHOICES = ("auto", "cpu", "cuda")
 
 
-@functools.cache
+class _WithoutMemory(CpuPlatform):
+    device = torch.device("meta")
+
+
+_instead: list[tuple[Platform, str]] = []
+
+
 def select() -> tuple[Platform, str]:
     """The platform of this process and the reason for it; decided once per process.
 
     Raises:
         ConfigError: ASVR_PLATFORM names no platform, or asks for CUDA where there is none.
     """
+    return _instead[-1] if _instead else _selected()
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Inside, what is built has the shapes of the CPU's modules and no memory: it is for counting.
+
+    Modules that take their device from ``select`` then stand on torch's meta device.
+    """
+    _instead.append((_WithoutMemory(), "shapes alone, without memory"))
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _instead.pop()
+
+
+@functools.cache
+def _selected() -> tuple[Platform, str]:
     wanted = os.environ.get("ASVR_PLATFORM") or "auto"
     if wanted not in CHOICES:
         raise ConfigError(f"ASVR_PLATFORM={wanted!r} is unknown; use one of {', '.join(CHOICES)}")

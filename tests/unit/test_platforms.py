@@ -23,9 +23,9 @@ VERSION = importlib.metadata.version("megatron-core")
 
 @pytest.fixture
 def fresh_choice():
-    choose.select.cache_clear()
+    choose._selected.cache_clear()
     yield
-    choose.select.cache_clear()
+    choose._selected.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_choice")
