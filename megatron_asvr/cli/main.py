@@ -13,6 +13,7 @@ from megatron_asvr.cli import (
     data,
     env,
     evaluate,
+    plan,
     preflight,
     slurm,
     tokenizer,
@@ -24,7 +25,7 @@ from megatron_asvr.launch import outcome
 
 COMMANDS = (
     *(data, train, certify, tokenizer, evaluate, chat, checkpoint, convert),
-    *(slurm, preflight, env),
+    *(slurm, plan, preflight, env),
 )
 
 

@@ -251,3 +251,9 @@ class Activations:
     def loss_backward(self) -> int:
         """What passes in the losses: logits of a chunk in fp32 and in the run's precision."""
         return LOGITS + LOGITS * self.width // FP32
+
+    def head_gradients(self) -> int:
+        """Gradients of all output layers of the visual head in the run's precision, at once."""
+        rows = sum(-(-size // self.config.parallel.tp) for size in self.codebook_sizes)
+        trained = "visual_head" in self.config.train.trainable
+        return self.width * rows * (self.config.model.visual_head.width + 1) * trained

@@ -1,0 +1,156 @@
+"""What every rank of a run needs at its peak: state, kept activations and what passes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_asvr.config.layout import data_parallel
+from megatron_asvr.config.schema import Config
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.model.tokenizer import TokenizerConfig
+from megatron_asvr.planner.activations import Activations, Shape, largest
+from megatron_asvr.planner.shards import Chunk, stages
+from megatron_asvr.planner.state import State, state
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankMemory:
+    """The peak of the ranks of one pipeline stage, in bytes.
+
+    Attributes:
+        stage: of the pipeline.
+        ranks: number of its ranks.
+        layers: of the language model.
+        in_flight: micro-batches (of a chunk) whose activations exist at once.
+        state: weights, gradients and optimizer.
+        layer_activations: kept by layers, encoder and projector, of all micro-batches in flight.
+        loss_activations: kept by the losses: their inputs, and the gradients of output layers.
+        passing: the most that exists beside, within one operation or layer.
+    """
+
+    stage: int
+    ranks: int
+    layers: int
+    in_flight: int
+    state: State
+    layer_activations: int
+    loss_activations: int
+    passing: int
+
+    @property
+    def peak(self) -> int:
+        """All together."""
+        return self.state.total + self.layer_activations + self.loss_activations + self.passing
+
+
+def plan_memory(
+    config: Config,
+    world: int,
+    tokenizer: TokenizerConfig | None,
+    *,
+    shape: Shape | None = None,
+) -> list[RankMemory]:
+    """The peak of every pipeline stage's ranks, in the forward and backward passes of a step.
+
+    The ranks of a stage differ by their share of the optimizer's padding at most; the one with the
+    most of it is told.
+
+    Args:
+        config: the run, checked.
+        world: number of ranks.
+        tokenizer: what the visual tokenizer quantises; None without a visual loss.
+        shape: of the micro-batches; by default the largest.
+
+    Raises:
+        ConfigError: a mixture of experts, whose activations depend on where tokens go.
+        LaunchError: this process is a rank of a job.
+    """
+    if config.model.language.is_mixture:
+        raise ConfigError(
+            f"model.language.family={config.model.language.family}: the activations of a mixture "
+            "of experts depend on where its tokens go, which no plan knows; plan its dense parts "
+            "with another family"
+        )
+    kept = Activations(
+        config=config,
+        shape=shape or largest(config),
+        codebook_sizes=tokenizer.codebook_sizes if tokenizer else (),
+        code_width=tokenizer.width if tokenizer else 0,
+        backend=backend(config),
+    )
+    return [
+        _rank(config, world, number, chunks, kept)
+        for number, chunks in enumerate(stages(config, world, tokenizer))
+    ]
+
+
+def backend(config: Config) -> Literal["te", "local"]:
+    """Who computes the layers on a GPU with Transformer Engine; see ``precision``."""
+    local = config.precision.backend == "local" or config.precision.fp8.emulate
+    return "local" if local or config.train.precision == "fp32" else "te"
+
+
+def passes(config: Config, world: int, stage: int) -> Counter[int]:
+    """How often each chunk of a stage has run forward, but not backward, at the most.
+
+    Source: megatron-core, pipeline_parallel/schedules.py: a stage warms up with as many
+    micro-batches as stages follow; interleaved, with two for each of them and a round of ``pp`` for
+    each chunk but the last. Then every forward pass is followed by a backward pass.
+
+    Args:
+        config: the run, checked.
+        world: number of ranks.
+        stage: of the pipeline.
+    """
+    p, t = config.parallel, config.train
+    chunks, following = p.vpp or 1, p.pp - stage - 1
+    # A packed step has as many micro-batches as its samples fill: at least enough, then.
+    number = t.global_batch // (data_parallel(p, world) * t.micro_batch)
+    most = number * chunks if not config.data.packing else following * 2 + chunks * p.pp
+    warm_up = following if chunks == 1 else following * 2 + (chunks - 1) * p.pp
+    return Counter(place // p.pp % chunks for place in range(max(1, min(most, warm_up + 1))))
+
+
+def _rank(
+    config: Config, world: int, stage: int, chunks: Sequence[Chunk], kept: Activations
+) -> RankMemory:
+    flights = passes(config, world, stage)
+    layers = losses = 0
+    passing = [0]
+    # What a stage receives from the one before always gets a gradient.
+    grows = stage > 0 or _gradient_reaches(config)
+    for number, chunk in enumerate(chunks):
+        times = flights[number]
+        if grows and chunk.layers:
+            layers += times * (chunk.layers * kept.layer() + kept.shared())
+            passing.append(kept.backward())
+        if chunk.images:
+            encoder, beside = kept.encoder()
+            layers += times * (kept.projector() + encoder)
+            passing.append(beside)
+        if chunk.text_loss:
+            losses += times * kept.text_loss()
+            passing.append(kept.loss_backward())
+        if chunk.visual_loss:
+            losses += times * kept.visual_head()
+            passing += [kept.loss_backward(), kept.head_gradients()]
+            if config.train.recompute_visual_head:
+                passing.append(kept.head_layer())
+    messages = 2 * kept.hidden() if config.parallel.pp > 1 else 0
+    gradient = max((s.numbers * s.width for c in chunks for s in c.shards if s.trained), default=0)
+    return RankMemory(
+        stage=stage,
+        ranks=world // config.parallel.pp,
+        layers=sum(chunk.layers for chunk in chunks),
+        in_flight=sum(flights.values()),
+        state=state(chunks, config, world),
+        layer_activations=layers,
+        loss_activations=losses,
+        passing=max(passing) + messages + gradient,
+    )
+
+
+def _gradient_reaches(config: Config) -> bool:
+    """Whether the layers of the language model need a backward pass."""
+    return bool({"language_model", "projector", "vision_encoder"} & set(config.train.trainable))

@@ -1,0 +1,125 @@
+"""The planner's bytes against megatron-core's own buffers and optimizers, and the whole model."""
+
+import dataclasses
+
+import pytest
+
+from megatron_asvr.config.check import check
+from megatron_asvr.config.load import load
+from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.model.tokenizer import TokenizerConfig
+from megatron_asvr.parallel.groups import imagined
+from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.planner.parameters import count_parameters
+from megatron_asvr.planner.shards import stages, whole
+from megatron_asvr.planner.state import state
+from megatron_asvr.train.optim import make_optimizer, wrap
+from tests.run_cases import CODEBOOK_SIZES, config, tokenizer
+
+RECIPES = {
+    "slurm/llava_7b/stage1.yaml": 8,
+    "slurm/llava_7b/stage2.yaml": 8,
+    "slurm/llava_13b/stage1.yaml": 16,
+    "slurm/llava_13b/stage2.yaml": 16,
+    "slurm/llama3_70b/stage1.yaml": 32,
+    "slurm/llama3_70b/stage2.yaml": 64,
+}
+LAYOUTS = {
+    "one": (1, {}),
+    "dp3": (3, {"train__global_batch": 6}),
+    "tp2": (4, {"parallel__tp": 2, "parallel__sp": True}),
+    "pp2": (4, {"parallel__pp": 2}),
+    "cp2": (4, {"parallel__cp": 2}),
+    "tied": (4, {"parallel__pp": 2, "model__language__tied_embeddings": True}),
+    "stage1": (2, {"train__trainable": ["projector", "visual_head"]}),
+    "encoder": (2, {"train__trainable": ["vision_encoder"]}),
+}
+WAYS = [("bf16", True), ("fp32", True), ("bf16", False), ("fp32", False)]
+
+
+def quantised(run) -> TokenizerConfig:
+    return TokenizerConfig(
+        kind="semantic", vision=run.model.vision, feature_layer=-2, codebook_sizes=CODEBOOK_SIZES
+    )
+
+
+def of_megatron(run, world: int, rank: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state that megatron-core makes on a rank."""
+    plan = make_plan(run, world, CODEBOOK_SIZES)
+    with imagined(plan, rank) as groups:
+        model = AsvrModel(run, groups=groups, tokenizer=tokenizer(run.model.vision))
+        (wrapped,) = wrap([model], run.train.optim)
+        buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
+        optimizer = make_optimizer([wrapped], run.train)
+        places = {x.untyped_storage().data_ptr(): x for x in model.parameters()}
+        weights = sum(x.untyped_storage().nbytes() for x in places.values())
+        gradients = sum(buffer.grad_data.nbytes for buffer in buffers)
+        updated = [x for group in optimizer.param_groups for x in group["params"]]
+        copied = sum(x.nbytes for x in updated) if run.train.precision == "bf16" else 0
+    return weights, gradients, copied + 2 * 4 * sum(x.numel() for x in updated)
+
+
+@pytest.mark.parametrize(("precision", "distributed"), WAYS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bytes_are_those_of_megatron_s_buffers(layout, precision, distributed):
+    world, changes = LAYOUTS[layout]
+    run = config(
+        **changes, train__precision=precision, train__optim__distributed=distributed
+    )
+    for stage, chunks in enumerate(stages(run, world, quantised(run))):
+        p = run.parallel
+        copies = world // (p.tp * p.pp)  # data- and context-parallel
+        for replica in range(copies):
+            rank = stage * (world // p.pp) + replica * p.tp
+            found = state(chunks, run, world, replica=replica)
+            planned = (found.weights, found.gradients, found.optimizer)
+            assert planned == of_megatron(run, world, rank), (stage, replica)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_ranks_of_a_recipe_hold_the_whole_model(recipe):
+    world = RECIPES[recipe]
+    run = check(load(recipe), world)
+    codes = TokenizerConfig(
+        kind="semantic",
+        vision=run.model.vision,
+        feature_layer=-2,
+        codebook_sizes=(16384,) * 8,
+    )
+    found = stages(run, world, codes)
+    assert sum(whole(found, run).values()) == sum(
+        count_parameters(run.model, codes.codebook_sizes, codes.width).values()
+    )
+    p = run.parallel
+    copies = world // (p.tp * p.pp)
+    for chunks in found:
+        for shard in (shard for chunk in chunks for shard in chunk.shards):
+            # split over the ranks of the group, perhaps with padding, or a copy on each
+            assert shard.numbers == shard.full or 0 <= p.tp * shard.numbers - shard.full < 64 * 8192
+        shares = [state(chunks, run, world, replica=r).optimizer for r in range(copies)]
+        assert sum(shares) == 12 * state(chunks, run, world).trained  # fp32 weight, two moments
+
+
+def test_ranks_of_a_tensor_parallel_group_hold_as_much():
+    run = config(parallel__tp=2, parallel__sp=True, parallel__pp=2)
+    first, second = (stages(run, 4, quantised(run), tp_rank=rank) for rank in (0, 1))
+    assert first == second
+
+
+def test_a_run_without_a_visual_loss_has_no_head_and_no_codes():
+    run = config(loss__visual_weight=0.0)
+    ((chunk,),) = stages(run, 1, None)
+    assert not chunk.constants
+    assert not chunk.visual_loss
+    assert not [s.name for s in chunk.shards if s.name.startswith("visual_head")]
+
+
+def test_online_codes_need_the_tokenizer_on_the_last_stage():
+    run = config(parallel__pp=2)
+    online = dataclasses.replace(run, data=dataclasses.replace(run.data, codes="online"))
+    visual = tokenizer(run.model.vision)
+    weights = sum(x.nbytes for x in [*visual.parameters(), *visual.buffers()])
+    (before,), (with_cache,) = stages(run, 2, quantised(run))
+    (same,), (with_encoder,) = stages(online, 2, quantised(run))
+    assert same.constants == before.constants == 0
+    assert with_encoder.constants - with_cache.constants == weights
