@@ -60,9 +60,10 @@ def state(chunks: Sequence[Chunk], config: Config, world: int, *, replica: int =
     weights = sum(s.numbers * s.width for s in frozen)
     gradients = optimizer = 0
     for shards in _buffers(chunks):
-        ranks = same if not shards[0].is_expert else same * p.tp // p.ep
-        here = replica if not shards[0].is_expert else 0
-        size, owned = _buffer(shards, ranks if distributed else 1, here, padded=distributed)
+        ranks = same * p.tp // p.ep if shards[0].is_expert else same
+        here = 0 if shards[0].is_expert else replica
+        share = (ranks, here) if distributed else (1, 0)
+        size, owned = _buffer(shards, *share, padded=distributed)
         width = shards[0].width
         weights += size * width
         gradients += size * FP32
