@@ -92,8 +92,8 @@ def _lines(
     lines = [
         f"{world} ranks; micro-batches of {shape.rows} x {shape.length} positions with "
         f"{shape.images} images, recompute {t.recompute}, layers {backend(config)}; {note}",
-        "stage ranks layers in-flight  parameters  weights  gradients  optimizer  kept  losses  "
-        "passing   peak  (GB)",
+        "stage ranks layers in-flight     parameters  weights  gradients  optimizer   kept  "
+        "losses  backward   peak (GB)",
     ]
     for rank in ranks:
         s = rank.state
@@ -102,9 +102,9 @@ def _lines(
         verdict = "fits" if rank.peak <= room * GB else "TOO MUCH"
         lines.append(
             f"{rank.stage:>5} {rank.ranks:>5} {rank.layers:>6} {rank.in_flight:>9} "
-            f"{s.parameters:>14,} {weights:>5.1f} {gradients:>10.1f} {optimizer:>10.1f} "
-            f"{kept:>5.1f} {rank.loss_activations / GB:>7.1f} {rank.passing / GB:>8.1f} "
-            f"{rank.peak / GB:>6.1f}  {verdict}"
+            f"{s.parameters:>14,} {weights:>8.2f} {gradients:>10.2f} {optimizer:>10.2f} "
+            f"{kept:>6.2f} {rank.losses / GB:>7.2f} {rank.backward / GB:>9.2f} "
+            f"{rank.peak / GB:>6.2f}  {verdict}"
         )
     lines.append(
         f"room: {room} GB, of {args.gpu_gb} GB less {args.reserve_gb} GB in reserve for CUDA, "

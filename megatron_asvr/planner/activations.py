@@ -29,9 +29,9 @@ from typing import Literal
 
 from megatron_asvr.config.schema import Config
 from megatron_asvr.model.language import padded_vocab_size
+from megatron_asvr.model.output_loss import CHUNK_BYTES
 
 FP32 = 4  # bytes
-LOGITS = 2**26  # bytes of fp32 logits at a time: CHUNK_BYTES of model/output_loss.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,12 +248,38 @@ class Activations:
         attention = w * rows * 4 * head.width // split + FP32 * rows * head.heads // split
         return norms + attention + w * rows * 4 * head.width // tp
 
-    def loss_backward(self) -> int:
-        """What passes in the losses: logits of a chunk in fp32 and in the run's precision."""
-        return LOGITS + LOGITS * self.width // FP32
+    def text_logits(self) -> int:
+        """The logits of the text that exist at once; see ``_logits``."""
+        lm, tp = self.config.model.language, self.config.parallel.tp
+        return self._logits(self.shape.texts, padded_vocab_size(lm.vocab_size, tp) // tp)
+
+    def visual_logits(self) -> int:
+        """The logits of codes that exist at once; see ``_logits``."""
+        rows = -(-max(self.codebook_sizes) // self.config.parallel.tp)
+        return self._logits(self.shape.codes, rows)
+
+    def _logits(self, positions: int, rows: int) -> int:
+        """Logits of a chunk (``output_loss.chunks``) in fp32, and in another precision once more.
+
+        Args:
+            positions: with a target.
+            rows: of this rank's part of the vocabulary.
+        """
+        number = max(1, -(-positions * rows * FP32 // CHUNK_BYTES))
+        chunk = -(-positions // number) * rows
+        return chunk * (FP32 + (self.width if self.width != FP32 else 0))
 
     def head_gradients(self) -> int:
-        """Gradients of all output layers of the visual head in the run's precision, at once."""
+        """Gradients of all output layers of the visual head once more, in another precision."""
+        if self.width == FP32:
+            return 0
         rows = sum(-(-size // self.config.parallel.tp) for size in self.codebook_sizes)
         trained = "visual_head" in self.config.train.trainable
         return self.width * rows * (self.config.model.visual_head.width + 1) * trained
+
+    def text_gradient(self) -> int:
+        """The gradient of the LM head once more, in another precision."""
+        if self.width == FP32 or not self._lm_trained:
+            return 0
+        lm, tp = self.config.model.language, self.config.parallel.tp
+        return self.width * padded_vocab_size(lm.vocab_size, tp) * lm.hidden_size // tp

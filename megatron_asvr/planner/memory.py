@@ -1,4 +1,4 @@
-"""What every rank of a run needs at its peak: state, kept activations and what passes."""
+"""What every rank of a run needs at its peak: state, activations."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,8 +25,9 @@ class RankMemory:
         in_flight: micro-batches (of a chunk) whose activations exist at once.
         state: weights, gradients and optimizer.
         layer_activations: kept by layers, encoder and projector, of all micro-batches in flight.
-        loss_activations: kept by the losses: their inputs, and the gradients of output layers.
-        passing: the most that exists beside, within one operation or layer.
+        losses: beside these while the losses are computed: what they keep, gradients of output
+            layers, and logits of one chunk; or the encoder's layer that computes.
+        backward: beside these while a layer's backward pass runs; the losses are gone by then.
     """
 
     stage: int
@@ -35,13 +36,13 @@ class RankMemory:
     in_flight: int
     state: State
     layer_activations: int
-    loss_activations: int
-    passing: int
+    losses: int
+    backward: int
 
     @property
     def peak(self) -> int:
-        """All together."""
-        return self.state.total + self.layer_activations + self.loss_activations + self.passing
+        """The most that exists at once."""
+        return self.state.total + self.layer_activations + max(self.losses, self.backward)
 
 
 def plan_memory(
@@ -116,39 +117,45 @@ def _rank(
     config: Config, world: int, stage: int, chunks: Sequence[Chunk], kept: Activations
 ) -> RankMemory:
     flights = passes(config, world, stage)
-    layers = losses = 0
-    passing = [0]
     # What a stage receives from the one before always gets a gradient.
     grows = stage > 0 or _gradient_reaches(config)
+    messages = 2 * kept.hidden() if config.parallel.pp > 1 else 0
+    layers = losses = waiting = 0
+    once, later = [0], [0]  # what passes while losses are computed, and in the backward pass
     for number, chunk in enumerate(chunks):
         times = flights[number]
         if grows and chunk.layers:
             layers += times * (chunk.layers * kept.layer() + kept.shared())
-            passing.append(kept.backward())
+            later.append(kept.backward() + _largest_gradient(chunk))
         if chunk.images:
             encoder, beside = kept.encoder()
             layers += times * (kept.projector() + encoder)
-            passing.append(beside)
+            once.append(beside)
         if chunk.text_loss:
             losses += times * kept.text_loss()
-            passing.append(kept.loss_backward())
+            waiting += (times - 1) * kept.text_loss()
+            once.append(kept.text_logits() + kept.text_gradient())
         if chunk.visual_loss:
             losses += times * kept.visual_head()
-            passing += [kept.loss_backward(), kept.head_gradients()]
-            if config.train.recompute_visual_head:
-                passing.append(kept.head_layer())
-    messages = 2 * kept.hidden() if config.parallel.pp > 1 else 0
-    gradient = max((s.numbers * s.width for c in chunks for s in c.shards if s.trained), default=0)
+            waiting += (times - 1) * kept.visual_head()
+            once += [kept.visual_logits(), kept.head_gradients()]
+            once += [kept.head_layer()] * config.train.recompute_visual_head
     return RankMemory(
         stage=stage,
         ranks=world // config.parallel.pp,
         layers=sum(chunk.layers for chunk in chunks),
         in_flight=sum(flights.values()),
         state=state(chunks, config, world),
-        layer_activations=layers,
-        loss_activations=losses,
-        passing=max(passing) + messages + gradient,
+        layer_activations=layers + messages,
+        losses=losses + max(once),
+        backward=waiting + max(later),
     )
+
+
+def _largest_gradient(chunk: Chunk) -> int:
+    """Of a weight of the layers: it exists for itself before it is added to the others."""
+    inside = (s for s in chunk.shards if s.trained and ".layers." in s.name)
+    return max((s.numbers * s.width for s in inside), default=0)
 
 
 def _gradient_reaches(config: Config) -> bool:
