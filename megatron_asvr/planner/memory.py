@@ -106,11 +106,13 @@ def passes(config: Config, world: int, stage: int) -> Counter[int]:
     """
     p, t = config.parallel, config.train
     chunks, following = p.vpp or 1, p.pp - stage - 1
-    # A packed step has as many micro-batches as its samples fill: at least enough, then.
-    number = t.global_batch // (data_parallel(p, world) * t.micro_batch)
-    most = number * chunks if not config.data.packing else following * 2 + chunks * p.pp
-    warm_up = following if chunks == 1 else following * 2 + (chunks - 1) * p.pp
-    return Counter(place // p.pp % chunks for place in range(max(1, min(most, warm_up + 1))))
+    most = following + 1 if chunks == 1 else following * 2 + (chunks - 1) * p.pp + 1
+    # A packed step has as many micro-batches as its samples fill: enough, then.
+    if not config.data.packing:
+        number = t.global_batch // (data_parallel(p, world) * t.micro_batch)
+        rounds = -(-number // p.pp) * p.pp if chunks > 1 else number  # filled with empty ones
+        most = min(most, rounds * chunks)
+    return Counter(place // p.pp % chunks for place in range(most))
 
 
 def _rank(

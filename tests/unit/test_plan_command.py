@@ -1,0 +1,114 @@
+"""`asvr plan`: the table, the JSON, and when it says no."""
+
+import json
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
+
+import pytest
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+from megatron_asvr.cli.main import main
+from megatron_asvr.parallel.groups import imagined
+from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.planner.activations import largest
+from megatron_asvr.planner.memory import passes
+from tests.run_cases import CODEBOOK_SIZES, config, tokenizer
+
+SEVEN = "slurm/llava_7b/stage2.yaml"
+SEVENTY = "slurm/llama3_70b/stage2.yaml"
+
+
+def report(capsys, *words: str) -> dict:
+    main(["plan", *words, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_table_has_a_line_for_every_stage(capsys):
+    assert main(["plan", SEVENTY, "--nodes", "8", "--gpus-per-node", "8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == ["0", "1", "2", "3"]
+    assert all(line.endswith("fits") for line in lines[2:-1])
+    assert "8 x 16,384 codes assumed: runs/llava_7b/tokenizer is not there" in lines[0]
+    assert "not measured" in lines[-1]
+
+
+def test_more_ranks_share_the_optimizer_s_state(capsys):
+    few, many = (report(capsys, SEVENTY, "--nodes", nodes) for nodes in ("4", "64"))
+    assert few["ranks"], many["ranks"] == (32, 512)
+    for before, after in zip(few["stages"], many["stages"], strict=True):
+        assert before["state"]["gradients"] == after["state"]["gradients"]
+        # one replica and sixteen; padding aside
+        ratio = before["state"]["optimizer"] / after["state"]["optimizer"]
+        assert ratio == pytest.approx(16, rel=1e-3)
+
+
+def test_what_does_not_fit_is_said_and_fails(capsys):
+    assert main(["plan", SEVEN, "--gpu-gb", "40"]) == 1
+    assert "TOO MUCH" in capsys.readouterr().out
+    assert not report(capsys, SEVEN, "--gpu-gb", "40")["fits"]
+    assert report(capsys, SEVEN)["fits"]
+
+
+def test_recomputation_leaves_less_for_the_backward_pass(capsys):
+    none, selective, full = (
+        report(capsys, SEVEN, f"train.recompute={how}")["stages"][0]
+        for how in ("none", "selective", "full")
+    )
+    kept = [found["layer_activations"] for found in (none, selective, full)]
+    assert kept == sorted(kept, reverse=True)
+    assert full["backward"] > none["backward"]  # a layer's activations exist again
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([SEVENTY, "--nodes", "3"], "24"),
+        ([SEVEN, "model.language.family=mixtral", "model.language.num_experts=8"], "mixture"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(words, said, capsys):
+    assert main(["plan", *words]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_codes_are_those_of_the_run_s_tokenizer(tmp_path, capsys):
+    run = config()
+    visual = tokenizer(run.model.vision)
+    visual.save(tmp_path)
+    words = [f"model.visual_tokenizer={tmp_path}", "model.vision.image_size=16"]
+    words += ["model.vision.patch_size=8", "model.vision.hidden_size=16"]
+    words += ["model.vision.num_layers=3", "model.vision.num_heads=2"]
+    found = report(capsys, SEVEN, *words, "model.vision.ffn_hidden_size=24")
+    assert found["codes"] == f"codes of {tmp_path}"
+    assert found["stages"][0]["state"]["constants"] == 4 * sum(CODEBOOK_SIZES) * visual.width
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(2, None), (4, None), (2, 2), (4, 2)])
+@pytest.mark.parametrize("batches", [1, 4, 8])
+def test_micro_batches_in_flight_are_those_of_megatron_s_schedule(pp, vpp, batches):
+    run = config(
+        parallel__pp=pp,
+        parallel__vpp=vpp,
+        model__language__num_layers=8,
+        train__global_batch=2 * batches,
+    )
+    number = batches if vpp is None else -(-batches // pp) * pp  # empty ones are added
+    plan = make_plan(run, pp, CODEBOOK_SIZES)
+    for stage in range(pp):
+        flights = passes(run, pp, stage)
+        if vpp is None:
+            assert sum(flights.values()) == min(pp - stage, number)
+            continue
+        with imagined(plan, stage):
+            total, _, warm_up, _ = get_pp_rank_microbatches(number, vpp, pp, False)
+        assert sum(flights.values()) == min(total, warm_up + 1)
+
+
+def test_the_largest_micro_batch():
+    plain = largest(config(data__max_length=64))
+    assert (plain.rows, plain.length, plain.images) == (2, 64, 2)
+    assert (plain.texts, plain.codes) == (2 * 64 - 2 * 4, 2 * 4)
+    packed = largest(config(data__max_length=64, data__packing=True, data__pack_length=100))
+    # as many pictures of four patches as fit, and text on every position: the most of each
+    assert (packed.rows, packed.length, packed.images) == (2, 100, 50)
+    assert (packed.texts, packed.codes) == (200, 200)
