@@ -56,8 +56,8 @@ class Shape:
 def largest(config: Config) -> Shape:
     """The largest micro-batch that a run can have, when a sample shows one picture.
 
-    Without packing every row is as long as ``data.max_length`` allows; a packed row holds as many
-    pictures as fit, and nothing else.
+    Without packing every row is as long as ``data.max_length`` allows; a packed row counts as full
+    of pictures, and of text targets too.
 
     Args:
         config: the run, checked.

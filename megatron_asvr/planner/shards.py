@@ -82,7 +82,7 @@ def stages(
     found = []
     for stage in range(plan.pp):
         with imagined(plan, tp_rank + stage * (world // plan.pp)) as groups, without_memory():
-            assert groups.pp_rank == stage and groups.tp_rank == tp_rank
+            assert (groups.pp_rank, groups.tp_rank) == (stage, tp_rank)
             found.append(_chunks(config, plan, groups, tokenizer))
     return found
 

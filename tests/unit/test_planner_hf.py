@@ -83,9 +83,7 @@ SO400M = {
 def test_counts_equal_hugging_face_s(name):
     family, sizes, published = MODELS[name]
     with torch.device("meta"):
-        settings = transformers.AutoConfig.for_model(
-            family, **sizes, tie_word_embeddings=False
-        )
+        settings = transformers.AutoConfig.for_model(family, **sizes, tie_word_embeddings=False)
         theirs = transformers.AutoModelForCausalLM.from_config(settings)
         vision = transformers.SiglipVisionModel(
             transformers.SiglipVisionConfig(**SO400M, vision_use_head=False)

@@ -66,9 +66,7 @@ def test_bytes_are_those_of_megatron_s_buffers(layout, precision, distributed, m
     without = functools.partial(optim.get_megatron_optimizer, use_gloo_process_groups=False)
     monkeypatch.setattr(optim, "get_megatron_optimizer", without)  # gloo cannot be imagined
     world, changes = LAYOUTS[layout]
-    run = config(
-        **changes, train__precision=precision, train__optim__distributed=distributed
-    )
+    run = config(**changes, train__precision=precision, train__optim__distributed=distributed)
     for stage, chunks in enumerate(stages(run, world, quantised(run))):
         p = run.parallel
         copies = world // (p.tp * p.pp)  # data- and context-parallel
