@@ -1,5 +1,7 @@
 """Bytes of tensors that training really has at once, against the plan's."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
@@ -35,9 +37,19 @@ def quick_start(sizes: dict[str, int], degrees: dict[str, Any]) -> Config:
     return load("examples/quickstart/stage2.yaml", words)
 
 
+@contextlib.contextmanager
+def as_large(run: Config) -> Iterator[None]:
+    """Inside, ``run_cases`` makes the tokenizer and the rows of the quick start."""
+    before = run_cases.CODEBOOK_SIZES, run_cases.LENGTH
+    run_cases.CODEBOOK_SIZES, run_cases.LENGTH = CODES, 2 * run.model.vision.num_patches
+    try:
+        yield
+    finally:
+        run_cases.CODEBOOK_SIZES, run_cases.LENGTH = before
+
+
 def batches(run: Config) -> list[MicroBatch]:
     """The micro-batches of a step, all of one shape."""
-    run_cases.CODEBOOK_SIZES, run_cases.LENGTH = CODES, 2 * run.model.vision.num_patches
     number = run.train.global_batch // run.train.micro_batch
     return [run_cases.micro_batch(run, seed, images=(1, 1)) for seed in range(number)]
 
@@ -45,7 +57,8 @@ def batches(run: Config) -> list[MicroBatch]:
 def planned(sizes: dict[str, int], degrees: dict[str, Any], world: int) -> list[int]:
     """Planned peak of every rank's stage, in bytes; before this process is in a world."""
     run = quick_start(sizes, degrees)
-    first = batches(run)[0]
+    with as_large(run):
+        first, codes = batches(run)[0], run_cases.tokenizer(run.model.vision).config
     rows, length = first.tokens_BS.shape
     shape = Shape(
         rows=rows,
@@ -54,7 +67,7 @@ def planned(sizes: dict[str, int], degrees: dict[str, Any], world: int) -> list[
         texts=first.num_text_targets,
         codes=first.num_visual_targets,
     )
-    found = plan_memory(run, world, run_cases.tokenizer(run.model.vision).config, shape=shape)
+    found = plan_memory(run, world, codes, shape=shape)
     return [rank.peak for rank in found for _ in range(rank.ranks)]
 
 
@@ -65,14 +78,15 @@ def measured(sizes: dict[str, int], degrees: dict[str, Any]) -> list[int]:
     """
     run = quick_start(sizes, degrees)
     groups = initialize(make_plan(run, dist.get_world_size(), CODES))
-    whole = batches(run)
-    share = len(whole) // groups.plan.dp
-    own = whole[groups.dp_rank * share : (groups.dp_rank + 1) * share]
-    views = [run_cases.view_of(batch, groups) for batch in own]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        bench = run_cases.Bench(run, groups)
-        for step in range(2):
-            bench.step(step, views)
+    with as_large(run):
+        whole = batches(run)
+        share = len(whole) // groups.plan.dp
+        own = whole[groups.dp_rank * share : (groups.dp_rank + 1) * share]
+        views = [run_cases.view_of(batch, groups) for batch in own]
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            bench = run_cases.Bench(run, groups)
+            for step in range(2):
+                bench.step(step, views)
     return gather_objects(highest(recorded), group=groups.world)
 
 
