@@ -124,3 +124,21 @@ def test_online_codes_need_the_tokenizer_on_the_last_stage():
     (same,), (with_encoder,) = stages(online, 2, quantised(run))
     assert same.constants == before.constants == 0
     assert with_encoder.constants - with_cache.constants == weights
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_virtual_stages_hold_the_whole_model_once(alone):
+    run = config(
+        parallel__pp=2,
+        parallel__vpp=2,
+        parallel__head_alone=alone,
+        model__language__num_layers=5,
+    )
+    found = stages(run, 2, quantised(run))
+    counts = count_parameters(run.model, CODEBOOK_SIZES, run.model.vision.hidden_size)
+    assert sum(whole(found, run).values()) == sum(counts.values())
+    chunks = [found[place % 2][place // 2] for place in range(4)]  # in the model's order
+    assert sum(chunk.layers for chunk in chunks) == 5
+    assert [chunk.images for chunk in chunks] == [True, False, False, False]
+    assert [chunk.text_loss for chunk in chunks] == [False, False, alone, not alone]
+    assert [chunk.visual_loss for chunk in chunks] == [False, False, False, True]
