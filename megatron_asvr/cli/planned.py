@@ -65,7 +65,7 @@ def plan(args: argparse.Namespace, made: Mapping[str, str]) -> Planned:
     names = {module.__name__.rpartition(".")[2].replace("evaluate", "eval") for module in COMMANDS}
     words = [*args.what, *args.overrides]
     command = parse(words if words[0] in names else ["train", *words])
-    if command.command in ("slurm", "chat") or getattr(command, "dry_run", False):
+    if command.command in ("slurm", "chat", "plan") or getattr(command, "dry_run", False):
         raise LaunchError(f"`asvr {shlex.join(words)}` is nothing for a job; call it here")
     if command.command == "train":
         return _plan_training(args, command, made)

@@ -20,7 +20,7 @@ width of the feed-forward part, C the width of a head, w the bytes of an element
 Source: the accounting of arXiv 2205.05198, section 4, done again for RMSNorm, rotary positions,
 grouped queries, a gated activation and no dropout, from megatron-core's unfused layers
 (transformer/mlp.py, models/common/embeddings/rope_utils.py) and precision/local.py; for
-Transformer Engine from its modules' saved tensors, unmeasured. tests/unit/test_planner_saved.py
+Transformer Engine a formula of our own, not yet measured on a GPU. tests/unit/test_planner_saved.py
 compares the CPU's with what autograd keeps.
 """
 

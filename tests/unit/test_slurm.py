@@ -139,6 +139,7 @@ def test_any_command_is_a_job(config, files, capsys, tmp_path):
         (["convert", "export", ".", "--out", "x"], ("--nodes", "2"), "one process"),
         (["eval", "gone", "--data", "gone.json"], (), "data=gone.json"),
         (["chat", "gone"], (), "nothing for a job"),
+        (["plan", "7b"], (), "nothing for a job"),
         (["slurm", "ls"], (), "nothing for a job"),
         (["tokenizer", "fit", "--vision", "gone", "--data", ".", "--out", "x"], (), "vision=gone"),
     ],
