@@ -35,7 +35,7 @@ from megatron_asvr.model import sharding
 from megatron_asvr.model.fusion import splice_images, take_positions
 from megatron_asvr.model.language import LanguageModel, gather_positions, transformer_config
 from megatron_asvr.model.linears import in_8_bits
-from megatron_asvr.model.loss import LossSums
+from megatron_asvr.model.loss import LossSums, Scales
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder, join_scales
@@ -232,7 +232,9 @@ class AsvrModel(MegatronModule):
         whole_ICHW = self._pixels(batch)[:: self.run_config.model.resolution.num_crops]
         return self._gather(self.tokenizer.encode(whole_ICHW), batch).flatten(0, 1)
 
-    def forward(self, batch: MicroBatch) -> LossSums | Tensor | tuple[Tensor, LossSums]:
+    def forward(
+        self, batch: MicroBatch, *, scales: Scales | None = None
+    ) -> LossSums | Tensor | tuple[Tensor, LossSums]:
         """Loss sums on the last stage, hidden states for the next stage on the others.
 
         Both of them on a stage before the last that computes the text loss. Either kind of sums is
@@ -240,15 +242,19 @@ class AsvrModel(MegatronModule):
 
         Args:
             batch: one micro-batch, on this rank's device.
+            scales: the gradients that the sums will get in a backward pass that must follow; some
+                gradients of weights are then added to their buffers now (see ``output_loss``).
         """
         hidden_SBH = self.hidden(batch)
         if not (self.post_process or self.visual_process):
             return hidden_SBH
         whole_SBH = gather_positions(hidden_SBH, groups=self.groups)
-        sums = LossSums(**self._text(whole_SBH, batch), **self._visual(whole_SBH, batch))
+        text = self._text(whole_SBH, batch, scales and scales.text)
+        visual = self._visual(whole_SBH, batch, scales and scales.visual_D)
+        sums = LossSums(**text, **visual)
         return sums if self.visual_process else (hidden_SBH, sums)
 
-    def _text(self, hidden_SBH: Tensor, batch: MicroBatch) -> dict[str, Any]:
+    def _text(self, hidden_SBH: Tensor, batch: MicroBatch, scale: float | None) -> dict[str, Any]:
         """The text part of ``LossSums``, from the final hidden states of all positions."""
         if not self.post_process:
             # A gradient of zero all the same: the stage before waits for it.
@@ -257,7 +263,7 @@ class AsvrModel(MegatronModule):
         targets_X = batch.text_targets_BS.flatten()
         positions_X = (targets_X != IGNORE).nonzero().squeeze(1)
         (text_sum,), (text_correct,) = self.language_model.loss(
-            take_positions(hidden_SBH, positions_X, may_be_cut=False), targets_X[positions_X]
+            take_positions(hidden_SBH, positions_X, may_be_cut=False), targets_X[positions_X], scale
         )
         return {
             "text_sum": text_sum,
@@ -265,7 +271,9 @@ class AsvrModel(MegatronModule):
             "text_correct": text_correct,
         }
 
-    def _visual(self, hidden_SBH: Tensor, batch: MicroBatch) -> dict[str, Any]:
+    def _visual(
+        self, hidden_SBH: Tensor, batch: MicroBatch, scales_D: list[float] | None
+    ) -> dict[str, Any]:
         """The visual part of ``LossSums``, from the final hidden states of all positions."""
         if self.visual_head is None:
             none_D = hidden_SBH.new_zeros(self.num_depths, dtype=torch.float32)
@@ -277,7 +285,7 @@ class AsvrModel(MegatronModule):
             }
         hidden_MH = take_positions(hidden_SBH, batch.visual_positions_M, may_be_cut=self.official)
         codes_MD = self.codes(batch)[batch.visual_patches_M]
-        visual_sum_D, visual_correct_D = self.visual_head.loss(hidden_MH, codes_MD)
+        visual_sum_D, visual_correct_D = self.visual_head.loss(hidden_MH, codes_MD, scales_D)
         return {
             "visual_sum_D": visual_sum_D,
             "visual_count": batch.num_visual_targets,

@@ -374,13 +374,16 @@ class LanguageModel(GPTModel):
                 logits_XV[..., max(0, num_real) :].fill_(MASKED_LOGIT)
         return logits_XV
 
-    def loss(self, hidden_XH: Tensor, targets_X: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden_XH: Tensor, targets_X: Tensor, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy and targets on top, [1] each; last stage only. See ``output_loss``.
 
         Args:
             hidden_XH: final hidden states of the positions that have a target, the same on every
                 rank of the group; X may be 0.
             targets_X: int64 token ids.
+            scale: the gradient that the sum will get, where it is known.
         """
         tp = self.groups.tp
         if self.output_layer.fp8 is not None:
@@ -389,7 +392,10 @@ class LanguageModel(GPTModel):
         first = self.groups.tp_rank * len(weight_VH)
         layer = OutputLayer(weight_VH, None, first, self.language_config.vocab_size)
         entered_XH = copy_to_tensor_model_parallel_region(hidden_XH, group=tp)
-        return output_loss(entered_XH[None], [layer], targets_X[:, None], tp=tp)
+        # The gradient of a tied weight is added up with the embedding's before it is stored.
+        known = scale is not None and not self.share_embeddings_and_output_weights
+        scales = [scale] if known else None
+        return output_loss(entered_XH[None], [layer], targets_X[:, None], tp=tp, scales=scales)
 
     def _output_weight(self) -> Tensor:
         """This rank's rows of the output layer [padded vocabulary / tp, H]."""

@@ -5,9 +5,9 @@ the whole global batch happens once, in ``joint_loss``. ``official_loss`` is the
 official code instead: means of one micro-batch, and a literal 8 for the number of depths.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,49 @@ class LossSums:
             self.visual_correct_D,
         ]
         return torch.cat([part.detach().double() for part in parts])
+
+
+class Scales(NamedTuple):
+    """Gradients of a loss with respect to the sums of a micro-batch.
+
+    Attributes:
+        text: of ``LossSums.text_sum``.
+        visual_D: of ``LossSums.visual_sum_D``.
+    """
+
+    text: float
+    visual_D: list[float]
+
+
+def scales_of(
+    loss: Callable[[LossSums], Tensor], *, text_count: int, visual_count: int, depth: int
+) -> Scales:
+    """The gradients of a loss that is linear in the sums, before these are known.
+
+    Args:
+        loss: from sums to a scalar.
+        text_count: text targets of the micro-batch.
+        visual_count: positions of the micro-batch with a visual target.
+        depth: number of depths.
+    """
+    with torch.enable_grad():
+        text_sum = torch.ones((), requires_grad=True)
+        visual_sum_D = torch.ones(depth, requires_grad=True)
+        value = loss(
+            LossSums(
+                text_sum=text_sum,
+                text_count=text_count,
+                text_correct=torch.tensor(0),
+                visual_sum_D=visual_sum_D,
+                visual_count=visual_count,
+                visual_correct_D=torch.zeros(depth, dtype=torch.int64),
+                codes_MD=None,
+            )
+        )
+        text, visual_D = torch.autograd.grad(
+            value, (text_sum, visual_sum_D), materialize_grads=True
+        )
+    return Scales(float(text), visual_D.tolist())
 
 
 def read_totals(totals: Tensor) -> dict[str, float]:

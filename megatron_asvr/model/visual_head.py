@@ -227,12 +227,15 @@ class VisualHead(nn.Module):
         x_DME = self._trunk(hidden_MH, codes_MD)
         return [self._logits(depth, x_ME) for depth, x_ME in enumerate(x_DME.unbind(0))]
 
-    def loss(self, hidden_MH: Tensor, codes_MD: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, hidden_MH: Tensor, codes_MD: Tensor, scales_D: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each depth and codes on top; see ``output_loss``.
 
         Args:
             hidden_MH: final hidden states, the same on every rank; M may be 0.
             codes_MD: int64 true codes.
+            scales_D: the gradients that the sums will get, where they are known.
         """
         if any(head.fp8 is not None for head in self.heads):
             return summed_cross_entropy(self(hidden_MH, codes_MD), codes_MD, tp=self.tp)
@@ -241,7 +244,8 @@ class VisualHead(nn.Module):
             OutputLayer(head.weight, head.bias, rank * len(head.weight), size)
             for head, size in zip(self.heads, self.codebook_sizes, strict=True)
         ]
-        return output_loss(self._trunk(hidden_MH, codes_MD), layers, codes_MD, tp=self.tp)
+        x_DME = self._trunk(hidden_MH, codes_MD)
+        return output_loss(x_DME, layers, codes_MD, tp=self.tp, scales=scales_D)
 
     def _trunk(self, hidden_MH: Tensor, codes_MD: Tensor) -> Tensor:
         """What the output layers read: [D, M, E]."""

@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
-from torch import nn
-
 from megatron_asvr.checkpoint.identity import identity
 from megatron_asvr.config.check import check
 from megatron_asvr.config.schema import Config, InitConfig, ParallelConfig, PrecisionConfig
@@ -267,14 +265,16 @@ def _completed(chunks: Sequence[AsvrModel]) -> Iterator[dict[str, None]]:
     """The trained parameters, in the order in which the backward passes inside complete them."""
     order: dict[str, None] = {}
 
-    def note(name: str) -> Callable[[nn.Parameter], None]:
-        return lambda parameter: order.setdefault(name)
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: order.setdefault(name)
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(note(name))
+    # Hooks of the nodes: those of the parameters miss gradients that went to the buffers before.
+    nodes = {
+        name: parameter.expand_as(parameter).grad_fn.next_functions[0][0]
         for name, parameter in sharding.named(chunks)
         if parameter.requires_grad
-    ]
+    }
+    handles = [node.register_hook(note(name)) for name, node in nodes.items()]
     yield order
     for handle in handles:
         handle.remove()

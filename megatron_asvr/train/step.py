@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LossConfig
 from megatron_asvr.errors import AsvrError
-from megatron_asvr.model.loss import LossSums, joint_loss, official_loss
+from megatron_asvr.model.loss import LossSums, joint_loss, official_loss, scales_of
 from megatron_asvr.parallel.collectives import all_reduce_sum, gather_objects, sum_in_place
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision.routing import balanced
@@ -197,7 +197,17 @@ def run_schedule(
         return value, torch.zeros((), dtype=torch.int), part
 
     def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[..., Any]]:
-        output = chunk(to_device(next(iterator)))
+        batch = next(iterator)
+        # Known before the sums, so that gradients of output layers need not wait for them.
+        scales = None
+        if not forward_only:
+            scales = scales_of(
+                loss,
+                text_count=batch.num_text_targets,
+                visual_count=batch.num_visual_targets,
+                depth=chunks[0].module.num_depths,
+            )
+        output = chunk(to_device(batch), scales=scales)
         if isinstance(output, tuple):
             # A loss before the last stage rides on what is sent on: its gradient is 1 there, as a
             # mixture's load-balancing loss has it (precision/routing.py).

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import output_loss as module
 from megatron_asvr.model.output_loss import OutputLayer, chunks, output_loss
 
@@ -22,14 +23,14 @@ def inputs(rows=ROWS, dtype=torch.float32, scale=1.0):
     return leaves, torch.stack(targets, 1)
 
 
-def fused(leaves, targets_MD):
+def fused(leaves, targets_MD, scales=None):
     x_DME, *parameters = leaves
     biases = [*parameters[len(SIZES) :], None]
     layers = [
         OutputLayer(weight, bias, 0, size)
         for weight, bias, size in zip(parameters, biases, SIZES, strict=False)
     ]
-    return output_loss(x_DME, layers, targets_MD, tp=None)
+    return output_loss(x_DME, layers, targets_MD, tp=None, scales=scales)
 
 
 def plain(leaves, targets_MD):
@@ -106,3 +107,70 @@ def test_a_second_backward_pass_is_refused():
     sums.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         sums.sum().backward()
+
+
+def with_buffers(leaves):
+    """The leaves, whose parameters have gradient buffers, as in megatron-core, that are full."""
+    for leaf in leaves[1:]:
+        leaf.main_grad = torch.ones_like(leaf, dtype=torch.float32)
+    return leaves
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("chunk_bytes", [2**26, 4 * 3 * max(SIZES), 4])
+def test_gradients_of_a_known_loss_are_added_to_the_buffers(
+    chunk_bytes, dtype, tolerance, monkeypatch
+):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
+    scales = [0.25, -2.0, 1.5]
+    leaves, targets_MD = inputs(dtype=dtype)
+    wanted = torch.autograd.grad(
+        (plain(leaves, targets_MD)[0] * torch.tensor(scales)).sum(), leaves
+    )
+    sums, _ = fused(with_buffers(leaves), targets_MD, scales)
+    (sums * torch.tensor(scales)).sum().backward()
+    got = [leaves[0].grad, *(leaf.main_grad - 1 for leaf in leaves[1:])]
+    assert all(leaf.grad is None for leaf in leaves[1:])
+    for a, b in zip(got, wanted, strict=True):
+        # The buffers' ones cost a digit of small gradients.
+        assert (a - b).float().norm() <= tolerance * (b.float().norm() + 1)
+
+
+def test_only_parameters_with_a_buffer_and_a_gradient_are_added_to():
+    leaves, targets_MD = inputs()
+    scales = [1.0, 1.0, 1.0]
+    wanted = torch.autograd.grad(fused(leaves, targets_MD)[0].sum(), leaves)
+    fused(leaves, targets_MD, scales)[0].sum().backward()
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, wanted, strict=True))
+    with_buffers(leaves)[1].requires_grad_(False)
+    with torch.no_grad():
+        fused(leaves, targets_MD, scales)
+    assert all(leaf.main_grad.eq(1).all() for leaf in leaves[1:])
+    fused(leaves, targets_MD, scales)[0].sum().backward()
+    assert [bool(leaf.main_grad.eq(1).all()) for leaf in leaves[1:3]] == [True, False]
+
+
+def test_a_loss_that_is_not_the_known_one_is_refused():
+    leaves, targets_MD = inputs()
+    sums, _ = fused(leaves, targets_MD, [1.0, 1.0, 1.0])
+    with pytest.raises(AsvrError, match="must be linear in its sums"):
+        (sums * torch.tensor([1.0, 1.0, 1.1])).sum().backward()
+    sums, _ = fused(leaves, targets_MD, [float("nan")] * 3)
+    (sums.sum() * float("nan")).backward()
+
+
+@pytest.mark.parametrize("scales", [None, [1.0, 1.0, 1.0]])
+def test_what_waits_for_the_backward_pass_does_not_grow_with_a_vocabulary(scales):
+    held = []
+    for words in (1, 2):
+        leaves, targets_MD = inputs()
+        for place, size in enumerate(SIZES, 1):
+            leaves[place] = torch.zeros(words * 64 * size, WIDTH, requires_grad=True)
+        layers = [OutputLayer(w, None, 0, len(w)) for w in with_buffers(leaves)[1:4]]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+        ):
+            output_loss(leaves[0], layers, targets_MD, tp=None, scales=scales)
+        held.append(sum(kept))
+    assert (held[0] == held[1] == leaves[0].numel()) == (scales is not None)

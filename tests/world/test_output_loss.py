@@ -33,7 +33,7 @@ def compare() -> None:
     wanted_D[0].mul(2).add(wanted_D[1]).backward()
     wanted: list[Any] = [x_DME.grad.clone(), *(weight.grad for weight in full)]
     x_DME.grad = None
-    for chunk_bytes in (2**26, 4):
+    for chunk_bytes, scales in ((2**26, None), (4, None), (2**26, [2.0, 1.0]), (4, [2.0, 1.0])):
         module.CHUNK_BYTES = chunk_bytes
         own, layers = [], []
         for weight in full:
@@ -41,14 +41,17 @@ def compare() -> None:
             padded = F.pad(weight.detach(), (0, 0, 0, RANKS * rows - len(weight)), value=9.0)
             own.append(padded[tp.rank() * rows :][:rows].clone().requires_grad_())
             layers.append(OutputLayer(own[-1], None, tp.rank() * rows, len(weight)))
-        sum_D, _ = output_loss(copy_to_tp(x_DME, group=tp), layers, targets_MD, tp=tp)
+            if scales:
+                own[-1].main_grad = torch.zeros_like(own[-1])
+        entered = copy_to_tp(x_DME, group=tp)
+        sum_D, _ = output_loss(entered, layers, targets_MD, tp=tp, scales=scales)
         torch.testing.assert_close(sum_D, wanted_D, rtol=1e-6, atol=1e-6)
         sum_D[0].mul(2).add(sum_D[1]).backward()
         assert (x_DME.grad - wanted[0]).norm() <= 1e-6 * wanted[0].norm()
         x_DME.grad = None
         for layer, gradient in zip(layers, wanted[1:], strict=True):
             mine = gradient[layer.first :][: len(layer.weight)]
-            got = layer.weight.grad
+            got = layer.weight.main_grad if scales else layer.weight.grad
             assert (got[: len(mine)] - mine).norm() <= 1e-6 * max(gradient.norm(), 1.0)
             assert not got[len(mine) :].any()  # padding
 
