@@ -12,11 +12,17 @@ K_d codewords, given the true codes of depths 0..d-1 (teacher forcing)::
 Under tensor parallelism the attention heads, the inner widths of both MLPs and the codewords are
 split. Activations are depth first, [D, M, E]: the per-depth matrices are then one batched product.
 
+Positions do not see one another here. Where it is known what gradient the losses will get, some of
+them at a time go through the head and back, so that the activations of few exist at once: that is
+exact, and nothing is computed twice. Gradients of weights are then stored in the forward pass.
+
 Source: arXiv 2506.09040, section 3, as its official code computes it (commit ea87c3e).
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +34,7 @@ from megatron_asvr.config.schema import VisualHeadConfig
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.layers import MLP, degree, enter, leave, normal, share, zeros
 from megatron_asvr.model.loss import summed_cross_entropy
-from megatron_asvr.model.output_loss import OutputLayer, output_loss
+from megatron_asvr.model.output_loss import OutputLayer, check_scales, output_loss
 from megatron_asvr.model.quantize import Codebooks
 from megatron_asvr.model.sharding import mark
 from megatron_asvr.precision.fp8.product import Product, grouped_linear, linear
@@ -37,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 MASKED_LOGIT = -1e30  # of a padding codeword: its probability and gradient are exactly 0
 WIDTH = "model.visual_head.width"
+PART_BYTES = 2**28  # of activations that wait for their part's backward pass
+KEPT = 16  # activations [D, M, E] that a layer keeps: measured 12, without torch's temporary ones
 
 
 class Affine(nn.Module):
@@ -194,6 +202,7 @@ class VisualHead(nn.Module):
     ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.rows = slice(None)  # the positions that are on their way through the layers
         self.config = config
         self.tp = tp
         self.codebook_sizes = tuple(len(table) for table in codebooks)
@@ -235,8 +244,50 @@ class VisualHead(nn.Module):
         Args:
             hidden_MH: final hidden states, the same on every rank; M may be 0.
             codes_MD: int64 true codes.
-            scales_D: the gradients that the sums will get, where they are known.
+            scales_D: the gradients that the sums will get, where they are known: a backward pass
+                must follow, and what it would do in the head may have been done already.
+
+        Raises:
+            AsvrError: by the backward pass, when it brings another gradient than ``scales_D``.
         """
+        if scales_D is None or not torch.is_grad_enabled() or not self._stores_gradients():
+            return self._loss(hidden_MH, codes_MD, scales_D)
+        grad_MH = torch.empty_like(hidden_MH)
+        sum_D = hidden_MH.new_zeros(self.depth, dtype=torch.float32)
+        top_D = torch.zeros_like(sum_D, dtype=torch.int64)
+        for rows in self._parts(hidden_MH):
+            self.rows = rows
+            part_MH = hidden_MH[rows].detach().requires_grad_()
+            part_sum_D, part_top_D = self._loss(part_MH, codes_MD[rows], scales_D)
+            part_sum_D.backward(part_sum_D.new_tensor(scales_D))
+            grad_MH[rows] = part_MH.grad
+            sum_D += part_sum_D.detach()
+            top_D += part_top_D
+        self.rows = slice(None)
+        return _Known.apply(hidden_MH, grad_MH, sum_D, scales_D), top_D
+
+    def _stores_gradients(self) -> bool:
+        """Whether a backward pass of some positions adds to buffers: those of megatron-core.
+
+        Not where products are in 8 bits: what they round to depends on all positions.
+        """
+        trained = [p for p in self.parameters() if p.requires_grad]
+        slots = [x for module in self.modules() if (x := getattr(module, "fp8", None)) is not None]
+        is_8_bits = any(any(x.values()) if isinstance(x, dict) else True for x in slots)
+        return all(hasattr(p, "main_grad") for p in trained) and not is_8_bits
+
+    def _parts(self, hidden_MH: Tensor) -> Iterator[slice]:
+        """Nearly equal parts of the positions, each of at most ``PART_BYTES`` if it can be."""
+        each = KEPT * len(self.layers) * self.depth * self.config.width * hidden_MH.element_size()
+        positions = len(hidden_MH)
+        number = max(1, min(positions, -(-positions * each // PART_BYTES)))
+        ends = [positions * n // number for n in range(number + 1)]
+        return (slice(start, end) for start, end in pairwise(ends))
+
+    def _loss(
+        self, hidden_MH: Tensor, codes_MD: Tensor, scales_D: Sequence[float] | None
+    ) -> tuple[Tensor, Tensor]:
+        """``loss`` of all positions at once."""
         if any(head.fp8 is not None for head in self.heads):
             return summed_cross_entropy(self(hidden_MH, codes_MD), codes_MD, tp=self.tp)
         rank = 0 if self.tp is None else self.tp.rank()
@@ -295,6 +346,25 @@ class VisualHead(nn.Module):
                 with torch.no_grad():
                     logits_MK[:, max(0, real) :].fill_(MASKED_LOGIT)
         return logits_MK
+
+
+class _Known(torch.autograd.Function):
+    """Sums whose gradient with respect to the hidden states is there already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_MH: Tensor, grad_MH: Tensor, sum_D: Tensor, scales_D: Sequence[float]
+    ) -> Tensor:
+        ctx.save_for_backward(grad_MH)
+        ctx.scales_D = scales_D
+        return sum_D.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_D: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_MH,) = ctx.saved_tensors
+        if len(grad_MH):
+            check_scales(grad_D, ctx.scales_D)
+        return grad_MH, None, None, None
 
 
 def split_attention(

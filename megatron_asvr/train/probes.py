@@ -144,8 +144,11 @@ class Recorder:
                 self._add(FEATURES, self._batch.patches, args[0][:, None])
                 self._add(name, self._batch.patches, x[:, None])
             elif name.startswith("visual_head."):
-                x_MDE = x[:, None] if x.dim() == 2 else x.transpose(0, 1)
-                self._add(name, self._batch.targets, x_MDE)
+                rows = self._rows()
+                if (name, rows.start) not in self._batch.seen:  # else computed again
+                    self._batch.seen.add((name, rows.start))
+                    x_MDE = x[:, None] if x.dim() == 2 else x.transpose(0, 1)
+                    self._add(name, self._batch.targets[rows], x_MDE)
             else:
                 columns = self._batch.columns
                 if self.groups.plan.sp and "decoder" in name:
@@ -153,6 +156,11 @@ class Recorder:
                 self._add(name, columns, x.flatten(0, 1)[:, None])
 
         return record
+
+    def _rows(self) -> slice:
+        """The positions that are in the visual head at the moment."""
+        (head,) = [chunk.visual_head for chunk in self.chunks if chunk.visual_head is not None]
+        return head.rows
 
     def _add(self, name: str, keys: np.ndarray, x_NDW: Tensor) -> None:
         """Project vectors [positions, depths, width] and keep them."""
@@ -178,11 +186,13 @@ class _Places:
         columns: of its columns, column by column as in [S, B]; -1 for padding.
         patches: of the image patches in them.
         targets: of the positions with a visual target.
+        seen: modules of the visual head with the first position they were recorded from.
     """
 
     columns: np.ndarray
     patches: np.ndarray
     targets: np.ndarray
+    seen: set[tuple[str, int | None]] = field(default_factory=set)
 
     @classmethod
     def of(cls, batch: MicroBatch, numbers: Mapping[str, int], groups: Groups) -> "_Places":

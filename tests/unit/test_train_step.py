@@ -9,6 +9,7 @@ import torch
 
 from megatron_asvr.config.schema import LossConfig
 from megatron_asvr.errors import AsvrError
+from megatron_asvr.model import visual_head
 from megatron_asvr.model.loss import joint_loss, official_loss
 from megatron_asvr.train.optim import learning_rate
 from megatron_asvr.train.step import Agreement, agree, backward, loss_function, train_step
@@ -21,7 +22,11 @@ def gradients(bench: Bench) -> dict[str, torch.Tensor]:
     return {name: p.main_grad.clone() for name, p in named if p.requires_grad}
 
 
-def test_gradients_are_those_of_the_global_loss_and_nothing_rescales_them() -> None:
+@pytest.mark.parametrize("part_bytes", [visual_head.PART_BYTES, 1])
+def test_gradients_are_those_of_the_global_loss_and_nothing_rescales_them(
+    part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(visual_head, "PART_BYTES", part_bytes)
     run = config(loss__visual_weight=0.7)
     with one_rank() as groups:
         bench = Bench(run, groups)

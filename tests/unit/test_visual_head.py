@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from megatron_asvr.config.schema import VisualHeadConfig
-from megatron_asvr.errors import ConfigError
+from megatron_asvr.errors import AsvrError, ConfigError
+from megatron_asvr.model import visual_head as module
 from megatron_asvr.model.visual_head import VisualHead, split_attention
 
 SIZES = (7, 5, 6)  # codewords of each depth
@@ -123,3 +124,79 @@ def test_the_number_of_heads_has_a_default():
     assert VisualHeadConfig(width=2048).heads == 16
     assert VisualHeadConfig(width=64).heads == 1
     assert build(VisualHeadConfig(width=16)).layers[0].attention.num_heads == 1
+
+
+SCALES = [0.25, -2.0, 1.5]
+
+
+def plain_gradients(head, hidden_MH, codes_MD):
+    """Of the scaled losses, from all logits at once; by name, and of the hidden states."""
+    sums = [
+        F.cross_entropy(logits, codes_MD[:, d], reduction="sum")
+        for d, logits in enumerate(head(hidden_MH, codes_MD))
+    ]
+    loss = (torch.stack(sums) * torch.tensor(SCALES)).sum()
+    leaves = {"hidden": hidden_MH, **dict(head.named_parameters())}
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return torch.stack(sums), dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.mark.parametrize("positions", [1, 4, 11, 100])
+def test_positions_in_parts_give_the_gradients_of_all_at_once(positions, monkeypatch):
+    head = build()
+    each = module.KEPT * 2 * len(SIZES) * CONFIG.width * 4
+    monkeypatch.setattr(module, "PART_BYTES", positions * each)
+    hidden_MH, codes_MD = inputs(11)
+    hidden_MH.requires_grad_()
+    sums, wanted = plain_gradients(head, hidden_MH, codes_MD)
+    for parameter in head.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    runs = []
+    head.norm.register_forward_hook(lambda _, __, x_DME: runs.append(x_DME.shape[1]))
+    sum_D, _ = head.loss(hidden_MH, codes_MD, SCALES)
+    assert max(runs) <= positions
+    assert sum(runs) == 11
+    torch.testing.assert_close(sum_D, sums, rtol=1e-6, atol=1e-6)
+    stored = {name: p.main_grad.clone() for name, p in head.named_parameters()}
+    (sum_D * torch.tensor(SCALES)).sum().backward()
+    got = {"hidden": hidden_MH.grad}
+    for name, parameter in head.named_parameters():
+        assert torch.equal(parameter.main_grad, stored[name])  # nothing is left to be done
+        # What the output layers do not store, the wrapper's hook adds: here it stays.
+        got[name] = stored[name] if parameter.grad is None else parameter.grad
+    for name, gradient in wanted.items():
+        assert (got[name] - gradient).norm() <= 1e-6 * max(gradient.norm(), 1.0), name
+
+
+def test_a_head_that_was_told_another_loss_refuses_the_backward_pass():
+    head = build()
+    for parameter in head.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    hidden_MH, codes_MD = inputs(3)
+    sum_D, _ = head.loss(hidden_MH.requires_grad_(), codes_MD, SCALES)
+    with pytest.raises(AsvrError, match="must be linear in its sums"):
+        sum_D.sum().backward()
+    empty_MH, none_MD = inputs(0)
+    sum_D, top_D = head.loss(empty_MH.requires_grad_(), none_MD, SCALES)
+    sum_D.sum().backward()
+    assert sum_D.tolist() == [0.0] * 3
+    assert top_D.tolist() == [0] * 3
+    assert empty_MH.grad.shape == (0, HIDDEN)
+
+
+def test_without_buffers_or_a_backward_pass_all_positions_go_at_once(monkeypatch):
+    monkeypatch.setattr(module, "PART_BYTES", 1)
+    head = build()
+    runs = []
+    head.norm.register_forward_hook(lambda _, __, x_DME: runs.append(x_DME.shape[1]))
+    hidden_MH, codes_MD = inputs(3)
+    sum_D, _ = head.loss(hidden_MH, codes_MD, SCALES)
+    sum_D.backward(torch.tensor(SCALES))
+    assert all(p.grad is not None for p in head.parameters())
+    for parameter in head.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    with torch.no_grad():
+        head.loss(hidden_MH, codes_MD, SCALES)
+    head.loss(hidden_MH, codes_MD)
+    assert runs == [3, 3, 3]
+    assert not any(p.main_grad.any() for p in head.parameters())

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from megatron_asvr.config.schema import VisualHeadConfig
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import output_loss as module
+from megatron_asvr.model import visual_head
 from megatron_asvr.model.output_loss import OutputLayer, output_loss
+from megatron_asvr.model.visual_head import VisualHead
 from megatron_asvr.parallel import groups as process_groups
 from megatron_asvr.parallel.collectives import copy_to_tp
 from megatron_asvr.parallel.plan import ParallelPlan
@@ -54,6 +57,35 @@ def compare() -> None:
             got = layer.weight.main_grad if scales else layer.weight.grad
             assert (got[: len(mine)] - mine).norm() <= 1e-6 * max(gradient.norm(), 1.0)
             assert not got[len(mine) :].any()  # padding
+
+
+def compare_head() -> None:
+    """Runs on every rank: a head, position by position, against all positions at once."""
+    tp = process_groups.initialize(ParallelPlan(tp=RANKS, world=RANKS), 60.0).tp
+    torch.manual_seed(tp.rank())  # replicated weights may differ: both ways read the same ones
+    config = VisualHeadConfig(width=16, num_layers=2, num_heads=4, init_std=0.3)
+    tables = [torch.randn(size, 9) for size in (9, 7, 2)]
+    head = VisualHead(config, 12, tables, tp=tp, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    hidden_MH = torch.randn(ROWS, 12, generator=generator, requires_grad=True)
+    codes_MD = torch.stack([torch.randint(2, (ROWS,), generator=generator) for _ in tables], 1)
+    scales = [0.25, -2.0, 1.5]
+    wanted_D, _ = head.loss(hidden_MH, codes_MD)
+    leaves = [hidden_MH, *head.parameters()]
+    wanted = torch.autograd.grad(wanted_D, leaves, torch.tensor(scales))
+    for parameter in head.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
+    visual_head.PART_BYTES = 1
+    got_D, _ = head.loss(hidden_MH, codes_MD, scales)
+    torch.testing.assert_close(got_D, wanted_D, rtol=1e-6, atol=1e-6)
+    got_D.backward(torch.tensor(scales))
+    for leaf, gradient in zip(leaves, wanted, strict=True):
+        got = leaf.main_grad if leaf.grad is None else leaf.grad
+        assert (got - gradient).norm() <= 1e-6 * max(gradient.norm(), 1.0)
+
+
+def test_two_ranks_take_a_head_position_by_position():
+    run_ranks(compare_head, world_size=RANKS, timeout_s=120)
 
 
 def test_two_ranks_compute_the_plain_form_also_without_any_word():
