@@ -38,6 +38,7 @@ from megatron_asvr.model.output_loss import OutputLayer, check_scales, output_lo
 from megatron_asvr.model.quantize import Codebooks
 from megatron_asvr.model.sharding import mark
 from megatron_asvr.precision.fp8.product import Product, grouped_linear, linear
+from megatron_asvr.precision.norm import RMSNorm
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +166,9 @@ class DepthLayer(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.norm1 = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.attention = DepthAttention(config, tp=attention_tp, dtype=dtype)
-        self.norm2 = nn.RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.norm2 = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.mlp = DepthMLP(config, depth, tp=tp, dtype=dtype)
 
     def forward(self, x_DME: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ class VisualHead(nn.Module):
             DepthLayer(config, depth, tp=tp, attention_tp=attention_tp, dtype=dtype)
             for _ in range(config.num_layers)
         )
-        self.norm = nn.RMSNorm(width, eps=config.norm_eps, dtype=dtype)
+        self.norm = RMSNorm(width, eps=config.norm_eps, dtype=dtype)
         self.heads = nn.ModuleList(self._head(size, dtype) for size in self.codebook_sizes)
 
     @property

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.parallel.collectives import gather_columns
+from megatron_asvr.precision import norm
 from megatron_asvr.precision.routing import use_router
 
 
-class RMSNorm(torch.nn.RMSNorm):
+class RMSNorm(norm.RMSNorm):
     """Root-mean-square norm whose weight carries the mark that sequence parallelism needs.
 
     Under sequence parallelism a rank's gradient of the weight covers its own positions only;

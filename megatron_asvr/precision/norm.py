@@ -1,0 +1,45 @@
+"""Root-mean-square norm whose backward pass takes few passes over memory, in plain torch.
+
+For fp32 on a CPU torch has only single operations (docs/performance.md has the cost of both); for
+everything else its own are used.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension, as in torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The norm of ``x``, of its shape and dtype."""
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return super().forward(x)
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        width = x.shape[-1]
+        x_MN, grad_MN = x.reshape(-1, width), grad.reshape(-1, width)
+        inverse_M1 = inverse.reshape(-1, 1)
+        product_MN = grad_MN * x_MN
+        along_M1 = torch.mv(product_MN, weight)[:, None] * inverse_M1.square()
+        # A sum, no product with a vector: torch sums in pairs, so thousands of rows lose no digit.
+        grad_weight = product_MN.mul_(inverse_M1).sum(0) if ctx.needs_input_grad[1] else None
+        grad_x = torch.mul(grad_MN, weight, out=product_MN)
+        grad_x.addcmul_(x_MN, along_M1, value=-1.0 / width).mul_(inverse_M1)
+        return grad_x.view(x.shape), grad_weight, None
