@@ -1,8 +1,10 @@
 """Floating-point operations of the model's parts, by arithmetic alone: one cost model for all uses.
 
-Pipeline stages are cut by it (stages.py), and the samples of a step are dealt to data-parallel
-ranks by it (data/plan.py). It counts products of matrices, forward and backward; what nothing
-trained lies below needs no backward pass, and what is frozen no gradient of its weights.
+Pipeline stages are cut by it (stages.py), the samples of a step are dealt to data-parallel ranks by
+it (data/plan.py), and a run's log says by it how much of the time was useful (train/work.py). It
+counts products of matrices, forward and backward, two operations for each multiplication. What
+nothing trained lies below needs no backward pass, what is frozen no gradient of its weights, and
+attention is causal. ``tests/unit/test_costs.py`` holds it against what torch counts in the model.
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,28 @@ from dataclasses import dataclass
 
 from megatron_asvr.config.schema import Config, LanguageConfig, VisionConfig
 
-LABELLED = 0.5  # share of text positions that have a target
+LABELLED = 0.5  # share of text positions that have a target, where nobody has counted
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What some samples hold, without padding.
+
+    Attributes:
+        images: that the encoder gets (views of pictures).
+        patches: positions that show a patch of an image.
+        positions: of all documents.
+        pairs: of a position and one that it attends to, which may be itself.
+        labels: positions with a text target.
+        codes: positions with a visual target.
+    """
+
+    images: float
+    patches: float
+    positions: float
+    pairs: float
+    labels: float
+    codes: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,113 +41,164 @@ class Rates:
     """Operations of both passes, by what causes them.
 
     Attributes:
-        image: of the encoder and the projector, for one image.
+        encoder: of the vision encoder, for one image.
+        tokenizer: of the visual tokenizer where it is online, for one image.
+        projector: for one patch.
         position: of the linears of all layers of the language model, for one position.
-        pair: of their attention, for one pair of positions of a document.
+        pair: of their attention, for one pair of positions.
         label: of the LM head, for one position with a target.
-        visual_head: of the visual head, for one image.
-        patches: positions of one image.
+        code: of the visual head, all its depths, for one position with codes.
+        num_patches: positions of one image.
     """
 
-    image: float
+    encoder: float
+    tokenizer: float
+    projector: float
     position: float
     pair: float
     label: float
-    visual_head: float
-    patches: int
+    code: float
+    num_patches: int
+
+    def parts(self, counts: Counts) -> dict[str, float]:
+        """Operations of every part of the model."""
+        return {
+            "encoder": self.encoder * counts.images,
+            "tokenizer": self.tokenizer * counts.images,
+            "projector": self.projector * counts.patches,
+            "language_model": self.position * counts.positions + self.pair * counts.pairs,
+            "text_head": self.label * counts.labels,
+            "visual_head": self.code * counts.codes,
+        }
 
     def document(self, length: int, images: int) -> float:
-        """Operations of one document.
+        """Operations of one document of which nothing else is known.
 
         Args:
             length: its positions, those of its images included.
             images: images that it shows.
         """
-        text = max(0, length - images * self.patches)
-        layers = self.position * length + self.pair * length**2
-        return layers + self.label * LABELLED * text + (self.image + self.visual_head) * images
+        return sum(self.parts(self.typical(length, images)).values())
+
+    def typical(self, length: int, images: int) -> Counts:
+        """What such a document holds; the arguments are those of ``document``."""
+        patches = images * self.num_patches
+        return Counts(
+            images=images,
+            patches=patches,
+            positions=length,
+            pairs=length * (length + 1) / 2,
+            labels=LABELLED * max(0, length - patches),
+            codes=patches,
+        )
 
 
-def rates(config: Config, codebook_sizes: Sequence[int], *, uneven: float = 1.0) -> Rates:
+def rates(
+    config: Config,
+    codebook_sizes: Sequence[int],
+    *,
+    useful: bool = False,
+    code_width: int | None = None,
+) -> Rates:
     """The rates of a run.
 
     Args:
         config: the run.
         codebook_sizes: codes of every depth; empty without a visual head.
-        uneven: how much longer images take than their operations, where ranks cannot share them
-            evenly.
+        useful: leave out what is computed again.
+        code_width: of a code vector; the encoder's width by default.
     """
     lm, vision, trained = config.model.language, config.model.vision, config.train.trainable
     width = lm.hidden_size
-    encoder_trained, projector_trained, lm_trained = (
+    encoder, projector, language = (
         part in trained for part in ("vision_encoder", "projector", "language_model")
     )
-    into_projector = encoder_trained or projector_trained
-    into_lm = into_projector or lm_trained
-    resolution = config.model.resolution
-    feature = vision.hidden_size * resolution.num_scales
-    projector = 2.0 * vision.num_patches * width * (feature + width)
-    encoder = _both_passes(*_encoder(vision), encoder_trained, encoder_trained)
+    into_projector = encoder or projector
+    into_lm = into_projector or language
+    feature = vision.hidden_size * config.model.resolution.num_scales
     linear, attention = _layer(lm)
     again = {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}[config.train.recompute]
+    repeats = [into_lm and not useful and times for times in again]
+    online = bool(codebook_sizes) and config.data.codes == "online"
     return Rates(
-        image=encoder * resolution.num_crops * uneven
-        + _both_passes(projector, 0.0, projector_trained, into_projector),
-        position=lm.num_layers
-        * (_both_passes(linear, 0.0, lm_trained, into_lm) + into_lm * again[0] * linear),
-        pair=lm.num_layers
-        * (_both_passes(0.0, attention, lm_trained, into_lm) + into_lm * again[1] * attention),
-        label=_both_passes(2.0 * width * lm.vocab_size, 0.0, lm_trained, into_lm),
-        visual_head=_visual_head(config, codebook_sizes, into_lm, uneven) if codebook_sizes else 0,
-        patches=vision.num_patches,
+        encoder=encoder_cost(vision, trained=encoder) * config.model.resolution.num_crops,
+        tokenizer=tokenizer_cost(config, codebook_sizes, vision, code_width) if online else 0.0,
+        projector=2.0 * width * feature * (1 + projector + encoder)
+        + 2.0 * width * width * (1 + projector + into_projector),
+        position=lm.num_layers * linear * (1 + language + into_lm + repeats[0]),
+        pair=lm.num_layers * attention * (1 + 2 * into_lm + repeats[1]),
+        label=2.0 * width * lm.vocab_size * (1 + language + into_lm),
+        code=_visual_head(config, codebook_sizes, code_width, into_lm, useful)
+        if codebook_sizes
+        else 0.0,
+        num_patches=vision.num_patches,
     )
 
 
-def _both_passes(linear: float, attention: float, trained: bool, backward: bool) -> float:
-    """Operations of both passes from those of the forward pass.
+def encoder_cost(vision: VisionConfig, *, trained: bool = False) -> float:
+    """Operations of a vision encoder for one image.
 
     Args:
-        linear: with weights; the backward pass has one product for the input's gradient and, when
-            trained, one for the weight's.
-        attention: products of activations: two gradients.
-        trained: the weights are.
-        backward: the input needs a gradient.
+        vision: the encoder; layers above the selected one never run.
+        trained: with a backward pass, which ends at the pixels.
     """
-    return linear * (1 + trained + backward) + attention * (1 + 2 * backward)
-
-
-def _encoder(vision: VisionConfig) -> tuple[float, float]:
-    """Operations of the linears and of attention for one image."""
-    n, f = vision.num_patches, vision.hidden_size
+    n, f, layers = vision.num_patches, vision.hidden_size, vision.num_feature_layers
+    cut = 2.0 * n * f * 3 * vision.patch_size**2
     linear = 2.0 * n * f * (4 * f + 2 * vision.ffn_hidden_size)
-    return linear * vision.num_feature_layers, 4.0 * n * n * f * vision.num_feature_layers
+    return cut * (1 + trained) + layers * (linear + 4.0 * n * n * f) * (1 + 2 * trained)
+
+
+def tokenizer_cost(
+    config: Config,
+    codebook_sizes: Sequence[int],
+    encoder: VisionConfig | None,
+    code_width: int | None = None,
+) -> float:
+    """Operations of the visual tokenizer for one image: its encoder, and the search for codes.
+
+    Args:
+        config: the run.
+        codebook_sizes: codes of every depth.
+        encoder: of the tokenizer; None where pixels are quantised.
+        code_width: of a code vector; the model's encoder's width by default.
+    """
+    vision = config.model.vision
+    width = code_width or vision.hidden_size
+    search = 2.0 * vision.num_patches * width * sum(codebook_sizes)
+    return search + (encoder_cost(encoder) if encoder is not None else 0.0)
 
 
 def _layer(lm: LanguageConfig) -> tuple[float, float]:
-    """Operations of a layer's linears at one position, of its (causal) attention for one pair."""
+    """Operations of a layer's linears at one position, and of its attention for one pair."""
     queries, keys = lm.num_heads * lm.width_per_head, lm.kv_heads * lm.width_per_head
     mlp = 3 * lm.ffn_hidden_size
     if lm.is_mixture:
         mlp = 3 * lm.expert_ffn * lm.experts_per_token + (lm.num_experts or 0)
-    return 2.0 * lm.hidden_size * (2 * queries + 2 * keys + mlp), 2.0 * queries
+    return 2.0 * lm.hidden_size * (2 * queries + 2 * keys + mlp), 4.0 * queries
 
 
 def _visual_head(
-    config: Config, codebook_sizes: Sequence[int], below: bool, uneven: float
+    config: Config, sizes: Sequence[int], code_width: int | None, below: bool, useful: bool
 ) -> float:
-    """Operations of the visual head and, online, of the tokenizer, for one image."""
-    head, vision = config.model.visual_head, config.model.vision
-    e, patches, depth = head.width, vision.num_patches, len(codebook_sizes)
-    trained = "visual_head" in config.train.trainable
+    """Operations of the visual head, at one position.
+
+    Args:
+        config: the run.
+        sizes: codes of every depth.
+        code_width: of a code vector.
+        below: something trained lies below the head.
+        useful: leave out what is computed again.
+    """
+    head, hidden, depth = config.model.visual_head, config.model.language.hidden_size, len(sizes)
+    e, trained = head.width, "visual_head" in config.train.trainable
     backward = below or trained
-    layers = 2.0 * patches * depth * head.num_layers * 8 * e * e
-    attention = 2.0 * patches * depth**2 * head.num_layers * e
-    around = config.model.language.hidden_size * e + e * e + e * sum(codebook_sizes)
-    around += (depth - 1) * vision.hidden_size * e
-    cost = _both_passes(layers + 2.0 * patches * around, attention, trained, backward)
-    if config.train.recompute_visual_head and backward:
-        cost += layers + attention
-    if config.data.codes == "online":
-        search = 2.0 * patches * vision.hidden_size * sum(codebook_sizes)
-        cost += (sum(_encoder(vision)) + search) * uneven
-    return cost
+    start = 2.0 * hidden * e * (1 + trained + below) + 2.0 * e * e * (1 + trained + backward)
+    # Code vectors are constants: the backward pass ends there.
+    codes = 2.0 * (depth - 1) * (code_width or config.model.vision.hidden_size) * e * (1 + trained)
+    linear = head.num_layers * 2.0 * depth * 8 * e * e
+    attention = head.num_layers * 4.0 * e * depth * (depth + 1) / 2
+    again = backward and config.train.recompute_visual_head and not useful
+    # torch stops before a layer's last product, a quarter of all, whose result nothing needs again.
+    layers = linear * (1 + trained + backward + 0.75 * again)
+    layers += attention * (1 + 2 * backward + again)
+    return start + codes + layers + 2.0 * e * sum(sizes) * (1 + trained + backward)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from megatron_asvr.config.layout import can_stand_alone
 from megatron_asvr.config.schema import Config
-from megatron_asvr.parallel.costs import LABELLED, rates
+from megatron_asvr.parallel.costs import rates
 
 TEXT_POSITIONS = 256  # of the typical sample, beside its one image
 WORTH_IT = 1.02  # the first form unless it costs more than this times the second
@@ -160,14 +160,14 @@ def item_costs(config: Config, codebook_sizes: Sequence[int]) -> ItemCosts:
     views = config.model.resolution.most_views
     patches = views * config.model.vision.num_patches
     text = max(0, min(TEXT_POSITIONS, config.data.max_length - patches))
-    length = patches + text
-    found = rates(config, codebook_sizes, uneven=_uneven_images(config, length))
-    layers = found.position * length + found.pair * length**2
+    found = rates(config, codebook_sizes)
+    costs = found.parts(found.typical(patches + text, views))
+    uneven = _uneven_images(config, patches + text)
     return ItemCosts(
-        encoder=found.image * views,
-        layer=layers / config.model.language.num_layers,
-        text_head=found.label * LABELLED * text,
-        visual_head=found.visual_head * views,
+        encoder=costs["encoder"] * uneven + costs["projector"],
+        layer=costs["language_model"] / config.model.language.num_layers,
+        text_head=costs["text_head"],
+        visual_head=costs["tokenizer"] * uneven + costs["visual_head"],
     )
 
 
