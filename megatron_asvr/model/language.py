@@ -121,8 +121,8 @@ def transformer_config(
         calculate_per_token_loss=True,  # the losses are divided by exact global counts
         # Checkpoint keys carry global layer numbers: the canonical names.
         hetereogenous_dist_checkpoint=True,
+        gradient_accumulation_fusion=precision.fuse_gradients(platform)[0],
         # Fusions that need CUDA extensions or a compiler.
-        gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -9,6 +9,8 @@ import importlib.util
 import pathlib
 import sys
 
+FUSED = "fused_weight_gradient_mlp_cuda"
+
 
 def detect() -> tuple[bool, str]:
     """Whether NVIDIA's apex can be imported, and what was found; imports nothing.
@@ -37,10 +39,10 @@ def compiled_parts() -> dict[str, bool]:
     """Which of the extensions that megatron-core takes from NVIDIA's apex are there; imports none.
 
     ``amp_C`` scales and measures many tensors at once, where Transformer Engine does not.
-    ``fused_weight_gradient_mlp_cuda`` adds the gradient of a weight inside the matrix product, for
-    the linears that are not Transformer Engine's. Both are built only on request.
+    ``fused_weight_gradient_mlp_cuda`` adds the gradient of a weight inside the matrix product.
+    Both are built only on request.
     """
-    names = ("amp_C", "fused_weight_gradient_mlp_cuda")
+    names = ("amp_C", FUSED)
     return {name: importlib.util.find_spec(name) is not None for name in names}
 
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any, Literal
 
-from megatron_asvr.platforms import Platform
+from megatron_asvr.platforms import Platform, apex
 
 import torch
 
@@ -111,6 +111,24 @@ def megatron_settings(
         "fp8_amax_history_len": fp8.history,
         "fp8_amax_compute_algo": fp8.amax,
     }
+
+
+def fuse_gradients(platform: Platform) -> tuple[bool, str]:
+    """Whether gradients of weights are added up inside their matrix product, and why.
+
+    megatron-core and Transformer Engine have one switch for it. Transformer Engine needs nothing
+    more, but megatron-core's own output layer wants an extension of apex, and refuses to be built
+    without it.
+
+    Args:
+        platform: what ``platforms.select()`` returned.
+    """
+    if platform.name != "cuda":
+        return False, f"the platform is {platform.name}"
+    usable, found = apex.detect()
+    if not usable or not apex.compiled_parts()[apex.FUSED]:
+        return False, f"megatron-core needs apex's {apex.FUSED} for it; apex: {found}"
+    return True, f"apex's {apex.FUSED} is there"
 
 
 def _without_te(platform: Platform, dtype: torch.dtype) -> str | None:

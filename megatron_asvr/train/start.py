@@ -33,6 +33,7 @@ from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
 from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.precision import fuse_gradients
 from megatron_asvr.train.assemble import Data, load_sources
 from megatron_asvr.train.codes import fill_codes
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
@@ -273,6 +274,8 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
     logger.info("platform %s (%s); layout %s", platform.name, reason, plan)
     backend = run.chunks[0].language_model
     logger.info("layers %s (%s)", backend.backend, backend.backend_reason)
+    fused, reason = fuse_gradients(platform)
+    logger.info("gradients added in the products: %s (%s)", "yes" if fused else "no", reason)
     for part, origin in origins.items():
         logger.info("weights of %s from %s", part, origin)
     trained = sum(math.prod(shape) for shape in shapes.values())

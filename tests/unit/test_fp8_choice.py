@@ -2,12 +2,13 @@
 
 import dataclasses
 
-from megatron_asvr.platforms import mcore  # noqa: F401
+from megatron_asvr.platforms import apex, mcore  # noqa: F401
 from megatron_asvr.platforms.cpu import CpuPlatform
 
 import pytest
 import torch
 from megatron.core.enums import Fp8Recipe
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_asvr import precision
@@ -15,6 +16,8 @@ from megatron_asvr.config.check import check
 from megatron_asvr.config.precision import check_precision
 from megatron_asvr.config.schema import Config, Fp8Config, PrecisionConfig
 from megatron_asvr.errors import ConfigError
+from megatron_asvr.model.language import transformer_config
+from tests.language_cases import CASES, one_rank
 from tests.run_cases import config
 
 RECIPES = ("delayed", "current", "block", "mxfp8")
@@ -79,6 +82,28 @@ def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
     run = dataclasses.replace(config(), precision=PrecisionConfig(fp8=fp8))
     with pytest.raises(ConfigError, match=f"precision.fp8.{name}"):
         check(run)
+
+
+def test_gradients_are_added_in_the_products_where_megatron_core_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert precision.fuse_gradients(CpuPlatform()) == (False, "the platform is cpu")
+    monkeypatch.setattr(apex, "detect", lambda: (False, "not installed (optional)"))
+    fused, why = precision.fuse_gradients(Gpu((9, 0)))
+    assert not fused
+    assert why.endswith(
+        "needs apex's fused_weight_gradient_mlp_cuda for it; apex: not installed (optional)"
+    )
+    monkeypatch.setattr(apex, "detect", lambda: (True, "NVIDIA's apex"))
+    for built in (False, True):
+        monkeypatch.setattr(apex, "compiled_parts", lambda built=built: {apex.FUSED: built})
+        assert precision.fuse_gradients(Gpu((9, 0)))[0] is built
+    # What megatron-core does without it, which is why this is not left to it.
+    with one_rank() as groups:
+        own = transformer_config(CASES["llama"], groups.plan, torch.float32)
+        own = dataclasses.replace(own, gradient_accumulation_fusion=True)
+        with pytest.raises(RuntimeError, match=apex.FUSED):
+            ColumnParallelLinear(8, 8, config=own, init_method=lambda _: None)
 
 
 def test_megatron_core_is_told_what_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:

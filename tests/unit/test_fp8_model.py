@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from megatron_asvr.checkpoint.load import find_resume
+from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load
 from megatron_asvr.config.schema import Config, Fp8Config
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.linears import linears, precision_lines
 from megatron_asvr.model.sharding import named
+from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.precision.fp8.policy import decide, describe
 from megatron_asvr.train.inference import _plain
 from megatron_asvr.train.step import AnomalyError, train_step
@@ -21,6 +23,7 @@ from tests.fp8_cases import HEADS, RECIPES, run_of
 from tests.language_cases import one_rank
 from tests.run_cases import CODEBOOK_SIZES, IDENTITY, Bench, folder, save, step_batches
 
+ROOT = Path(__file__).resolve().parents[2]
 MIXTURE = {
     "model__language__family": "mixtral",
     "model__language__num_experts": 2,
@@ -72,11 +75,15 @@ def test_a_pattern_that_fits_nothing_is_refused_with_the_nearest_name() -> None:
     assert set(none.values()) == {"precision.fp8.recipe=none"}
 
 
-def test_the_official_model_on_8_gpus_is_listed_linear_by_linear() -> None:
+def test_the_official_recipe_on_8_gpus_is_listed_linear_by_linear() -> None:
+    recipe, sizes = ROOT / "slurm/llava_7b/stage2.yaml", (4096,) * 8
     ends = '["language_model.decoder.layers.0.*", "language_model.decoder.layers.-1.*"]'
-    settings = ["parallel.tp=2", "precision.fp8.recipe=block", f"precision.fp8.exclude={ends}"]
-    run = load("vicuna7b_stage2", settings)
-    lines = precision_lines(run, (4096,) * 8)
+    settings = ["precision.fp8.recipe=block", f"precision.fp8.exclude={ends}"]
+    run = load(str(recipe), settings)
+    check(run, 8)
+    plan = make_plan(run, 8, sizes)
+    assert (plan.tp, plan.sp, plan.dp) == (2, True, 4)
+    lines = precision_lines(run, sizes)
     assert "bf16, and fp8 (block scaling, hybrid, Transformer Engine)" in lines[0]
     layer = "language_model.decoder.layers"
     middle = f"{layer}.1.mlp.linear_fc1 to {layer}.30.mlp.linear_fc1 (30)"
@@ -85,9 +92,13 @@ def test_the_official_model_on_8_gpus_is_listed_linear_by_linear() -> None:
     assert last in lines
     assert "language_model.output_layer: 4096 -> 16000 a rank, fp8" in lines
     assert "visual_head.heads.0 to visual_head.heads.7 (8): 2048 -> 2048 a rank, fp8" in lines
+    kept = [line for line in lines if "bf16" in line]
+    assert kept[-2].startswith("vision_encoder, embeddings, norms: bf16")
+    assert kept[-1].startswith("attention between positions: bf16 (no kernel in 8 bits")
+    assert lines[-1] == "visual tokenizer, routers of experts, losses: fp32"
     with pytest.raises(ConfigError, match="output_layer with 4000 outputs: no multiple of 128"):
-        precision_lines(load("vicuna7b_stage2", [*settings, "parallel.tp=8"]), (4096,) * 8)
-    assert precision_lines(load("vicuna7b_stage2"), (4096,) * 8) == ["precision: bf16"]
+        precision_lines(load(str(recipe), [*settings, "parallel.tp=8"]), sizes)
+    assert precision_lines(load(str(recipe), []), sizes) == ["precision: bf16"]
 
 
 @pytest.mark.parametrize(
