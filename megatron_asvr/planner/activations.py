@@ -4,9 +4,9 @@ Letters in the formulas, all of one rank: T positions (rows x columns), N of the
 parallelism (T / tp), H the hidden width, q and k the widths of queries and of keys, f the inner
 width of the feed-forward part, C the width of a head, w the bytes of an element.
 
-- A norm of torch keeps its input and the normalised input in fp32 and an inverse root for each
-  position, ``8 N H + 4 N``, Transformer Engine's its input, ``w N H + 4 N``; the linear after it
-  keeps the output, ``w N H``.
+- A norm keeps its input and an inverse root for each position, ``w N H + 4 N``; torch's, in bf16
+  without Transformer Engine, its input and the normalised input in fp32, ``8 N H + 4 N``. The
+  linear after it keeps the output, ``w N H``.
 - Rotation keeps a cosine and a sine for queries and for keys: ``4 w T C``.
 - Attention keeps the packed projection (its values are a part of it), the rotated queries and keys
   and what it gives: ``w T (q + 2k) + w T (2q + k)``; one logarithm for each head and position, and
@@ -141,8 +141,13 @@ class Activations:
     def _lm_trained(self) -> bool:
         return "language_model" in self.config.train.trainable
 
+    @property
+    def _norm_is_one_node(self) -> bool:
+        """Whether a norm is that of ``precision.norm``: in fp32 on the CPU."""
+        return self.width == FP32
+
     def _norm(self, rows: int, size: int, trained: bool) -> int:
-        if self.backend == "te":
+        if self.backend == "te" or self._norm_is_one_node:
             return self.width * rows * size + FP32 * rows
         return (1 + trained) * FP32 * rows * size + FP32 * rows
 
@@ -152,7 +157,7 @@ class Activations:
         if self.backend == "te":
             return self.positions * (self.width * queries + FP32 * heads)
         copied = queries + (keys if self.width != FP32 else 0)
-        normalised = (queries + keys) * self._lm_trained
+        normalised = 0 if self._norm_is_one_node else (queries + keys) * self._lm_trained
         return FP32 * self.positions * (copied + normalised + heads)
 
     def shared(self) -> int:
@@ -229,7 +234,7 @@ class Activations:
         kept = w * positions * (model.language.hidden_size + 2 * e // tp)
         kept += w * (depth - 1) * positions * self.code_width
         kept += head.num_layers * (w * rows * e if t.recompute_visual_head else self.head_layer())
-        kept += rows * (2 * FP32 * e + FP32) + w * rows * e  # final norm; gradient of its output
+        kept += self._head_norm(rows) + w * rows * e  # final norm; gradient of its output
         if "visual_head" in t.trainable:
             kept += FP32 * (e + 1) * sum(-(-size // tp) for size in self.codebook_sizes)
         return kept
@@ -238,15 +243,18 @@ class Activations:
         """A layer of the visual head, for ``D M`` rows of width E.
 
         Two norms, packed queries, keys and values, what attention gives, a logarithm for each
-        head, and both inner widths: ``D M (16 E + 8) + 2 w D M E + w D M 8 E / tp + 4 D M heads``.
+        head, and both inner widths; in fp32 ``D M (16 E + 8) + w D M 8 E / tp + 4 D M heads``.
         """
         head, tp, w = self.config.model.visual_head, self.config.parallel.tp, self.width
         rows, split = len(self.codebook_sizes) * self.shape.codes, tp
         if head.heads % tp:
             split = 1  # every rank computes all of its attention
-        norms = 2 * rows * ((2 * FP32 + w) * head.width + FP32)
+        norms = 2 * (self._head_norm(rows) + w * rows * head.width)
         attention = w * rows * 4 * head.width // split + FP32 * rows * head.heads // split
         return norms + attention + w * rows * 4 * head.width // tp
+
+    def _head_norm(self, rows: int) -> int:
+        return self._norm(rows, self.config.model.visual_head.width, trained=True)
 
     def text_logits(self) -> int:
         """The logits of the text that exist at once; see ``_logits``."""
