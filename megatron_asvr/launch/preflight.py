@@ -162,6 +162,7 @@ class Rank:
             rank=ranks.index(self._here.rank),
             world_size=len(ranks),
             timeout=timedelta(seconds=self._settings.timeout_s / 2),
+            device_id=platform.group_device,
         )
         try:
             speed = self._all_reduce(platform, len(ranks))

@@ -96,6 +96,7 @@ def init_group(rank: int, world_size: int, *, store: dist.Store, timeout_s: floa
         rank=rank,
         world_size=world_size,
         timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=platform.group_device,
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor
 
 
 class Platform(Protocol):
@@ -41,6 +42,22 @@ class Platform(Protocol):
 
     def set_device(self, local_rank: int) -> None:
         """Bind this process to the device of its rank on the node."""
+
+    @property
+    def group_device(self) -> torch.device | None:
+        """What ``init_process_group`` is to bind a rank to; None where a backend knows no device.
+
+        NCCL otherwise guesses it from a rank's number, wrongly where ranks are placed otherwise.
+        """
+
+    def stream(self, device: torch.device) -> object | None:
+        """In whose order this thread's work on a device is done; None where there is only one."""
+
+    def bring(self, x: Tensor) -> Tensor:
+        """The tensor on this rank's device, in the order of its work; itself if it is there.
+
+        The host does not wait: what is copied lies in pinned memory until the copy is done.
+        """
 
     def synchronize(self) -> None:
         """Return when the device has done all that was asked of it."""

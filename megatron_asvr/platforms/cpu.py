@@ -11,6 +11,7 @@ from megatron_asvr.platforms import apex, shims
 from megatron_asvr.platforms import deterministic as switches
 
 import torch
+from torch import Tensor
 
 from megatron_asvr.errors import ConfigError
 
@@ -27,6 +28,7 @@ class CpuPlatform:
     backend: Literal["gloo"] = "gloo"
     device = torch.device("cpu")
     supports_fork = True
+    group_device: torch.device | None = None  # gloo refuses one
     compute_capability: tuple[int, int] | None = None
 
     def __init__(self, *, hide_cuda: bool = False) -> None:
@@ -75,6 +77,13 @@ class CpuPlatform:
 
     def set_device(self, local_rank: int) -> None:
         """Nothing: all ranks of a node share its CPU."""
+
+    def stream(self, device: torch.device) -> None:
+        """None: operators run one after another."""
+
+    def bring(self, x: Tensor) -> Tensor:
+        """The tensor itself."""
+        return x
 
     def synchronize(self) -> None:
         """Nothing: every operator has finished when it returns."""

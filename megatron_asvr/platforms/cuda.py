@@ -8,6 +8,7 @@ from megatron_asvr.platforms import apex
 from megatron_asvr.platforms import deterministic as switches
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,19 @@ class CudaPlatform:
     def set_device(self, local_rank: int) -> None:
         """Bind this process to one GPU of the node."""
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+    @property
+    def group_device(self) -> torch.device:
+        """The device that ``set_device`` chose."""
+        return self.device
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream | None:
+        """The one that torch uses in this thread (all threads share the default one)."""
+        return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def bring(self, x: Tensor) -> Tensor:
+        """Through pinned memory, which torch keeps until the copy is done."""
+        return x if x.is_cuda else x.pin_memory().to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
         """Return when this GPU has nothing left to do."""

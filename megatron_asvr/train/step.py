@@ -245,13 +245,10 @@ def balancing(
 
 
 def to_device(batch: MicroBatch) -> MicroBatch:
-    """The batch with all its tensors on this rank's device; on the CPU the batch itself."""
+    """The batch with all its tensors on this rank's device; the host does not wait for them."""
     platform, _ = select()
-    if platform.name == "cpu":
-        return batch
     values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    tensors = {name: x for name, x in values.items() if isinstance(x, Tensor)}
-    moved = {name: x.to(platform.device, non_blocking=True) for name, x in tensors.items()}
+    moved = {name: platform.bring(x) for name, x in values.items() if isinstance(x, Tensor)}
     return dataclasses.replace(batch, **moved)
 
 

@@ -7,6 +7,8 @@ decoder becomes DALI's mixed one and all later operators follow their input; not
 
 from collections.abc import Sequence
 
+from megatron_asvr.platforms import select
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -106,7 +108,8 @@ class ImageDecoder:
                 canvases = [self._canvas(image) for image in encoded]
                 self._pipeline.feed_input("canvas", [np.array(c, np.int64) for c, _ in canvases])
                 self._pipeline.feed_input("inside", [np.array(i, np.int64) for _, i in canvases])
-            whole, *more = self._pipeline.run()
+            # The result is ready, and its memory is given back, in the order of torch's own work.
+            whole, *more = self._pipeline.run(select()[0].stream(self.device))
         except RuntimeError as error:
             # DALI declares a pipeline invalid after an error, so the next batch gets a new one.
             self._pipeline = self._build()
