@@ -133,8 +133,9 @@ format: setup  ## apply the formatter and the safe fixes of the linter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup  ## write docs/configuration.md from the schema's comments
+docs: setup  ## write docs/configuration.md from the schema, and the ledger into docs/gpu.md
 	$(BIN)/python tools/config_reference.py
+	$(BIN)/python tools/ledger.py
 
 clean:  ## remove caches and build output; .venv and runs stay
 	rm -rf build .pytest_cache .ruff_cache .mypy_cache *.egg-info

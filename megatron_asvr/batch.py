@@ -65,6 +65,8 @@ class MicroBatch:
         digest: sum of hashes of the documents' contents and places in the global batch; summed over
             all micro-batches of a step it names the global batch, however that was split.
         context: this rank's place among those that share the sequences, and their number.
+        text_positions_X: int64 flat position of each text target, found where the batch is made: on
+            a GPU the host would wait for their number.
     """
 
     tokens_BS: Tensor | None
@@ -88,6 +90,14 @@ class MicroBatch:
     digest: int = 0
     newline_positions: Tensor | None = None
     context: tuple[int, int] = (0, 1)
+    text_positions_X: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        targets_BS = self.text_targets_BS
+        found = (
+            None if targets_BS is None else (targets_BS.flatten() != IGNORE).nonzero().squeeze(1)
+        )
+        self.text_positions_X = found
 
     def own(self, x_BS: Tensor) -> Tensor:
         """This rank's columns of something that is given for all positions."""
@@ -98,8 +108,7 @@ class MicroBatch:
     @property
     def num_text_targets(self) -> int:
         """Positions of this rank with a text target; 0 on a stage that gets no targets."""
-        targets_BS = self.text_targets_BS
-        return 0 if targets_BS is None else int((targets_BS != IGNORE).sum())
+        return 0 if self.text_positions_X is None else self.text_positions_X.numel()
 
     @property
     def num_visual_targets(self) -> int:

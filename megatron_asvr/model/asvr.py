@@ -28,7 +28,7 @@ from megatron.core.utils import (
 from torch import Tensor, nn
 
 from megatron_asvr import platforms
-from megatron_asvr.batch import IGNORE, MicroBatch, image_share
+from megatron_asvr.batch import MicroBatch, image_share
 from megatron_asvr.config.schema import PARTS, Config
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model import sharding
@@ -260,10 +260,11 @@ class AsvrModel(MegatronModule):
             # A gradient of zero all the same: the stage before waits for it.
             none = hidden_SBH.flatten()[:0].float().sum()
             return {"text_sum": none, "text_count": 0, "text_correct": none.detach().long()}
-        targets_X = batch.text_targets_BS.flatten()
-        positions_X = (targets_X != IGNORE).nonzero().squeeze(1)
+        positions_X = batch.text_positions_X
         (text_sum,), (text_correct,) = self.language_model.loss(
-            take_positions(hidden_SBH, positions_X, may_be_cut=False), targets_X[positions_X], scale
+            take_positions(hidden_SBH, positions_X, may_be_cut=False),
+            batch.text_targets_BS.flatten()[positions_X],
+            scale,
         )
         return {
             "text_sum": text_sum,

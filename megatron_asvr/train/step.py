@@ -11,6 +11,7 @@ and decides the same.
 """
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -247,9 +248,11 @@ def balancing(
 def to_device(batch: MicroBatch) -> MicroBatch:
     """The batch with all its tensors on this rank's device; the host does not wait for them."""
     platform, _ = select()
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    moved = {name: platform.bring(x) for name, x in values.items() if isinstance(x, Tensor)}
-    return dataclasses.replace(batch, **moved)
+    moved = copy.copy(batch)
+    for field in dataclasses.fields(batch):
+        if isinstance(x := getattr(batch, field.name), Tensor):
+            setattr(moved, field.name, platform.bring(x))
+    return moved
 
 
 def reduce_gradients(chunks: Chunks, *, groups: Groups, whole: bool = False) -> None:
