@@ -16,6 +16,7 @@ from megatron_asvr.cli import (
     plan,
     preflight,
     slurm,
+    smoke,
     tokenizer,
     train,
 )
@@ -25,7 +26,7 @@ from megatron_asvr.launch import outcome
 
 COMMANDS = (
     *(data, train, certify, tokenizer, evaluate, chat, checkpoint, convert),
-    *(slurm, plan, preflight, env),
+    *(slurm, plan, preflight, smoke, env),
 )
 
 

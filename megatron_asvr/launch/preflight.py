@@ -165,26 +165,37 @@ class Rank:
             device_id=platform.group_device,
         )
         try:
-            speed = self._all_reduce(platform, len(ranks))
+            speed = all_reduce_gb_s(platform, len(ranks), self._settings.message_mib)
         except BaseException:
             dist.destroy_process_group()  # nobody may come to a last barrier
             raise
         leave_group()
         return speed
 
-    def _all_reduce(self, platform: Platform, number: int) -> float:
-        mib = self._settings.message_mib or (8 if platform.name == "cpu" else 64)
-        ones = torch.ones(mib * MIB // 4, device=platform.device)
-        summed = all_reduce_sum(ones, group=dist.group.WORLD)  # connects, so is not timed
-        if not bool((summed == number).all()):
-            raise LaunchError("a sum came out wrong: the network or a GPU changes data")
-        start = time.perf_counter()
-        for _ in range(REPEATS):
-            summed = all_reduce_sum(ones, group=dist.group.WORLD)
-        float(summed[0])  # waits for the device
-        seconds = (time.perf_counter() - start) / REPEATS
-        # What each rank sends in an all-reduce of n: 2 (n-1)/n of the message.
-        return 2 * (number - 1) / number * mib * MIB / seconds / 1e9
+
+def all_reduce_gb_s(platform: Platform, number: int, mib: int | None = None) -> float:
+    """GB/s that each rank sends in an all-reduce of the default group.
+
+    Args:
+        platform: of this rank.
+        number: of its ranks.
+        mib: of the message; default: 64 on GPUs, 8 on CPUs.
+
+    Raises:
+        LaunchError: a sum is wrong.
+    """
+    mib = mib or (64 if platform.num_gpus else 8)
+    ones = torch.ones(mib * MIB // 4, device=platform.device)
+    summed = all_reduce_sum(ones, group=dist.group.WORLD)  # connects, so is not timed
+    if not bool((summed == number).all()):
+        raise LaunchError("a sum came out wrong: the network or a GPU changes data")
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        summed = all_reduce_sum(ones, group=dist.group.WORLD)
+    float(summed[0])  # waits for the device
+    seconds = (time.perf_counter() - start) / REPEATS
+    # What each rank sends in an all-reduce of n: 2 (n-1)/n of the message.
+    return 2 * (number - 1) / number * mib * MIB / seconds / 1e9
 
 
 def preflight(settings: Settings, make: type[Rank] = Rank) -> tuple[Report, bool]:

@@ -23,6 +23,10 @@ class Platform(Protocol):
         """The device that tensors of this rank live on."""
 
     @property
+    def num_gpus(self) -> int:
+        """CUDA devices that this process sees; 0 on the CPU."""
+
+    @property
     def compute_capability(self) -> tuple[int, int] | None:
         """What the device's tensor cores can do, e.g. (9, 0) for Hopper; None without CUDA."""
 

@@ -28,6 +28,7 @@ class CpuPlatform:
     backend: Literal["gloo"] = "gloo"
     device = torch.device("cpu")
     supports_fork = True
+    num_gpus = 0
     group_device: torch.device | None = None  # gloo refuses one
     compute_capability: tuple[int, int] | None = None
 

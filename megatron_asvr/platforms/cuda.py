@@ -26,6 +26,11 @@ class CudaPlatform:
         return torch.device("cuda", torch.cuda.current_device())
 
     @property
+    def num_gpus(self) -> int:
+        """As torch counts them."""
+        return torch.cuda.device_count()
+
+    @property
     def compute_capability(self) -> tuple[int, int]:
         """Of the device that ``set_device`` chose."""
         return torch.cuda.get_device_capability()

@@ -116,11 +116,10 @@ ROWS = (
             "parallel/collectives.py::_check",
             "parallel/flight.py::_calls",
             "launch/rank.py::leave_group",
-            "launch/preflight.py::_all_reduce",
         ),
-        platform=("name", "backend", "device", "set_device", "group_device"),
+        platform=("name", "backend", "device", "set_device", "group_device", "num_gpus"),
         contract="tests/world/test_collectives.py::test_every_rank_agrees",
-        probes=("all_reduce", "all_reduce_nodes"),
+        probes=("all_reduce", "tensor_certificate", "all_reduce_nodes"),
     ),
     Row(
         name="p2p",
@@ -129,7 +128,7 @@ ROWS = (
         why="as above; batched ones are wrong under gloo with virtual stages",
         platform=("type_names", "split_sizes"),
         contract="tests/world/test_language_layouts.py::test_layouts_agree_with_one_rank",
-        probes=("ring",),
+        probes=("pipeline_certificate",),
     ),
     Row(
         name="RNG",

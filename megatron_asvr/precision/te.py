@@ -26,6 +26,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from transformer_engine.common.recipe import Float8CurrentScaling
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.errors import AsvrError
@@ -170,6 +171,32 @@ def _lend(module: torch.nn.Module, **weights: Tensor) -> None:
     for name, weight in weights.items():
         module._parameters.pop(name, None)
         module.__dict__[name] = weight
+
+
+def product(x_MK: Tensor, weight_NK: Tensor, *, in_8_bits: bool) -> Tensor:
+    """One product [M, N] as the layers make it; in 8 bits with current scaling.
+
+    Args:
+        x_MK: bf16, of rows and width that 8 bits can multiply.
+        weight_NK: bf16.
+        in_8_bits: or in bf16.
+    """
+    with te.autocast(enabled=in_8_bits, recipe=Float8CurrentScaling()):
+        return Product("probe", "current")(x_MK, weight_NK)
+
+
+def packed_attention(config: TransformerConfig) -> PackedAttention:
+    """The attention of a first layer; process groups are initialised.
+
+    Args:
+        config: megatron-core's.
+    """
+    return PackedAttention(
+        config=config,
+        layer_number=1,
+        attn_mask_type=AttnMaskType.causal,
+        attention_type="self",
+    )
 
 
 def use(

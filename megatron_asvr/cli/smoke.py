@@ -1,0 +1,61 @@
+"""`asvr gpu-smoke`: what only GPUs do, probed part by part."""
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from megatron_asvr.cli.common import positive
+from megatron_asvr.errors import LaunchError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = commands.add_parser("gpu-smoke", help="probe everything that only GPUs do")
+    parser.add_argument("config", nargs="?", help="run whose layouts are certified, too")
+    parser.add_argument("--timeout", type=positive, default=180, help="seconds of one probe")
+    parser.add_argument("--bundle", help="JSON file to attach to a report")
+    parser.set_defaults(run=run, takes_overrides=False)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a line for every probe; the ranks but the first keep silent.
+
+    Raises:
+        LaunchError: a probe failed.
+    """
+    from megatron_asvr.platforms import select
+    from megatron_asvr.platforms.stack import entries
+
+    from megatron_asvr.launch.rank import place
+    from megatron_asvr.launch.smoke import smoke
+
+    here, nodes = place(), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    results = []
+    for result in smoke(nodes=nodes, config=args.config, timeout_s=args.timeout):
+        results.append(result)
+        if here is None or here.rank == 0:
+            bound = f" (expected: {result.expected})" if result.expected else ""
+            print(f"{result.state:<8} {result.row}, {result.probe}: {result.measured}{bound}")
+            if result.state == "FAIL":
+                print(f"         next: {result.action}")
+            sys.stdout.flush()
+    failed = [result.probe for result in results if result.state == "FAIL"]
+    if here is None or here.rank == 0:
+        states = [result.state for result in results]
+        counts = {state: states.count(state) for state in ("PASS", "FAIL", "NOT RUN")}
+        print(", ".join(f"{number} {state}" for state, number in counts.items()))
+        if args.bundle:
+            report = {
+                "host": socket.gethostname(),
+                "platform": select()[1],
+                "stack": [dataclasses.asdict(entry) for entry in entries(gpu=False)],
+                "counts": counts,
+                "results": [dataclasses.asdict(result) for result in results],
+            }
+            Path(args.bundle).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if failed:
+        raise LaunchError(f"these probes failed: {', '.join(failed)}; see what is next above")

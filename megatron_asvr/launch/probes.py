@@ -1,0 +1,385 @@
+"""Small looks at what only a GPU does, each against the CPU or a number: ``asvr gpu-smoke``.
+
+``python -m megatron_asvr.launch.probes NAME FILE`` runs one and writes what it found. A test runs
+them on the CPU, where they compare it with itself, to see that they can run at all; a smoke never
+does. No bound was measured on a GPU.
+"""
+
+import dataclasses
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
+from megatron_asvr.platforms.adam import FusedAdam
+
+import megatron.core.optimizer
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.jit import jit_fuser
+from PIL import Image
+from torch import Tensor
+
+from megatron_asvr.checkpoint.write import HashingFile
+from megatron_asvr.config.schema import Fp8Config, LanguageConfig, PrecisionConfig
+from megatron_asvr.data.dali.pipeline import ImageDecoder
+from megatron_asvr.errors import ConfigError
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.launch.preflight import all_reduce_gb_s
+from megatron_asvr.launch.rank import init_group, init_rank, leave_group
+from megatron_asvr.model.language import transformer_config
+from megatron_asvr.model.output_loss import OutputLayer, output_loss
+from megatron_asvr.parallel import groups
+from megatron_asvr.parallel.plan import ParallelPlan
+from megatron_asvr.precision import select_backend, select_fp8
+from megatron_asvr.precision.local import DenseAttention, RMSNorm
+
+CPU = torch.device("cpu")
+FP32, BF16 = 1e-5, 2e-2  # largest difference, of the largest value; of that type's rounding
+PEAK = {(8, 0): 312, (9, 0): 989}  # dense bf16 TFLOP/s in NVIDIA's data sheets: A100, H100
+LEAST_SHARE = 0.4  # of it, in a large product
+REPEATS = 10
+
+
+class UnfitError(Exception):
+    """The machine lacks what a probe looks at; the message says what."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a probe saw.
+
+    Attributes:
+        ok: whether it is right.
+        measured: the number, with its unit.
+        expected: what it is held against.
+    """
+
+    ok: bool
+    measured: str
+    expected: str
+
+
+def _numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _near(got: Tensor, wanted: Tensor, bound: float, of: str = "the CPU's") -> Found:
+    got, wanted = got.detach().to(CPU).double(), wanted.detach().to(CPU).double()
+    error = float((got - wanted).abs().max() / wanted.abs().max())
+    ok = error <= bound  # false for NaN, too
+    return Found(ok=ok, measured=f"{error:.1e} from {of}", expected=f"at most {bound:.0e}")
+
+
+def _on_both(make: Callable[[torch.device], Tensor], bound: float) -> Found:
+    return _near(make(select()[0].device), make(CPU), bound)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Of one call, after one that is not timed."""
+    platform = select()[0]
+    call()
+    platform.synchronize()
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        call()
+    platform.synchronize()
+    return (time.perf_counter() - start) / REPEATS
+
+
+def norm() -> Found:
+    """The local norm and its gradient."""
+    config = transformer_config(LanguageConfig(), ParallelPlan(), torch.float32)
+
+    def run(device: torch.device) -> Tensor:
+        x = _numbers(32, 256).to(device).requires_grad_()
+        y = RMSNorm(config, 256).to(device)(x)
+        (gradient,) = torch.autograd.grad((y**3).sum(), x)
+        return torch.cat([y, gradient])
+
+    return _on_both(run, FP32)
+
+
+def _streams(length: int) -> list[Tensor]:
+    """Queries, keys and values [S, 1, heads, 64]; pairs of queries share a key."""
+    return [_numbers(length, 1, heads, 64, seed=heads + i) for i, heads in enumerate((4, 2, 2))]
+
+
+def _hidden(lengths: tuple[int, ...]) -> Tensor:
+    """The dense mask of documents end to end, True = hidden."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (document[:, None] == document).tril()
+    return ~seen[None, None]
+
+
+def attention() -> Found:
+    """The dense attention under a mask of two documents."""
+    lengths = (48, 80)
+    config = transformer_config(LanguageConfig(), ParallelPlan(), torch.float32)
+
+    def run(device: torch.device) -> Tensor:
+        q, k, v = (x.to(device) for x in _streams(sum(lengths)))
+        return DenseAttention(config, 1)(q, k, v, _hidden(lengths).to(device))
+
+    return _on_both(run, 1e-4)  # GPUs may add up in another order
+
+
+def _te(recipe: str = "none") -> object:
+    """The module of Transformer Engine's layers.
+
+    Raises:
+        UnfitError: it, or the recipe, cannot be had here.
+    """
+    settings = PrecisionConfig(backend="te", fp8=Fp8Config(recipe=recipe))
+    try:
+        select_backend(select()[0], torch.bfloat16, settings)
+        select_fp8(select()[0], torch.bfloat16, settings)
+    except ConfigError as error:
+        raise UnfitError(str(error)) from None
+    from megatron_asvr.precision import te
+
+    return te
+
+
+def te_attention() -> Found:
+    """Transformer Engine's attention over documents against the dense one, in bf16."""
+    te, lengths = _te(), (48, 80)
+    device = select()[0].device
+    config = transformer_config(
+        LanguageConfig(hidden_size=256, num_heads=4, num_kv_heads=2), ParallelPlan(), torch.bfloat16
+    )
+    streams = [x.to(device, torch.bfloat16) for x in _streams(sum(lengths))]
+    wanted = DenseAttention(config, 1)(*streams, _hidden(lengths).to(device))
+    with tempfile.TemporaryDirectory() as folder:
+        init_group(0, 1, store=dist.FileStore(f"{folder}/store", 1), timeout_s=60.0)
+        groups.initialize(ParallelPlan())
+        ends = torch.tensor([0, 48, 128], dtype=torch.int32, device=device)
+        got = te.packed_attention(config)(*streams, ends)
+        groups.destroy()
+        leave_group()
+    return _near(got, wanted, BF16, "the dense one")
+
+
+def te_linear() -> Found:
+    """Transformer Engine's product against torch's, in bf16."""
+    te, device = _te(), select()[0].device
+    x, w = (_numbers(256, 512, seed=s).to(device, torch.bfloat16) for s in (1, 2))
+    return _near(te.product(x, w, in_8_bits=False), x @ w.T, BF16, "torch's")
+
+
+def fp8_linear() -> Found:
+    """A product in 8 bits with current scaling against bf16, and how much faster it is."""
+    te, device = _te("current"), select()[0].device
+    x, w = (_numbers(8192, 4096, seed=s).to(device, torch.bfloat16) for s in (1, 2))
+    error = _near(te.product(x, w, in_8_bits=True), x @ w.T, 0.1, "bf16's")
+    times = [_seconds(lambda b=b: te.product(x, w, in_8_bits=b)) for b in (False, True)]
+    faster = f"{error.measured}, {times[0] / times[1]:.2f} times as fast"
+    return dataclasses.replace(error, measured=faster)
+
+
+def gemm_rate(size: int = 8192) -> Found:
+    """TFLOP/s of a large product in bf16."""
+    platform = select()[0]
+    x = _numbers(size, size).to(platform.device, torch.bfloat16)
+    rate = 2 * size**3 / _seconds(lambda: x @ x) / 1e12
+    peak = PEAK.get(platform.compute_capability or (0, 0))
+    if peak is None:
+        return Found(ok=True, measured=f"{rate:.3g} TFLOP/s", expected="no data sheet known here")
+    expected = f"at least {LEAST_SHARE:.0%} of the data sheet's {peak}"
+    ok = rate >= LEAST_SHARE * peak
+    return Found(ok=ok, measured=f"{rate:.3g} TFLOP/s", expected=expected)
+
+
+def bf16_product() -> Found:
+    """A product in bf16 against fp32 on the CPU."""
+    x = _numbers(256, 512).bfloat16()
+    device = select()[0].device
+    return _near(x.to(device) @ x.to(device).T, x.float() @ x.float().T, BF16)
+
+
+def loss() -> Found:
+    """Cross-entropy over a vocabulary, by chunks, with its gradients."""
+
+    def run(device: torch.device) -> Tensor:
+        x, w = (
+            _numbers(*s, seed=s[0]).to(device).requires_grad_() for s in ((1, 64, 32), (90, 32))
+        )
+        targets = (torch.arange(64) % 90)[:, None].to(device)
+        layer = OutputLayer(weight=w, bias=None, first=0, size=90)
+        (value,), _ = output_loss(x, [layer], targets, tp=None)
+        gradients = torch.autograd.grad(value, [x, w])
+        return torch.cat([value[None], *(g.flatten() for g in gradients)])
+
+    return _on_both(run, FP32)
+
+
+def adam() -> Found:
+    """Three steps of megatron-core's Adam here against ours on the CPU."""
+
+    def steps(kind: type, device: torch.device) -> Tensor:
+        p = torch.nn.Parameter(_numbers(1000).to(device))
+        optimizer = kind([p], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        for seed in range(3):
+            p.grad = _numbers(1000, seed=seed).to(device)
+            optimizer.step()
+        return p
+
+    return _near(
+        steps(megatron.core.optimizer.Adam, select()[0].device), steps(FusedAdam, CPU), FP32
+    )
+
+
+def seeded() -> Found:
+    """Random numbers of one seed, drawn twice."""
+    device = select()[0].device
+    draws = [
+        torch.randn(10_000, generator=torch.Generator(device).manual_seed(3), device=device)
+        for _ in range(2)
+    ]
+    same = torch.equal(*draws)
+    return Found(ok=same, measured="same" if same else "different", expected="same bits")
+
+
+def pinned_copy(mib: int = 256) -> Found:
+    """A batch's way to the device: its numbers, though the host's change at once, and its speed."""
+    platform = select()[0]
+    x = torch.arange(mib * 2**18, dtype=torch.float32)
+    wanted = x.sum(dtype=torch.float64)
+    seconds = _seconds(lambda: platform.bring(x))
+    moved = platform.bring(x)
+    if moved is not x:
+        x.zero_()
+    right = bool(moved.sum(dtype=torch.float64).to(CPU) == wanted)
+    speed = f"{mib * 2**20 / seconds / 1e9:.1f} GB/s"
+    return Found(ok=right, measured=f"{speed}, {'right' if right else 'changed'}", expected="right")
+
+
+def compiled() -> Found:
+    """What megatron-core compiles against the same function as it is."""
+
+    def gate(x: Tensor) -> Tensor:
+        left, right = x.chunk(2, -1)
+        return F.silu(left) * right
+
+    x = _numbers(64, 128).to(select()[0].device)
+    return _near(jit_fuser(gate)(x), gate(x), FP32, "the function")
+
+
+def recomputed() -> Found:
+    """Gradients through megatron-core's recomputation against the plain ones."""
+    x = _numbers(64, 64).to(select()[0].device).requires_grad_()
+
+    def layer(x: Tensor) -> Tensor:
+        return F.gelu(x @ x.T)
+
+    def gradient(y: Tensor) -> Tensor:
+        x.grad = None
+        y.square().sum().backward()
+        return x.grad
+
+    got, wanted = map(gradient, (tensor_parallel.checkpoint(layer, False, x), layer(x)))
+    return _near(got, wanted, 0.0, "the plain one")
+
+
+def memory(mib: int = 256) -> Found:
+    """The highest use of memory, while something is held."""
+    platform = select()[0]
+    held = torch.ones(mib * 2**18, device=platform.device)
+    platform.synchronize()
+    peak = platform.peak_memory_bytes()
+    ok = peak >= held.nbytes
+    return Found(ok=ok, measured=f"{peak // 2**20} MiB", expected=f"at least {mib} MiB are held")
+
+
+def saved_copy() -> Found:
+    """A copy for a background save, while the original changes."""
+    x = torch.ones(2**24, device=select()[0].device)
+    copied = x.to(CPU, copy=True)
+    x.add_(1)
+    ok = bool((copied == 1).all())
+    return Found(ok=ok, measured="as before" if ok else "changed", expected="as before the change")
+
+
+def write_speed(mib: int = 256) -> Found:
+    """How fast this folder takes a checkpoint's file."""
+    data = np.random.default_rng(0).bytes(mib * 2**20)
+    with tempfile.TemporaryDirectory(dir=".", prefix=".smoke-") as folder:
+        path, start = Path(folder, "file"), time.perf_counter()
+        with HashingFile(path) as file:
+            file.write(data)
+        speed = mib / (time.perf_counter() - start)
+        same = path.read_bytes() == data
+    text = f"{speed:.0f} MiB/s, {'read back' if same else 'read back otherwise'}"
+    return Found(ok=same, measured=text, expected="read back")
+
+
+def decode(count: int = 256) -> Found:
+    """DALI's pixels here against the CPU's, and images a second."""
+    random, encoded = np.random.default_rng(0), []
+    for _ in range(count):
+        small = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        small.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        encoded.append(file.getvalue())
+    here, there = (
+        ImageDecoder(image_size=384, fit="pad", device=device, threads=4)
+        for device in (select()[0].device, CPU)
+    )
+    got, wanted = (torch.cat(made.views(encoded)).to(CPU).int() for made in (here, there))
+    difference, rate = (
+        int((got - wanted).abs().max()),
+        count / _seconds(lambda: here.views(encoded)),
+    )
+    measured = f"{difference} of 255, {rate:.0f} images/s"
+    return Found(ok=difference <= 10, measured=measured, expected="at most 10 (the CPU's from PIL)")
+
+
+def import_megatron() -> Found:
+    """That a process of a rank came this far: megatron-core is imported and prepared."""
+    return Found(ok=True, measured=f"runs on {select()[1]}", expected="it can be imported")
+
+
+def all_reduce() -> Found:
+    """Bandwidth between the GPUs of this node."""
+    count = select()[0].num_gpus
+    speed = run_ranks(_bandwidth, (), count, timeout_s=120.0)
+    return Found(ok=speed > 0, measured=f"{speed:.1f} GB/s of {count} ranks", expected="right sums")
+
+
+def all_reduce_nodes() -> Found:
+    """Bandwidth between all ranks that a launcher started."""
+    here = init_rank(timeout_s=120.0)
+    speed = _bandwidth()
+    leave_group()
+    measured = f"{speed:.1f} GB/s of {here.world_size} ranks"
+    return Found(ok=speed > 0, measured=measured, expected="right sums")
+
+
+def _bandwidth() -> float:
+    return all_reduce_gb_s(select()[0], dist.get_world_size())
+
+
+def main(name: str, file: str) -> None:
+    """Run a probe and write what it found; an error ends the process.
+
+    Args:
+        name: of a function here.
+        file: to be written, JSON: a ``Found``, or why the machine is unfit.
+    """
+    try:
+        told = dataclasses.asdict(globals()[name]())
+    except UnfitError as why:
+        told = {"unfit": str(why)}
+    Path(file).write_text(json.dumps(told), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    select()[0].set_device(0)
+    main(*sys.argv[1:])
