@@ -93,11 +93,9 @@ class MicroBatch:
     text_positions_X: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
-        targets_BS = self.text_targets_BS
-        found = (
-            None if targets_BS is None else (targets_BS.flatten() != IGNORE).nonzero().squeeze(1)
-        )
-        self.text_positions_X = found
+        self.text_positions_X = None
+        if self.text_targets_BS is not None:
+            self.text_positions_X = (self.text_targets_BS.flatten() != IGNORE).nonzero().squeeze(1)
 
     def own(self, x_BS: Tensor) -> Tensor:
         """This rank's columns of something that is given for all positions."""

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
     """Print a line for every probe; the ranks but the first keep silent.
 
     Raises:
-        LaunchError: a probe failed.
+        LaunchError: a probe failed, or ranks of one node run the command together.
     """
     from megatron_asvr.platforms import select
     from megatron_asvr.platforms.stack import entries
@@ -34,6 +34,11 @@ def run(args: argparse.Namespace) -> None:
     from megatron_asvr.launch.smoke import smoke
 
     here, nodes = place(), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+    if here is not None and here.world_size > 1 and nodes == 1:
+        raise LaunchError(
+            f"{here.launcher} started {here.world_size} ranks; start `asvr gpu-smoke` once on a "
+            "node, and with `srun --nodes=2 --ntasks-per-node=8` for what lies between two"
+        )
     results = []
     for result in smoke(nodes=nodes, config=args.config, timeout_s=args.timeout):
         results.append(result)

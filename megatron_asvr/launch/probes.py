@@ -285,7 +285,7 @@ def recomputed() -> Found:
         return x.grad
 
     got, wanted = map(gradient, (tensor_parallel.checkpoint(layer, False, x), layer(x)))
-    return _near(got, wanted, 0.0, "the plain one")
+    return _near(got, wanted, FP32, "the plain one")
 
 
 def memory(mib: int = 256) -> Found:

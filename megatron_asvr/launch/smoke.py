@@ -136,9 +136,10 @@ def missing(probe: Probe, *, nodes: int, config: str | None) -> dict[str, str] |
     """
     platform, reason = select()
     if (nodes > 1) != (probe.level == "nodes"):
-        here = "one node" if nodes == 1 else "several nodes"
-        way = "srun --nodes=2 asvr gpu-smoke" if nodes == 1 else "asvr gpu-smoke on one node"
-        return {"measured": f"this is {here}", "action": f"run `{way}`"}
+        if nodes > 1:
+            return {"measured": "these are several nodes", "action": "run it on one of them, too"}
+        way = "run `srun --nodes=2 --ntasks-per-node=8 asvr gpu-smoke`"
+        return {"measured": "this is one node", "action": way}
     if platform.num_gpus < LEVELS[probe.level]:
         seen = f"{platform.num_gpus} GPUs of {LEVELS[probe.level]} ({reason})"
         return {"measured": seen, "action": "run it on a machine with GPUs"}
@@ -161,7 +162,10 @@ def run(row: str, name: str, timeout_s: float, module: str = f"{__package__}.pro
         done = _call([sys.executable, "-m", module, name, str(file)], timeout_s)
 
         def found() -> dict[str, str]:
-            told = json.loads(file.read_text(encoding="utf-8"))
+            try:
+                told = json.loads(file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                return {"state": "FAIL", "measured": f"wrote no answer ({error}); {done.said}"}
             if "unfit" in told:
                 return {"state": "NOT RUN", "measured": told["unfit"]}
             state = "PASS" if told["ok"] else "FAIL"

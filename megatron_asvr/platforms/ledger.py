@@ -47,6 +47,7 @@ ROWS = (
             "precision/__init__.py::_without_te",
             "precision/__init__.py::block_spec",
             "precision/te.py::<imports>",
+            "launch/probes.py::gemm_rate",
         ),
         contract="tests/unit/test_language.py::test_backend_choice_gives_its_reason",
         probes=("te_linear", "gemm_rate"),

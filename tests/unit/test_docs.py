@@ -132,4 +132,4 @@ def test_every_package_is_in_the_readme():
 def test_every_asvr_command_is_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (choices,) = (a.choices for a in build_parser()._actions if a.choices)
-    assert set(choices) == set(re.findall(r"^\| `asvr (\w+)", text, re.MULTILINE))
+    assert set(choices) == set(re.findall(r"^\| `asvr ([\w-]+)", text, re.MULTILINE))

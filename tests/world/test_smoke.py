@@ -1,0 +1,47 @@
+"""`asvr gpu-smoke` where there is no GPU, and its collective between two processes."""
+
+import json
+
+import pytest
+
+from megatron_asvr.cli.main import main
+from megatron_asvr.launch import probes
+from megatron_asvr.launch.local import run_ranks
+from megatron_asvr.launch.smoke import PROBES
+
+pytestmark = pytest.mark.world
+
+
+def test_without_a_gpu_nothing_of_one_passes(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["gpu-smoke", "--bundle", "bundle.json"]) == 0
+    bundle = json.loads((tmp_path / "bundle.json").read_text())
+    states = {result["probe"]: result["state"] for result in bundle["results"]}
+    of_host = {name for name, probe in PROBES.items() if probe.level == "host"}
+    assert states == {name: "PASS" if name in of_host else "NOT RUN" for name in PROBES}
+    assert all(result["action"] for result in bundle["results"] if result["state"] != "PASS")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{len(of_host)} PASS, 0 FAIL, {len(PROBES) - len(of_host)} NOT RUN"
+    assert len(lines) == len(PROBES) + 1
+
+
+def test_a_failed_probe_is_the_commands_error(monkeypatch, capsys) -> None:
+    """In a folder where nobody can write; the rest is told all the same."""
+    monkeypatch.chdir("/proc")
+    assert main(["gpu-smoke"]) == 1
+    told = capsys.readouterr()
+    assert "FAIL     async save, write_speed: ended with status 1" in told.out
+    assert "next: look at the storage" in told.out
+    assert f"1 FAIL, {len(PROBES) - 1} NOT RUN" in told.out
+    assert "these probes failed: write_speed" in told.err
+
+
+def test_ranks_of_one_node_are_refused(monkeypatch, capsys) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert main(["gpu-smoke"]) == 1
+    assert "torchrun started 2 ranks; start `asvr gpu-smoke` once" in capsys.readouterr().err
+
+
+def test_two_ranks_measure_what_they_send() -> None:
+    assert run_ranks(probes._bandwidth, (), 2, timeout_s=60.0) > 0
