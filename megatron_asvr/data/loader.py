@@ -102,7 +102,13 @@ class Loader:
             shuffle=split == "train",
         )
         self._samples = SampleCache()
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"asvr-{split}")
+        platform = select()[0]
+        self._worker = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix=f"asvr-{split}",
+            initializer=platform.set_device,  # a thread begins with the first GPU
+            initargs=(platform.device.index or 0,),
+        )
         self._ahead: dict[int, Future[list[MicroBatch]]] = {}
         self._tally = Tally()
 

@@ -45,7 +45,11 @@ class Platform(Protocol):
         """
 
     def set_device(self, local_rank: int) -> None:
-        """Bind this process to the device of its rank on the node."""
+        """Bind this thread, and on the first call the process, to a device of the node.
+
+        Args:
+            local_rank: of this rank on its node, or the index of its device.
+        """
 
     @property
     def group_device(self) -> torch.device | None:

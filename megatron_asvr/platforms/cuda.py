@@ -58,7 +58,7 @@ class CudaPlatform:
         torch.set_num_threads(threads)
 
     def set_device(self, local_rank: int) -> None:
-        """Bind this process to one GPU of the node."""
+        """Bind this thread to one GPU of the node."""
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
     @property
