@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import threading
+
+from megatron_asvr.platforms.cpu import CpuPlatform
 
 import numpy as np
 import pytest
@@ -112,6 +115,19 @@ def test_a_resumed_loader_continues_bit_by_bit(clean, tokenizer):
     with loader(clean, tokenizer) as first, loader(clean, tokenizer) as resumed:
         history = [first.step(step) for step in range(8)]
         assert all(same(history[step], resumed.step(step)) for step in (6, 7, 2))
+
+
+def test_the_thread_that_decodes_works_on_the_ranks_device(clean, tokenizer, monkeypatch):
+    bound = []
+
+    def set_device(_, index):
+        bound.append((threading.current_thread().name.partition("_")[0], index))
+
+    monkeypatch.setattr(CpuPlatform, "device", torch.device("cpu", 3))
+    monkeypatch.setattr(CpuPlatform, "set_device", set_device)
+    with loader(clean, tokenizer) as made:
+        made.step(0)
+    assert bound == [("asvr-train", 3)]
 
 
 def test_micro_batches_divide_the_batch(clean, tokenizer):
