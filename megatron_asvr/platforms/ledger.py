@@ -182,7 +182,6 @@ ROWS = (
         cuda="a copy from the device, then a thread writes",
         cpu="a copy of the memory, then a thread writes",
         why="the device's memory changes in the next step",
-        platform=("results_queue",),
         contract="tests/world/test_failed_saves.py::test_a_full_disk_does_not_stop_the_run",
         probes=("saved_copy", "write_speed"),
     ),
