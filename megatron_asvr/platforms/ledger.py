@@ -18,7 +18,8 @@ class Row:
         cuda: how CUDA does it.
         cpu: how the CPU does it.
         why: reason for the difference.
-        places: where the code decides, ``file::function`` or ``file::class`` below megatron_asvr.
+        places: where the code decides, below megatron_asvr: ``file::function``, ``file::class`` or all of
+            a ``file``.
         platform: members of ``base.Platform`` and names of ``shims.SHIMS`` that belong to it.
         contract: test on the CPU, ``file::test``.
         probes: of ``launch/probes.py``.
@@ -55,9 +56,10 @@ ROWS = (
     Row(
         name="norm",
         cuda="inside Transformer Engine's linear, or torch's kernel",
-        cpu="torch's kernel",
-        why="as above",
-        contract="tests/unit/test_language.py::test_bf16_is_near_fp32",
+        cpu="one node of the graph in fp32, else torch's",
+        why="torch has only single operations for the CPU",
+        places=("precision/norm.py::forward",),
+        contract="tests/unit/test_norm.py::test_output_and_gradients_are_those_of_torch",
         probes=("norm",),
     ),
     Row(
@@ -172,7 +174,8 @@ ROWS = (
         name="memory",
         cuda="torch's allocator on the device",
         cpu="the process's resident set",
-        why="what can run out differs",
+        why="what can run out differs; the plan counts both ways",
+        places=("planner/activations.py", "planner/memory.py::backend"),
         platform=("peak_memory_bytes", "current_device", "factories"),
         contract="tests/unit/test_platforms.py::TestCpu::test_peak_memory_grows_with_use",
         probes=("memory",),

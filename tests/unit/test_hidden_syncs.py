@@ -20,6 +20,7 @@ KNOWN = {
     "megatron/core/utils.py:local_multi_tensor_l2_norm": 1,  # the CPU's form of a kernel
     "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 1,  # the norm is wanted
 }
+HOST = "model/loss.py:scales_of"  # its tensors are made on the host, and stay there
 
 
 def waits(number: int, **changes: object) -> Counter[str]:
@@ -33,6 +34,7 @@ def waits(number: int, **changes: object) -> Counter[str]:
         bench.step(0)
         with Waits() as found:
             train_step(bench.wrapped, bench.optimizer, batches, loss, step=1, groups=groups)
+    assert found.places.pop(HOST) == 2 * number
     return found.places
 
 
@@ -49,9 +51,9 @@ def test_a_step_waits_for_the_device_at_known_places(number: int, changes: dict)
 def test_a_planted_item_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = AsvrModel._visual
 
-    def _visual(self, hidden_SBH, batch):
+    def _visual(self, hidden_SBH, batch, scales_D):
         assert hidden_SBH.sum().item() != 0.0
-        return plain(self, hidden_SBH, batch)
+        return plain(self, hidden_SBH, batch, scales_D)
 
     monkeypatch.setattr(AsvrModel, "_visual", _visual)
     more = waits(3)

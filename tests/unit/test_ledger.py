@@ -65,9 +65,10 @@ def _decides(node: ast.AST) -> bool:
 def found() -> set[str]:
     """Every branch outside ``platforms``, as the ledger writes places."""
     files = [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent != PACKAGE / "platforms"]
+    named = [(path, path.relative_to(PACKAGE).as_posix()) for path in files]
     return {
-        f"{path.relative_to(PACKAGE).as_posix()}::{where}"
-        for path in files
+        name if name in places() else f"{name}::{where}"
+        for path, name in named
         for where in branches(path.read_text(encoding="utf-8"))
     }
 
