@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.jit import jit_fuser
+from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from PIL import Image
 from torch import Tensor
 
@@ -38,7 +39,7 @@ from megatron_asvr.model.language import transformer_config
 from megatron_asvr.model.output_loss import OutputLayer, output_loss
 from megatron_asvr.parallel import groups
 from megatron_asvr.parallel.plan import ParallelPlan
-from megatron_asvr.precision import select_backend, select_fp8
+from megatron_asvr.precision import fuse_gradients, select_backend, select_fp8
 from megatron_asvr.precision.local import DenseAttention, RMSNorm
 
 CPU = torch.device("cpu")
@@ -172,6 +173,22 @@ def te_linear() -> Found:
     te, device = _te(), select()[0].device
     x, w = (_numbers(256, 512, seed=s).to(device, torch.bfloat16) for s in (1, 2))
     return _near(te.product(x, w, in_8_bits=False), x @ w.T, BF16, "torch's")
+
+
+def fused_gradient() -> Found:
+    """A weight's gradient, added up inside its product, against torch's."""
+    platform = select()[0]
+    fused, why = fuse_gradients(platform)
+    if not fused:
+        raise UnfitError(why)
+    x = _numbers(64, 4, 256).to(platform.device, torch.bfloat16)
+    w = _numbers(512, 256, seed=1).to(platform.device, torch.bfloat16).requires_grad_()
+    w.main_grad = torch.ones_like(w, dtype=torch.float32)
+    wanted = 1 + x.float().sum((0, 1)).expand(512, -1)
+    linear_with_grad_accumulation_and_async_allreduce(
+        x, w, None, True, False, False
+    ).sum().backward()
+    return _near(w.main_grad, wanted, BF16, "torch's")
 
 
 def fp8_linear() -> Found:

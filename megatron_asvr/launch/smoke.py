@@ -61,6 +61,7 @@ PROBES = {
     "decode": Probe(level="gpu", action="compare `asvr env`: DALI and the driver have to fit"),
     "te_linear": Probe(level="gpu", action=_TE),
     "te_attention": Probe(level="gpu", action=_TE),
+    "fused_gradient": Probe(level="gpu", action="compare `asvr env`: apex fits this torch"),
     "fp8_linear": Probe(level="gpu", action="train with precision.fp8.recipe=none; " + _TE),
     "gemm_rate": Probe(level="gpu", action="look at clocks and power limits (nvidia-smi -q)"),
     "all_reduce": Probe(level="node", action="set NCCL_DEBUG=INFO; look at NVLink and /dev/shm"),

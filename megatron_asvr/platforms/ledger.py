@@ -18,8 +18,8 @@ class Row:
         cuda: how CUDA does it.
         cpu: how the CPU does it.
         why: reason for the difference.
-        places: where the code decides, below megatron_asvr: ``file::function``, ``file::class`` or all of
-            a ``file``.
+        places: where the code decides, below megatron_asvr: ``file::function``, ``file::class``, or
+            a ``file`` for all of it.
         platform: members of ``base.Platform`` and names of ``shims.SHIMS`` that belong to it.
         contract: test on the CPU, ``file::test``.
         probes: of ``launch/probes.py``.
@@ -52,6 +52,16 @@ ROWS = (
         ),
         contract="tests/unit/test_language.py::test_backend_choice_gives_its_reason",
         probes=("te_linear", "gemm_rate"),
+    ),
+    Row(
+        name="gradients of weights",
+        cuda="added up inside their product, where apex's kernel is there",
+        cpu="added up after it",
+        why="megatron-core's own layers want an extension of apex",
+        places=("precision/__init__.py::fuse_gradients",),
+        contract="tests/unit/test_fp8_choice.py"
+        "::test_gradients_are_added_in_the_products_where_megatron_core_can",
+        probes=("fused_gradient",),
     ),
     Row(
         name="norm",

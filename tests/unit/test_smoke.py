@@ -20,7 +20,12 @@ SMALL = {
 }
 FUNCTIONS = [name for name, probe in smoke.PROBES.items() if probe.settings is None]
 OF_RANKS = {"all_reduce", "all_reduce_nodes"}  # tests/world/test_smoke.py
-OF_TE = {"te_linear", "te_attention", "fp8_linear"}
+UNFIT = {
+    "te_linear": "Transformer Engine needs CUDA",
+    "te_attention": "Transformer Engine needs CUDA",
+    "fp8_linear": "Transformer Engine needs CUDA",
+    "fused_gradient": "the platform is cpu",
+}
 
 
 def test_every_probe_of_the_ledger_is_known_and_every_other_is_not() -> None:
@@ -29,7 +34,7 @@ def test_every_probe_of_the_ledger_is_known_and_every_other_is_not() -> None:
     assert all(callable(getattr(probes, name)) for name in FUNCTIONS)
 
 
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - OF_RANKS - OF_TE))
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - OF_RANKS - {*UNFIT}))
 def test_a_probe_agrees_with_itself_on_the_cpu(name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = getattr(probes, name)(*SMALL.get(name, ()))
@@ -38,9 +43,9 @@ def test_a_probe_agrees_with_itself_on_the_cpu(name, tmp_path, monkeypatch) -> N
     assert found.expected
 
 
-@pytest.mark.parametrize("name", sorted(OF_TE))
-def test_without_transformer_engine_a_probe_says_so(name: str) -> None:
-    with pytest.raises(probes.UnfitError, match="Transformer Engine needs CUDA"):
+@pytest.mark.parametrize("name", UNFIT)
+def test_without_what_it_looks_at_a_probe_says_so(name: str) -> None:
+    with pytest.raises(probes.UnfitError, match=UNFIT[name]):
         getattr(probes, name)()
 
 
