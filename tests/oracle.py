@@ -378,7 +378,7 @@ def run(case: str, mode: str, groups: Groups) -> Run:
             visual_weight=1.0,
         )
     loss.backward()
-    codes_PD = model.codes(batch)
+    codes_PD = model.images.codes(batch)
     return Run(
         loss=loss.item(),
         sums=sums,

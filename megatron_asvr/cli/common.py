@@ -2,14 +2,18 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import flatten, load
 from megatron_asvr.config.schema import Config, SourceConfig
-from megatron_asvr.planner.parameters import count_parameters
+from megatron_asvr.planner.parameters import count_parameters, left_out
+
+if TYPE_CHECKING:
+    from megatron_asvr.model.tokenizer import VisualTokenizer
+    from megatron_asvr.parallel.stored import Stored
 
 NEW_TOKENS = 32  # of an answer, unless the command says otherwise
 
@@ -134,6 +138,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
         tokenizer.check_fits(config.model.vision)
     sizes, width = (tokenizer.codebook_sizes, tokenizer.width) if tokenizer else ((), None)
     counts = count_parameters(config.model, sizes or None, width)
+    sources = {}
     lines = [f"{key} = {value}" for key, value in flatten(config).items()]
     lines += layout_lines(config, world, sizes)
     lines += precision_lines(config, sizes, width)
@@ -141,9 +146,10 @@ def plan_lines(config: Config, world: int) -> list[str]:
         state = "trained" if part in config.train.trainable else "frozen"
         source = config.init.source(part)
         if source is not None:
-            open_source(source, [part], config)
+            sources[part] = open_source(source, [part], config).weights
         origin = source or f"run.seed={config.run.seed}"
         lines.append(f"{part}: {number:,} parameters, {state}, from {origin}")
+    lines += encoding_lines(config, tokenizer, sources.get("vision_encoder", {}))
     text = TextTokenizer(str(config.model.text_tokenizer))
     with Loader(config, text, split="train") as data:
         lines.append(
@@ -157,6 +163,28 @@ def plan_lines(config: Config, world: int) -> list[str]:
         with Loader(config, text, split="eval") as held_out:
             lines.append(f"evaluation: {held_out.num_samples:,} records")
     return lines
+
+
+def encoding_lines(
+    config: Config, tokenizer: "VisualTokenizer | None", weights: Mapping[str, "Stored"]
+) -> list[str]:
+    """What of the encoder does not run, and whether it runs for the tokenizer too.
+
+    Args:
+        config: the run, checked.
+        tokenizer: of its visual loss, if there is one.
+        weights: that the encoder starts from, by canonical name; empty where the seed draws them.
+    """
+    from megatron_asvr.model.asvr import DTYPES
+    from megatron_asvr.model.images import one_pass
+
+    def weight(name: str) -> Any:
+        found = weights.get(f"vision_encoder.{name}")
+        return None if found is None else found.read().to(DTYPES[config.train.precision])
+
+    number = left_out(config.model.vision)
+    lines = [f"vision_encoder: {number:,} parameters behind the selected layer are left out"]
+    return lines if tokenizer is None else [*lines, one_pass(config, tokenizer, weight)[1]]
 
 
 def layout_lines(config: Config, world: int, codebook_sizes: Sequence[int]) -> list[str]:

@@ -3,16 +3,17 @@
 The first pipeline stage encodes images and splices them into the token embeddings, the last one
 computes both losses; or it holds the visual head alone (``ParallelPlan.head_alone``), and the stage
 before computes the text loss. Every rank of a tensor- and context-parallel group encodes its own
-share of the images; the features are gathered, so no image is encoded twice, and the gradients of a
-trained encoder are partial (``partial_grad_parameters``). Under context parallelism a rank projects
-the patches and computes the losses of its own columns; megatron-core sums gradients over those
-ranks together with the data-parallel ones.
+share of the images (model/images.py), so no image is encoded twice, and the gradients of a trained
+encoder are partial (``partial_grad_parameters``). Under context parallelism a rank projects the
+patches and computes the losses of its own columns; megatron-core sums gradients over those ranks
+together with the data-parallel ones.
 
 A micro-batch without images or without text targets runs the same operations on empty tensors:
 no rank waits for a collective that another one skipped, and every trained parameter always
 receives a gradient, if only zero.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,19 +29,19 @@ from megatron.core.utils import (
 from torch import Tensor, nn
 
 from megatron_asvr import platforms
-from megatron_asvr.batch import MicroBatch, image_share
+from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import PARTS, Config
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.fusion import splice_images, take_positions
+from megatron_asvr.model.images import ImageReader
 from megatron_asvr.model.language import LanguageModel, gather_positions, transformer_config
 from megatron_asvr.model.linears import in_8_bits
 from megatron_asvr.model.loss import LossSums, Scales
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
-from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder, join_scales
+from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.model.visual_head import VisualHead
-from megatron_asvr.parallel.collectives import gather_images
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision.fp8.emulator import Emulator
 
@@ -61,6 +62,7 @@ class AsvrModel(MegatronModule):
         pre_process: this stage embeds tokens and images.
         post_process: this stage ends the language model and computes the text loss.
         visual_process: this stage is the last and computes the visual loss, if there is one.
+        images: gives features and codes.
 
     Raises:
         ConfigError: a visual loss without a tokenizer, or sizes that do not fit.
@@ -123,14 +125,13 @@ class AsvrModel(MegatronModule):
         # Known on every stage: sums are added up over all ranks.
         visual = config.loss.visual_weight and tokenizer is not None
         self.num_depths = len(tokenizer.codebook_sizes) if visual else 0
-        # A tuple hides it from torch: the tokenizer is no part of the model's weights.
-        self._tokenizer = (online,)
+        self.images = ImageReader(
+            config,
+            groups=groups,
+            encoder=self.vision_encoder if self.pre_process else None,
+            tokenizer=online,
+        )
         self._freeze(config.train.trainable)
-
-    @property
-    def tokenizer(self) -> VisualTokenizer | None:
-        """The tokenizer that encodes images during training, with ``data.codes=online``."""
-        return self._tokenizer[0]
 
     @property
     def share_embeddings_and_output_weights(self) -> bool:
@@ -180,12 +181,11 @@ class AsvrModel(MegatronModule):
         Args:
             batch: holds this rank's share of the pixels.
         """
-        encoder = self.vision_encoder
-        trained = encoder.embeddings.patch_embedding.weight.requires_grad
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            model, features_CNF = self.run_config.model, encoder(self._pixels(batch))
-            joined_INF = join_scales(features_CNF, model.resolution, model.vision.grid)
-            return self._gather(joined_INF, batch)
+        return self.images.features(batch)
+
+    def leave_out_unused(self) -> int:
+        """Number of parameters of this stage that are given up, since no pass reads them."""
+        return self.vision_encoder.leave_out_unused() if self.pre_process else 0
 
     def embeddings(self, batch: MicroBatch, features_PF: Tensor | None = None) -> Tensor:
         """Token embeddings of this rank's columns with the image features in place, [S, B, H].
@@ -220,18 +220,6 @@ class AsvrModel(MegatronModule):
             batch.own(batch.document_BS) < 0,
         )
 
-    def codes(self, batch: MicroBatch) -> Tensor:
-        """Target codes of every patch, int64 [P, D]: from the batch, or from the tokenizer."""
-        if batch.codes_PD is not None:
-            return batch.codes_PD
-        if self.tokenizer is None:
-            raise ConfigError(
-                "the micro-batch brings no codes and the model has no tokenizer; fill the code "
-                "cache (data.codes=cache) or set data.codes=online"
-            )
-        whole_ICHW = self._pixels(batch)[:: self.run_config.model.resolution.num_crops]
-        return self._gather(self.tokenizer.encode(whole_ICHW), batch).flatten(0, 1)
-
     def forward(
         self, batch: MicroBatch, *, scales: Scales | None = None
     ) -> LossSums | Tensor | tuple[Tensor, LossSums]:
@@ -245,7 +233,11 @@ class AsvrModel(MegatronModule):
             scales: the gradients that the sums will get in a backward pass that must follow; some
                 gradients of weights are then added to their buffers now (see ``output_loss``).
         """
-        hidden_SBH = self.hidden(batch)
+        features_PF = None
+        if self.images.joined and batch.codes_PD is None:
+            features_PF, codes_PD = self.images.both(batch)
+            batch = dataclasses.replace(batch, codes_PD=codes_PD)
+        hidden_SBH = self.hidden(batch, features_PF)
         if not (self.post_process or self.visual_process):
             return hidden_SBH
         whole_SBH = gather_positions(hidden_SBH, groups=self.groups)
@@ -285,7 +277,7 @@ class AsvrModel(MegatronModule):
                 "codes_MD": None,
             }
         hidden_MH = take_positions(hidden_SBH, batch.visual_positions_M, may_be_cut=self.official)
-        codes_MD = self.codes(batch)[batch.visual_patches_M]
+        codes_MD = self.images.codes(batch)[batch.visual_patches_M]
         visual_sum_D, visual_correct_D = self.visual_head.loss(hidden_MH, codes_MD, scales_D)
         return {
             "visual_sum_D": visual_sum_D,
@@ -345,21 +337,6 @@ class AsvrModel(MegatronModule):
         if self.pre_process:
             for parameter in self.vision_encoder.unused_parameters():
                 parameter.requires_grad_(False)
-
-    def _pixels(self, batch: MicroBatch) -> Tensor:
-        """This rank's share of the images, of length 0 when there are none."""
-        if batch.pixel_values_ICHW is not None:
-            return batch.pixel_values_ICHW
-        side = self.run_config.model.vision.image_size
-        device = batch.document_BS.device  # tokens come to the first stage only
-        return torch.empty(0, NUM_CHANNELS, side, side, device=device)
-
-    def _gather(self, x_IN: Tensor, batch: MicroBatch) -> Tensor:
-        """The rows of all images from this rank's share of them."""
-        group = self.groups.tp_cp
-        shares = [image_share(batch.num_images, r, group.size()) for r in range(group.size())]
-        sizes = [end - start for start, end in shares]
-        return gather_images(x_IN, sizes=sizes, group=group, sum_over=self.groups.cp)
 
 
 def build_chunks(

@@ -171,9 +171,25 @@ class VisualTokenizer(nn.Module):
         Args:
             pixels_ICHW: normalised pixels; I may be 0.
         """
-        features_INC = self.features(pixels_ICHW)
+        return self.quantise(self.features(pixels_ICHW))
+
+    @torch.no_grad()
+    def quantise(self, features_INC: Tensor) -> Tensor:
+        """Codes of every patch and level: int64 [I, N, D].
+
+        Args:
+            features_INC: as ``features`` gives them.
+        """
         codes_RD = residual_codes(features_INC.flatten(0, 1), self.codebooks.tables())
         return codes_RD.unflatten(0, features_INC.shape[:2])
+
+    def leave_out_unused(self) -> int:
+        """Number of parameters given up: those that ``encode`` never reads. Nothing saves it then.
+
+        The fingerprint stays that of all.
+        """
+        self._fingerprint = self.fingerprint
+        return 0 if self.encoder is None else self.encoder.leave_out_unused()
 
     def fit(self, features: Iterable[Tensor], *, seed: int, iters: int = 10) -> None:
         """Fit the codebooks in place to all of some features (train/fit.py fits to a sample).
@@ -260,6 +276,7 @@ class VisualTokenizer(nn.Module):
         if tokenizer.encoder is not None:
             tokenizer.encoder.to(state["encoder.post_layernorm.weight"].dtype)
         tokenizer.load_state_dict(state)
+        tokenizer._fingerprint = got
         return tokenizer
 
 

@@ -1,9 +1,13 @@
 """The SigLIP / SigLIP2 vision encoder in plain torch, numerically the one of transformers.
 
 Every rank holds the whole encoder: a tensor-parallel group splits the images, not the weights.
-All layers exist, so that a Hugging Face folder loads and saves without loss, but the forward
-pass stops at the selected hidden state; the layers above it and the final norm never run.
+The forward pass stops at the selected hidden state. The layers above it and the final norm exist
+only until the weights of a run are loaded and stored, so that a Hugging Face folder goes in and out
+without loss; then they are left out (``leave_out_unused``).
 """
+
+import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from megatron_asvr.config.schema import ResolutionConfig, VisionConfig
 from megatron_asvr.shapes import check_shape
 
 NUM_CHANNELS = 3  # red, green, blue
+_LAYER = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
 class SiglipEmbeddings(nn.Module):
@@ -138,7 +143,7 @@ class SiglipEncoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, in which the forward pass computes."""
-        return self.post_layernorm.weight.dtype
+        return self.embeddings.patch_embedding.weight.dtype
 
     @property
     def attention(self) -> str:
@@ -154,14 +159,42 @@ class SiglipEncoder(nn.Module):
         Raises:
             AsvrError: the pixels are not images of ``config.image_size``.
         """
+        return self.hidden_states(pixels_ICHW, [self.config.num_feature_layers])[0]
+
+    def hidden_states(self, pixels_ICHW: Tensor, numbers: Sequence[int]) -> list[Tensor]:
+        """The states [I, N, F] after so many layers each, from one pass.
+
+        Args:
+            pixels_ICHW: as of ``forward``.
+            numbers: of layers, 0 for the patch embeddings.
+
+        Raises:
+            AsvrError: the pixels are not images of ``config.image_size``.
+        """
         side = self.config.image_size
         check_shape("pixels_ICHW", pixels_ICHW, "I C H W", C=NUM_CHANNELS, H=side, W=side)
         x_INF = self.embeddings(pixels_ICHW.to(self.dtype))
-        for layer in self.encoder.layers[: self.config.num_feature_layers]:
+        found = {0: x_INF}
+        for number, layer in enumerate(self.encoder.layers[: max(numbers)], 1):
             x_INF = layer(x_INF)
-        return x_INF
+            if number in numbers:
+                found[number] = x_INF
+        return [found[number] for number in numbers]
+
+    @staticmethod
+    def reads(name: str, num_layers: int) -> bool:
+        """Whether a pass through the first ``num_layers`` layers reads the parameter ``name``."""
+        layer = _LAYER.match(name)
+        return name.startswith("embeddings.") or (bool(layer) and int(layer[1]) < num_layers)
 
     def unused_parameters(self) -> list[nn.Parameter]:
         """Parameters that the forward pass never reads: those above the selected hidden state."""
-        above = self.encoder.layers[self.config.num_feature_layers :]
-        return [*above.parameters(), *self.post_layernorm.parameters()]
+        number = self.config.num_feature_layers
+        return [x for name, x in self.named_parameters() if not self.reads(name, number)]
+
+    def leave_out_unused(self) -> int:
+        """Number of parameters that are given up: those that the forward pass never reads."""
+        number = sum(x.numel() for x in self.unused_parameters())
+        self.encoder.layers = self.encoder.layers[: self.config.num_feature_layers]
+        self.post_layernorm = nn.Identity()
+        return number

@@ -1,6 +1,7 @@
 """Number of parameters of every part, from the configuration alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_asvr.config.schema import LanguageConfig, ModelConfig, VisionConfig, VisualHeadConfig
 
@@ -27,6 +28,12 @@ def count_parameters(
         width = code_width or vision.hidden_size
         counts["visual_head"] = _head(model.visual_head, lm.hidden_size, codebook_sizes, width)
     return counts
+
+
+def left_out(vision: VisionConfig) -> int:
+    """Parameters of the encoder behind its selected layer: training neither runs nor holds them."""
+    used = replace(vision, num_layers=vision.num_feature_layers)
+    return _vision(vision) - _vision(used) + 2 * vision.hidden_size
 
 
 def _linear(rows: int, columns: int, *, bias: bool = True) -> int:

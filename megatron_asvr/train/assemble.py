@@ -133,6 +133,7 @@ def open_data(config: Config, *, groups: Groups) -> Data:
     if config.loss.visual_weight:
         tokenizer = VisualTokenizer.load(str(config.model.visual_tokenizer), group=groups.world)
         tokenizer.check_fits(config.model.vision)
+        tokenizer.leave_out_unused()
         if config.data.codes == "cache":
             cache = _open_cache(config, tokenizer)
     text = TextTokenizer(str(config.model.text_tokenizer))

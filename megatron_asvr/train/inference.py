@@ -103,6 +103,7 @@ class Answerer:
         run_checks(weights.checks, group=groups.world)
         convert = None if rounded_to is None else partial(_rounded, dtype=rounded_to)
         load_shared(model, weights.stored, groups=groups, convert=convert)
+        model.leave_out_unused()
         self._generator = Generator(
             model.eval(),
             self.pixels,

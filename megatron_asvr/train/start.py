@@ -134,6 +134,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
             load_sources(chunks, config, facts=facts, groups=groups)
             _write_frozen_again(folder, damaged, checkpoint, chunks, groups, attempt)
         load_frozen(folder, checkpoint, chunks, groups=groups)
+    _tell_encoding(data, chunks)
     # Takes a while: after all that can be refused.
     fill_codes(data, groups=groups, encode=config.data.encode_missing)
     wrapped = wrap(chunks, config.train.optim)
@@ -262,6 +263,16 @@ def _leave_out(done: ResumeState, folder: RunFolder, groups: Groups) -> ResumeSt
 def _identify(config: Config, data: Data) -> dict[str, Any]:
     fingerprint = data.tokenizer.fingerprint if data.tokenizer is not None else None
     return identity(config, tokenizer_fingerprint=fingerprint, image_keys=data.train.image_keys())
+
+
+def _tell_encoding(data: Data, chunks: Sequence[AsvrModel]) -> None:
+    """Log, on rank 0, what is done once instead of twice, and what not at all."""
+    left_out = sum(chunk.leave_out_unused() for chunk in chunks)
+    lines = [f"vision_encoder: {left_out:,} parameters behind the selected layer are left out"]
+    if data.tokenizer is not None:
+        lines.append(chunks[0].images.join(data.tokenizer))
+    if chunks[0].groups.rank == 0:
+        logger.info("%s", "\n".join(lines))
 
 
 def _announce(run: Run, origins: Mapping[str, str]) -> None:

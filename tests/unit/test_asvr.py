@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_asvr.config.schema import DataConfig, LossConfig
+from megatron_asvr.config.schema import DataConfig, LossConfig, OptimConfig
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.asvr import AsvrModel, build_model
 from megatron_asvr.model.loss import LossSums, joint_loss
+from megatron_asvr.train.optim import wrap
 from tests.asvr_cases import CONFIG, SIZES, build, config, gradients, micro_batch, tokenizer
 from tests.language_cases import one_rank
 
@@ -124,6 +125,41 @@ def test_frozen_parts_and_unused_layers_do_not_train(groups):
     unused = {name for name, x in everything.named_parameters() if not x.requires_grad}
     assert all("layers.2." in name or "post_layernorm" in name for name in unused)
     assert len(unused) == 18
+
+
+def leaves(loss: torch.Tensor) -> set[int]:
+    """The parameters that a graph adds gradients to."""
+    found, seen, todo = set(), set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        todo += [parent for parent, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("parts", [("visual_head",), ("projector", "visual_head")])
+def test_frozen_parts_build_no_graph_and_keep_no_gradients(parts, recompute, groups):
+    model, batch = (
+        build(config(trainable=parts, recompute=recompute), groups),
+        micro_batch("images"),
+    )
+    assert not model.encode_images(batch).requires_grad
+    assert model.hidden(batch).requires_grad == ("projector" in parts)
+    sums = model(batch)
+    assert sums.text_sum.requires_grad == ("projector" in parts)
+    loss = loss_of(sums)
+    trained = {name: x for name, x in model.named_parameters() if x.requires_grad}
+    assert {name.partition(".")[0] for name in trained} == set(parts)
+    assert leaves(loss) == {id(x) for x in trained.values()}
+    loss.backward()
+    assert all((x.grad is None) == (name not in trained) for name, x in model.named_parameters())
+    (wrapped,) = wrap([model], OptimConfig())
+    assert {id(x) for x in wrapped.buffers[0].param_to_bucket} == {id(x) for x in trained.values()}
 
 
 def test_the_baseline_builds_neither_head_nor_codes(groups):

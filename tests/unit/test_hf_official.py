@@ -158,7 +158,7 @@ def test_an_imported_checkpoint_gives_the_recorded_losses(case, model):
     assert loss.item() == oracle.approx(wanted["loss"])
     codes = oracle.inputs(case).get("codes")
     if codes is not None:
-        assert torch.equal(model.codes(batch), codes.flatten(0, 1))
+        assert torch.equal(model.images.codes(batch), codes.flatten(0, 1))
 
 
 def test_every_weight_is_the_recorded_one(imported):

@@ -53,6 +53,8 @@ def test_dry_run_prints_the_plan_and_trains_nothing(trained, capsys, tmp_path):
     printed = capsys.readouterr().out
     assert "layout: TP1" in printed
     assert "visual_head:" in printed
+    assert "parameters behind the selected layer are left out" in printed
+    assert "no common pass for features and codes: codes come from the cache" in printed
     assert "data: 13 records, 4 steps an epoch, 4 steps in all" in printed
     assert "evaluation: 3 records" in printed
     (tmp_path / "eval.json").write_text('[{"conversations": 3}]')

@@ -185,6 +185,8 @@ def test_a_second_stage_starts_from_the_first_with_another_layout(stages: int) -
     assert run_ranks(train, (config,), stages, log_dir=log_dir, timeout_s=240)["step"] == 1
     log = (log_dir / "rank_0.log").read_text()
     assert all(f"weights of {part} from {one}" in log for part in PARTS)
+    assert "parameters behind the selected layer are left out" in log
+    assert "no common pass for features and codes: codes come from the cache" in log
     before, after = read_run(one)[1], read_run(two)[1]
     for name in ("projector.linear_2.weight", "visual_head.heads.1.weight"):
         assert torch.equal(before(name), after(name))
