@@ -292,6 +292,12 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
     trained = sum(math.prod(shape) for shape in shapes.values())
     logger.info("%d parameters trained: %s", trained, ", ".join(run.config.train.trainable))
     dp = run.groups.plan.dp
+    fp8 = run.config.precision.fp8
+    if run.done.step and fp8.recipe == "delayed" and not fp8.emulate:
+        logger.warning(
+            "Transformer Engine's largest values of earlier uses are no part of a checkpoint: "
+            "delayed scaling collects them anew"
+        )
     if dp > 1 and run.done.step < run.total_steps:
         logger.info("%s", run.data.train.imbalance(run.done.step).describe(dp))
     logger.info("%d of %d steps done", run.done.step, run.total_steps)

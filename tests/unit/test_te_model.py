@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,49 @@ import pytest
 import torch
 
 from megatron_asvr import platforms, precision
+from megatron_asvr.checkpoint.load import find_resume
+from megatron_asvr.checkpoint.state import parts
 from megatron_asvr.config.schema import Config, Fp8Config, LanguageConfig, PrecisionConfig
+from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.model import linears, sharding
 from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.parallel import groups as process_groups
 from megatron_asvr.parallel.groups import Groups
-from tests import asvr_cases
+from megatron_asvr.parallel.plan import ParallelPlan
+from tests import asvr_cases, run_cases
 from tests.language_cases import CASES, MIXTURES, one_rank
+from tests.run_cases import Bench
 
 pytestmark = pytest.mark.te
 
 
-class MetaPlatform(CpuPlatform):
+LAYERS = {**CASES, **MIXTURES}
+
+
+class NoGpu(CpuPlatform):
     """A GPU on which nothing can be computed."""
 
     name = "cuda"
-    device = torch.device("meta")
     compute_capability = (10, 0)
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, device: str = "meta") -> None:
+    """Transformer Engine finds a device, and what is asked for on it is made on another one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
+    monkeypatch.setattr(platforms, "select", lambda: (NoGpu(device), "for this test"))
 
 
 @pytest.fixture(autouse=True)
 def _meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformer Engine finds a device, and what is asked for on it is made on ``meta``."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
-    monkeypatch.setattr(platforms, "select", lambda: (MetaPlatform(), "for this test"))
+    pretend(monkeypatch)
 
 
 def config(language: LanguageConfig, fp8: Fp8Config) -> Config:
@@ -90,9 +110,6 @@ def described(model: AsvrModel, groups: Groups) -> dict[str, tuple[Any, ...]]:
     }
 
 
-LAYERS = {**CASES, **MIXTURES}
-
-
 @pytest.mark.parametrize("case", LAYERS)
 def test_a_checkpoint_of_one_backend_is_one_of_the_other(case: str) -> None:
     run = config(LAYERS[case], Fp8Config())
@@ -104,9 +121,75 @@ def test_a_checkpoint_of_one_backend_is_one_of_the_other(case: str) -> None:
         assert isinstance(
             linear, importlib.import_module("transformer_engine.pytorch").LayerNormLinear
         )
-        # What Transformer Engine keeps beside its weights is no part of a checkpoint.
-        extra = {name for name in te.state_dict() if name.endswith("_extra_state")}
-        assert not extra & set(described(te, groups))
+
+
+def differences(cases: Sequence[str], plan: ParallelPlan) -> dict[str, tuple[int, list[str]]]:
+    """For each model its parameters, and which are not the same on both kinds of layers."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        pretend(patch)
+        groups = process_groups.initialize(plan, 60.0)
+        for case in cases:
+            run = config(LAYERS[case], Fp8Config())
+            te, local = (described(build(run, kind, groups), groups) for kind in ("te", "local"))
+            names = sorted(te.keys() | local.keys())
+            found[case] = (len(names), [x for x in names if te.get(x) != local.get(x)])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cases", "degrees"), [(CASES, {"tp": 2, "sp": True}), (MIXTURES, {"tp": 2, "ep": 2})]
+)
+def test_two_tensor_parallel_ranks_hold_the_same_parts(
+    cases: Mapping[str, LanguageConfig], degrees: dict[str, Any]
+) -> None:
+    plan = ParallelPlan(**degrees, world=2)
+    found = run_ranks(differences, (tuple(cases), plan), 2, timeout_s=120)
+    assert list(found) == list(cases)
+    for number, different in found.values():
+        assert number > 20
+        assert different == []
+
+
+WIDE = {
+    "train__precision": "bf16",
+    "model__language__hidden_size": 256,
+    "model__language__ffn_hidden_size": 256,
+    "model__visual_head__width": 256,
+}
+
+
+def held(bench: Bench) -> dict[tuple[str, Any], torch.Tensor]:
+    """Everything that a checkpoint of it holds."""
+    every = parts(bench.chunks, bench.optimizer)
+    return {(part.key, part.offset): part.memory.clone() for part in every}
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("te", "local"), ("local", "te")])
+def test_a_run_saved_by_one_backend_goes_on_with_the_other(
+    writer: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and the optimizer's state; what Transformer Engine keeps beside them is left out."""
+    pretend(monkeypatch, "cpu")
+    settings = {kind: run_cases.config(**WIDE, precision__backend=kind) for kind in ("te", "local")}
+    settings["te"] = dataclasses.replace(
+        settings["te"],
+        precision=PrecisionConfig(backend="te", fp8=_with_head_out(Fp8Config(recipe="delayed"))),
+    )
+    with one_rank() as groups:
+        bench, place = Bench(settings[writer], groups), run_cases.folder(tmp_path)
+        te = bench if writer == "te" else Bench(settings["te"], groups)
+        assert any(name.endswith("_extra_state") for name in te.model.state_dict())
+        draw = torch.Generator().manual_seed(3)
+        for part in parts(bench.chunks, bench.optimizer):  # no step can be computed here
+            part.memory.normal_(generator=draw)
+        run_cases.save(bench, place, 1)
+        meta = find_resume(place, run_cases.IDENTITY).meta
+        again = Bench(settings[reader], groups, resume=(place, meta))
+        wanted, got = held(bench), held(again)
+        assert wanted.keys() == got.keys()
+        assert {key.split(".")[0] for key, _ in wanted} > {"language_model", "optimizer"}
+        assert [key for key, x in wanted.items() if not torch.equal(x, got[key])] == []
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "current", "block", "mxfp8"])
@@ -175,5 +258,5 @@ def test_what_megatron_core_takes_from_the_compiled_library_is_there() -> None:
 
 
 def test_the_backend_is_chosen_with_a_reason() -> None:
-    chosen = precision.select_backend(MetaPlatform(), torch.bfloat16)
+    chosen = precision.select_backend(NoGpu("meta"), torch.bfloat16)
     assert chosen == ("te", "CUDA with Transformer Engine")
