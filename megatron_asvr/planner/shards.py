@@ -96,8 +96,8 @@ def _chunks(
         place = number if plan.vpp else None
         model = AsvrModel(config, groups=groups, tokenizer=visual, vp_stage=place)
         lm, constants = model.language_model, [*model.buffers()]
-        if model.tokenizer is not None:
-            constants += [*model.tokenizer.parameters(), *model.tokenizer.buffers()]
+        if (online := model.images.tokenizer) is not None:
+            constants += [*online.parameters(), *online.buffers()]
         chunks.append(
             Chunk(
                 shards=tuple(_shards(model, groups)),
