@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.text import TextTokenizer
 from tests.run_cases import config, tokenizer
@@ -68,3 +69,19 @@ def run_config(files: Path, run: Path, **changes: Any) -> Config:
             **changes,
         }
     )
+
+
+# Of a line of metrics: what a clock says, or a window that begins anew with every start.
+CLOCKED = ("tokens_per_s", "step_s", "data_wait", "rank_wait", "tflops", "eval_s", "save_s")
+CLOCKED += ("elapsed_s", "lost_s", "goodput")
+UNEQUAL = (*CLOCKED, "codes_used", "code_perplexity")
+
+
+def repeatable_lines(config: Config, *left_out: str) -> list[dict[str, Any]]:
+    """The metrics of a run, as far as they do not depend on how often it was interrupted."""
+    lines = [json.loads(line) for line in RunFolder(config.run.dir).metrics.open()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith((*UNEQUAL, *left_out))}
+        for line in lines
+        if line["kind"] != "start"
+    ]

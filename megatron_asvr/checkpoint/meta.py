@@ -46,6 +46,8 @@ class ResumeState:
     # Linears that left 8 bits, by name: after how many steps (train/drift.py).
     left_fp8: dict[str, int] = dataclasses.field(default_factory=dict)
     train_s: float = 0.0  # seconds spent in steps, over all attempts
+    elapsed_s: float = 0.0  # seconds of all attempts: steps, what is between them, what was lost
+    lost_s: float = 0.0  # of these: after checkpoints that were gone back to (train/work.py)
     window: dict[str, Any] = dataclasses.field(default_factory=dict)  # train/metrics.py
 
 

@@ -258,10 +258,11 @@ class VisualHead(nn.Module):
         top_D = torch.zeros_like(sum_D, dtype=torch.int64)
         for rows in self._parts(hidden_MH):
             self.rows = rows
-            part_MH = hidden_MH[rows].detach().requires_grad_()
+            part_MH = hidden_MH[rows].detach().requires_grad_(hidden_MH.requires_grad)
             part_sum_D, part_top_D = self._loss(part_MH, codes_MD[rows], scales_D)
             part_sum_D.backward(part_sum_D.new_tensor(scales_D))
-            grad_MH[rows] = part_MH.grad
+            if part_MH.grad is not None:
+                grad_MH[rows] = part_MH.grad
             sum_D += part_sum_D.detach()
             top_D += part_top_D
         self.rows = slice(None)

@@ -70,5 +70,8 @@ class Platform(Protocol):
     def synchronize(self) -> None:
         """Return when the device has done all that was asked of it."""
 
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Operations per second of dense products, by the data sheet; None where there is none."""
+
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: of the device, or of this process on the CPU."""

@@ -89,6 +89,9 @@ class CpuPlatform:
     def synchronize(self) -> None:
         """Nothing: every operator has finished when it returns."""
 
+    def peak_flops(self, dtype: torch.dtype) -> None:
+        """None: no data sheet says what a core gets of its CPU; benchmarks measure it."""
+
     def peak_memory_bytes(self) -> int:
         """Highest resident set of this process so far."""
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from megatron_asvr.platforms import apex
 from megatron_asvr.platforms import deterministic as switches
+from megatron_asvr.platforms.peaks import peak_flops
 
 import torch
 from torch import Tensor
@@ -77,6 +78,10 @@ class CudaPlatform:
     def synchronize(self) -> None:
         """Return when this GPU has nothing left to do."""
         torch.cuda.synchronize()
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Of a GPU that ``peaks.py`` knows."""
+        return peak_flops(torch.cuda.get_device_name(), dtype)
 
     def peak_memory_bytes(self) -> int:
         """Highest memory that torch's allocator reserved on this GPU."""

@@ -38,6 +38,7 @@ from megatron_asvr.train.step import Agreement, AnomalyError, agree, loss_functi
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from megatron_asvr.train.validate import validate
 from megatron_asvr.train.watchdog import Watchdog
+from megatron_asvr.train.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def train(config: Config) -> dict[str, Any]:
             the last checkpoint cannot be written, or a newer start of the run is at work.
         AsvrError: a loss or gradient is not finite, and ``train.anomaly`` does not allow for it.
     """
+    begun_s = time.perf_counter()
     show_log("stdout")
     groups = make_groups(config)
     config = check_parity(config, groups=groups)
@@ -68,19 +70,20 @@ def train(config: Config) -> dict[str, Any]:
         check = CodeCheck(config, data, groups=groups)
         while True:
             with contextlib.suppress(RollBack):
-                return train_from_checkpoint(config, data, check, groups=groups)
+                return train_from_checkpoint(config, data, check, begun_s=begun_s, groups=groups)
+            begun_s = time.perf_counter()
             gc.collect()  # the model that is given up
 
 
 def train_from_checkpoint(
-    config: Config, data: Data, check: CodeCheck, *, groups: Groups
+    config: Config, data: Data, check: CodeCheck, *, begun_s: float, groups: Groups
 ) -> dict[str, Any]:
     """What ``train`` returns, of one start.
 
     Raises:
         RollBack: samples are left out from now on, and the newest checkpoint is to be continued.
     """
-    run = start(config, data, groups=groups)
+    run = start(config, data, begun_s=begun_s, groups=groups)
     attempt = run.folder.attempt(run.attempt)
     with (
         StopRequest() as stop,
@@ -93,6 +96,7 @@ def train_from_checkpoint(
         ) as log,
         Watchdog(config.train.watchdog, attempt, groups=groups) as watchdog,
     ):
+        log.write(run.done.step, "start", times(run, run.done))
         saver = Saver(run, log)
         done = run_steps(run, saver, log, stop, check, watchdog)
     return {**summary(run, done), "failed_saves": saver.failures}
@@ -118,7 +122,7 @@ def run_steps(
     """
     config, groups, data, settings = run.config, run.groups, run.data, run.config.train
     done, window, usage = run.done, Window(**run.done.window), CodeUsage(data.codebook_sizes)
-    guard = Guard(run, saver)
+    guard, work = Guard(run, saver), Work(config, data.tokenizer, groups=groups)
     pace = Pace(settings.watchdog.slow_share, watchdog.hosts, groups=groups)
     while done.step < run.total_steps:
         step, batch = done.step, batch_of(done.step, done.skipped)
@@ -129,8 +133,8 @@ def run_steps(
 
             with naming(step, batches, groups):
                 told = stop.reason is not None or run.is_superseded
-                counts = check.counts(step, batches)
-                agreement = agree(batches, stop=told, groups=groups, recounted=counts)
+                sums = {"recounted": check.counts(step, batches), "work": work.counts(batches)}
+                agreement = agree(batches, stop=told, groups=groups, **sums)
                 if due(step, settings.cosine_every_steps):
                     cosine = gradient_cosine(run.wrapped, batches, agreement, groups=groups)
                     log.write(step + 1, "cosine", {"gradient_cosine": cosine})
@@ -163,21 +167,23 @@ def run_steps(
             samples=settings.global_batch,
             bad_samples=data.train.num_bad([batch]),
             train_s=train_s,
+            elapsed_s=run.elapsed_s,
         )
         last = done.step == run.total_steps
 
         if last or due(done.step, settings.log_every_steps):
-            write_line(
-                run, log, done, {**window.values(), "lr": rate, **usage.values(groups=groups)}
-            )
+            values = {**window.values(), "lr": rate, **usage.values(groups=groups)}
+            write_line(run, log, done, {**values, **work.values(window), **times(run, done)})
             pace.report(log, done.step)
             check.judge(window.recount)
             window = Window()
 
         if data.held_out and (last or due(done.step, settings.eval_every_steps)):
-            evaluate(run, log, done)
+            with window.pause("eval"):
+                evaluate(run, log, done)
 
-        saver.after_step(replace(done, window=asdict(window)), last=last or agreement.stop)
+        with window.pause("save"):
+            saver.after_step(replace(done, window=asdict(window)), last=last or agreement.stop)
         if agreement.stop:
             break
     return done
@@ -197,8 +203,20 @@ def evaluate(run: Run, log: MetricsLog, done: ResumeState) -> None:
     tell(run.groups, f"eval at step {done.step}: {main_numbers(held_out)}")
 
 
+def times(run: Run, done: ResumeState) -> dict[str, float]:
+    """Seconds of the run, and the share of them that went into steps that count."""
+    seconds = {"elapsed_s": run.elapsed_s, "lost_s": done.lost_s}
+    return {**seconds, "goodput": done.train_s / seconds["elapsed_s"]}
+
+
 def advance(
-    done: ResumeState, agreement: Agreement, *, samples: int, bad_samples: int, train_s: float
+    done: ResumeState,
+    agreement: Agreement,
+    *,
+    samples: int,
+    bad_samples: int,
+    train_s: float,
+    elapsed_s: float,
 ) -> ResumeState:
     """Totals after one more step."""
     return replace(
@@ -211,6 +229,7 @@ def advance(
         tokens=done.tokens + agreement.num_tokens,
         data_hash=sha256(f"{done.data_hash} {agreement.digest}".encode()).hexdigest()[:16],
         train_s=done.train_s + train_s,
+        elapsed_s=elapsed_s,
     )
 
 
@@ -253,7 +272,12 @@ def summary(run: Run, done: ResumeState) -> dict[str, Any]:
     ranks = gather_objects(mine, group=groups.world)
     finished = done.step == run.total_steps
     state = "finished" if finished else "stopped"
-    tell(groups, f"{state} after {done.step} of {run.total_steps} steps, {clock(done.train_s)}")
+    spent = times(run, done)
+    tell(
+        groups,
+        f"{state} after {done.step} of {run.total_steps} steps, which took {clock(done.train_s)} "
+        f"of {clock(spent['elapsed_s'])} (goodput {spent['goodput']:.0%})",
+    )
     return {
         "run": str(run.folder.root),
         "finished": finished,
@@ -267,6 +291,7 @@ def summary(run: Run, done: ResumeState) -> dict[str, Any]:
         "bad_samples": done.bad_samples,
         "tokens": done.tokens,
         "train_s": done.train_s,
+        **spent,
         "peak_mem_bytes": [rank["peak_mem_bytes"] for rank in ranks],
         "data": [rank["data"] for rank in ranks if rank["data"] is not None],
     }

@@ -1,9 +1,11 @@
 """What a run tells: a progress line, metrics.jsonl, and wandb; only rank 0 writes."""
 
+import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +57,9 @@ class Window:
         data_s: seconds spent waiting for data.
         train_s: seconds spent in the steps, waiting included.
         recounted: sum of ``Agreement.recounted``.
+        work: sum of ``Agreement.work``.
+        wait_s: seconds of these in which this rank waited for the passes of others.
+        pauses: seconds between the steps, by what they went into.
     """
 
     steps: int = 0
@@ -65,22 +70,31 @@ class Window:
     data_s: float = 0.0
     train_s: float = 0.0
     recounted: list[int] = field(default_factory=list)
+    work: list[int] = field(default_factory=list)
+    wait_s: float = 0.0
+    pauses: dict[str, float] = field(default_factory=dict)
 
     def add(
         self, result: StepResult, agreement: Agreement, *, data_s: float, train_s: float
     ) -> None:
         """Count one more step."""
-        new = result.totals.tolist()
-        self.totals = [a + b for a, b in zip(self.totals or [0.0] * len(new), new, strict=True)]
+        self.totals = _sums(self.totals, result.totals.tolist())
         self.steps += 1
         self.loss += result.loss
         self.grad_norm += result.grad_norm
         self.num_tokens += agreement.num_tokens
         self.data_s += data_s
         self.train_s += train_s
-        if counts := agreement.recounted:
-            before = self.recounted or [0] * len(counts)
-            self.recounted = [a + b for a, b in zip(before, counts, strict=True)]
+        self.recounted = _sums(self.recounted, agreement.recounted)
+        self.work = _sums(self.work, agreement.work)
+        self.wait_s += result.wait_s
+
+    @contextlib.contextmanager
+    def pause(self, name: str) -> Iterator[None]:
+        """What passes inside is no part of a step."""
+        started = time.perf_counter()
+        yield
+        self.pauses[name] = self.pauses.get(name, 0.0) + time.perf_counter() - started
 
     @property
     def recount(self) -> Recount:
@@ -100,8 +114,14 @@ class Window:
             "tokens_per_s": self.num_tokens / self.train_s,
             "step_s": self.train_s / self.steps,
             "data_wait": self.data_s / self.train_s,
+            **{f"{name}_s": seconds for name, seconds in self.pauses.items()},
             **({"codes_checked_images": recount.images, **checked} if recount.images else {}),
         }
+
+
+def _sums(old: list[Any], new: Sequence[Any]) -> list[Any]:
+    """Sums of numbers, of which there are none before the first."""
+    return [a + b for a, b in zip(old, new, strict=True)] if old else list(new)
 
 
 def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -> str:
@@ -119,6 +139,7 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
         line += f" visual {values['visual_loss']:.4f} [{' '.join(f'{v:.3f}' for v in depths)}]"
     line += f" lr {values['lr']:.2e} gnorm {values['grad_norm']:.3f}"
     line += f" tok/s {values['tokens_per_s']:,.0f}"
+    line += f" MFU {values['mfu']:.0%}" if "mfu" in values else ""
     if "codes_checked_images" in values:
         shares = (v for key, v in values.items() if key.startswith("code_flips_"))
         line += f" codes of {values['codes_checked_images']} images checked, flips"
@@ -168,8 +189,8 @@ class MetricsLog:
 
         Args:
             step: steps done.
-            kind: ``train``, ``eval``, ``cosine``, ``fp8``, ``save``, ``slow``; begins the
-                names in wandb.
+            kind: ``start``, ``train``, ``eval``, ``cosine``, ``fp8``, ``save``, ``slow``; begins
+                the names in wandb.
             values: numbers by name, and hashes; None is a number that does not exist at this step.
         """
         if self._file is None:

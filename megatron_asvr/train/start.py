@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,7 @@ from megatron_asvr.config.load import save as save_config
 from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import CheckpointError
+from megatron_asvr.log import clock
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
 from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.groups import Groups
@@ -37,6 +39,7 @@ from megatron_asvr.precision import fuse_gradients
 from megatron_asvr.train.assemble import Data, load_sources
 from megatron_asvr.train.codes import fill_codes
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
+from megatron_asvr.train.work import with_past
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +63,7 @@ class Run:
         done: where the run stands.
         skipped: why newer checkpoints could not be continued from, by step.
         total_steps: optimizer steps of the whole run.
+        zero_s: what ``time.perf_counter`` would have shown when the run had taken no time yet.
     """
 
     config: Config
@@ -76,6 +80,12 @@ class Run:
     done: ResumeState
     skipped: Mapping[int, str]
     total_steps: int
+    zero_s: float
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds that the run has taken, all its starts together."""
+        return time.perf_counter() - self.zero_s
 
     @property
     def is_superseded(self) -> bool:
@@ -103,12 +113,13 @@ class Run:
         )
 
 
-def start(config: Config, data: Data, *, groups: Groups) -> Run:
+def start(config: Config, data: Data, *, begun_s: float, groups: Groups) -> Run:
     """The run, ready for its next step. All ranks take part.
 
     Args:
         config: the run.
         data: of the run.
+        begun_s: what ``time.perf_counter`` showed when this start began.
         groups: process groups of the layout.
 
     Raises:
@@ -147,6 +158,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
 
     done = checkpoint.resume if checkpoint is not None else ResumeState()
     done = _leave_out(done, folder, groups)
+    done = on_first(partial(with_past, done, folder.metrics), group=groups.world)
     total_steps = data.train.total_steps
     schedule = make_schedule(
         optimizer, config.train.optim, total_steps=total_steps, done_steps=done.step
@@ -166,6 +178,7 @@ def start(config: Config, data: Data, *, groups: Groups) -> Run:
         done=done,
         skipped=resume.skipped,
         total_steps=total_steps,
+        zero_s=begun_s - done.elapsed_s,
     )
     if groups.rank == 0:
         with folder.being_written(), folder.written(folder.config, attempt) as path:
@@ -301,3 +314,5 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
     if dp > 1 and run.done.step < run.total_steps:
         logger.info("%s", run.data.train.imbalance(run.done.step).describe(dp))
     logger.info("%d of %d steps done", run.done.step, run.total_steps)
+    if run.done.lost_s:
+        logger.info("%s of earlier starts came after their checkpoints", clock(run.done.lost_s))

@@ -64,6 +64,7 @@ class Agreement:
         digest: of the samples of the global batch and their order (MicroBatch.digest, summed).
         stop: some rank was asked to stop after this step.
         recounted: sums of ``CodeCheck.counts`` (train/recheck.py).
+        work: sums of ``Work.counts`` (train/work.py).
     """
 
     text_count: int
@@ -72,6 +73,7 @@ class Agreement:
     digest: int
     stop: bool
     recounted: tuple[int, ...] = ()
+    work: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +100,7 @@ class StepResult:
         loss: the joint loss of the global batch.
         grad_norm: before clipping.
         own_s: seconds of this rank's forward and backward passes; see pace.py.
+        wait_s: seconds that it then waited for the passes of others.
         parts: this rank's micro-batches; none on a stage that computes no loss.
     """
 
@@ -105,6 +108,7 @@ class StepResult:
     loss: float
     grad_norm: float
     own_s: float
+    wait_s: float
     parts: list[Part]
 
 
@@ -114,7 +118,12 @@ def contributes(groups: Groups) -> bool:
 
 
 def agree(
-    batches: Sequence[MicroBatch], *, stop: bool, groups: Groups, recounted: Sequence[int] = ()
+    batches: Sequence[MicroBatch],
+    *,
+    stop: bool,
+    groups: Groups,
+    recounted: Sequence[int] = (),
+    work: Sequence[int] = (),
 ) -> Agreement:
     """Counts of the whole global batch and the joint decision to stop: one small all-reduce.
 
@@ -123,6 +132,7 @@ def agree(
         stop: this rank was asked to stop.
         groups: process groups of the layout.
         recounted: numbers of every rank to be summed too, as many on each.
+        work: likewise.
     """
     counts = [0, 0, 0, 0]
     if contributes(groups):
@@ -132,7 +142,7 @@ def agree(
             groups.is_last_stage * sum(int((b.own(b.document_BS) >= 0).sum()) for b in batches),
             (groups.is_last_stage and groups.cp_rank == 0) * sum(b.digest for b in batches),
         ]
-    mine = torch.tensor([*counts, int(stop), *recounted], device=select()[0].device)
+    mine = torch.tensor([*counts, int(stop), *recounted, *work], device=select()[0].device)
     values = all_reduce_sum(mine, group=groups.world)
     text_count, visual_count, num_tokens, digest, stops, *sums = values.tolist()
     return Agreement(
@@ -141,7 +151,8 @@ def agree(
         num_tokens=num_tokens,
         digest=digest,
         stop=stops > 0,
-        recounted=tuple(sums),
+        recounted=tuple(sums[: len(recounted)]),
+        work=tuple(sums[len(recounted) :]),
     )
 
 
@@ -313,6 +324,7 @@ def train_step(
     select()[0].synchronize()  # the sum that follows waits for the device in any case
     own_s = time.perf_counter() - started
     totals, value = sum_parts(parts, depth=chunks[0].module.num_depths, groups=groups)
+    wait_s = time.perf_counter() - started - own_s
     if not (math.isfinite(value) and bool(totals.isfinite().all())):
         raise AnomalyError(_blame(parts, batches, step, groups))
     if value > limit:
@@ -336,7 +348,9 @@ def train_step(
     assert updated, "no gradient scaler is configured that could leave out an update"
     for emulator in emulators:
         emulator.update()
-    return StepResult(totals=totals, loss=value, grad_norm=grad_norm, own_s=own_s, parts=parts)
+    return StepResult(
+        totals=totals, loss=value, grad_norm=grad_norm, own_s=own_s, wait_s=wait_s, parts=parts
+    )
 
 
 @contextlib.contextmanager

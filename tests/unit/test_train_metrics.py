@@ -42,7 +42,7 @@ COUNTS = Agreement(text_count=10, visual_count=4, num_tokens=100, digest=7, stop
 
 def result(loss: float, totals: list[float]) -> StepResult:
     vector = torch.tensor(totals, dtype=torch.float64)
-    return StepResult(totals=vector, loss=loss, grad_norm=2 * loss, own_s=0.0, parts=[])
+    return StepResult(totals=vector, loss=loss, grad_norm=2 * loss, own_s=0.0, wait_s=0.0, parts=[])
 
 
 def filled() -> Window:

@@ -1,7 +1,6 @@
 """Steps whose numbers cannot be right: the run ends as if its order never had their batches."""
 
 import functools
-import json
 import os
 import signal
 import tempfile
@@ -26,7 +25,7 @@ from megatron_asvr.data.order import StepOrder
 from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.train import loop
-from tests.run_data import make_files, run_config
+from tests.run_data import make_files, repeatable_lines, run_config
 
 pytestmark = pytest.mark.world
 
@@ -38,8 +37,6 @@ SETTINGS: dict[str, Any] = {
     "data__eval": [],
     "data__prefetch_batches": 0,
 }
-# A clock decides the first three; code usage is counted anew by every start.
-UNEQUAL = ("tokens_per_s", "step_s", "data_wait", "codes_used", "code_perplexity")
 
 
 @functools.cache
@@ -131,9 +128,7 @@ def weights(config: Config) -> dict[str, Tensor]:
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in RunFolder(config.run.dir).metrics.open()]
-    left_out = (*UNEQUAL, "skipped_batches")
-    return [{k: v for k, v in line.items() if not k.startswith(left_out)} for line in lines]
+    return repeatable_lines(config, "skipped_batches")
 
 
 def same_as_never(config: Config, *gaps: int) -> None:

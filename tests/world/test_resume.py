@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import json
 import os
 import signal
 import tempfile
@@ -27,7 +26,7 @@ from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.train import loop
 from megatron_asvr.train.loop import train
-from tests.run_data import make_files, run_config
+from tests.run_data import make_files, repeatable_lines, run_config
 
 pytestmark = pytest.mark.world
 
@@ -39,8 +38,6 @@ SETTINGS: dict[str, Any] = {
     "train__eval_every_steps": 4,
     "train__cosine_every_steps": 3,
 }
-# What a clock decides, and the code usage, whose counts start again with the process.
-UNEQUAL = ("tokens_per_s", "step_s", "data_wait", "codes_used", "code_perplexity")
 
 
 @functools.cache
@@ -66,8 +63,7 @@ def weights(config: Config) -> dict[str, Tensor]:
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in RunFolder(config.run.dir).metrics.open()]
-    return [{k: v for k, v in line.items() if not k.startswith(UNEQUAL)} for line in lines]
+    return repeatable_lines(config)
 
 
 @functools.cache

@@ -27,6 +27,7 @@ from megatron_asvr.train.step import (
     train_step,
 )
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
+from megatron_asvr.train.work import Work
 from tests.run_cases import (
     CODEBOOK_SIZES,
     Bench,
@@ -78,7 +79,8 @@ def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     bench = Bench(run, groups)
     grads = bench.gradients()
     batches = step_batches(run, 0, groups)
-    agreement = agree(batches, stop=False, groups=groups)
+    work = Work(run, None, groups=groups).counts(batches)
+    agreement = agree(batches, stop=False, groups=groups, work=work)
     cosine = gradient_cosine(bench.wrapped, batches, agreement, groups=groups)
     steps, usage = [bench.step(step) for step in range(5)], CodeUsage(CODEBOOK_SIZES)
     for result in steps:
@@ -86,6 +88,7 @@ def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     check_replicas(bench, groups)
     return {
         "codes": usage.values(groups=groups),
+        "work": agreement.work,
         "losses": [result.loss for result in steps],
         "totals": [result.totals for result in steps],
         "norms": [result.grad_norm for result in steps],
@@ -119,6 +122,7 @@ def same_steps(layout: str, changes: tuple[tuple[str, Any], ...] = ()) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
     assert_same_gradients(got["grads"], want["grads"])
     assert got["codes"] == want["codes"]
+    assert got["work"] == want["work"]
     if want["cosine"] is None:
         assert got["cosine"] is None
     else:
