@@ -225,7 +225,7 @@ class MetricsLog:
 def kept_lines(path: Path, done_steps: int) -> list[str]:
     """The lines of steps up to ``done_steps``, without a last one that was cut off."""
     kept: list[str] = []
-    if not path.exists():
+    if not path.is_file():
         return kept
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:

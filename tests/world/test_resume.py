@@ -212,7 +212,8 @@ def test_killed_it_goes_on_in_another_layout(first: str, second: str) -> None:
     seen: set[str] = set()
     for mine, theirs in zip(got, want, strict=True):
         assert mine.get("data_hash") == theirs.get("data_hash"), mine["step"]
-        numbers = {k: v for k, v in theirs.items() if not isinstance(v, str)}
+        # Rows are padded to what the layout needs.
+        numbers = {k: v for k, v in theirs.items() if not isinstance(v, str) and k != "padding"}
         # Measured: 3e-6 relative, of the gradient cosine.
         assert {k: mine[k] for k in numbers} == pytest.approx(numbers, rel=1e-5), mine["step"]
         losses = {k: v for k, v in numbers.items() if k.endswith("loss")}
