@@ -130,6 +130,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
     from megatron_asvr.data.text import TextTokenizer
     from megatron_asvr.model.linears import precision_lines
     from megatron_asvr.model.tokenizer import VisualTokenizer
+    from megatron_asvr.parallel.plan import layout_lines
     from megatron_asvr.train.assemble import open_source
 
     tokenizer = None
@@ -185,37 +186,3 @@ def encoding_lines(
     number = left_out(config.model.vision)
     lines = [f"vision_encoder: {number:,} parameters behind the selected layer are left out"]
     return lines if tokenizer is None else [*lines, one_pass(config, tokenizer, weight)[1]]
-
-
-def layout_lines(config: Config, world: int, codebook_sizes: Sequence[int]) -> list[str]:
-    """The layout: its degrees, what each pipeline stage holds and how even that is.
-
-    Args:
-        config: the run, checked.
-        world: number of ranks.
-        codebook_sizes: codes of every depth; empty without a visual head.
-    """
-    from megatron_asvr.parallel.plan import make_plan
-    from megatron_asvr.parallel.stages import layer_split
-
-    plan, split = make_plan(config, world, codebook_sizes), layer_split(config, codebook_sizes)
-    lines = [f"layout: {plan.describe()}"]
-    if plan.pp == 1:
-        return lines
-    for stage, cost in enumerate(split.costs):
-        chunks = " + ".join(str(number) for number in split.layers[stage :: plan.pp])
-        lines.append(f"stage {stage}: {chunks} layers, {cost / sum(split.costs):.1%} of the cost")
-    heads = "the last the LM head and the visual head"
-    if split.head_alone:
-        heads = "the last chunk the visual head alone, the one before it the LM head"
-    lines.append(
-        f"imbalance of the stages: {split.imbalance:.3f} (largest modelled cost over the mean; the "
-        f"first has the encoder, {heads})"
-    )
-    number = config.train.global_batch // (plan.dp * config.train.micro_batch)
-    if plan.vpp and not config.data.packing and number % plan.pp:
-        lines.append(
-            f"micro-batches: {number} a step, and {-number % plan.pp} empty ones, because virtual "
-            f"stages take a multiple of parallel.pp={plan.pp}"
-        )
-    return lines

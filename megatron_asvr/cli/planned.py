@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from megatron_asvr.cli.common import layout_lines, plan_lines
+from megatron_asvr.cli.common import plan_lines
 from megatron_asvr.config.check import check
 from megatron_asvr.config.layout import data_parallel
 from megatron_asvr.config.load import load
@@ -23,10 +23,14 @@ from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.launch import inputs
 from megatron_asvr.launch.elastic import start_nodes, usable_nodes
 from megatron_asvr.launch.script import CONFIG, Container, Job, Resources, time_s
+from megatron_asvr.parallel.plan import layout_lines
 
 RESOURCES = ("gpus_per_node", "ranks_per_node", "cpus_per_rank", "time", "partition", "account")
 FOLDER = "slurm"  # of a run's job, in the run's folder
-SHOWN = ("layout:", "stage ", "imbalance ", "micro-batches:", "data:", "data ", "evaluation:")
+SHOWN = (
+    *("layout:", "stage ", "imbalance ", "bubble:", "micro-batches:"),
+    *("data:", "data ", "evaluation:"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

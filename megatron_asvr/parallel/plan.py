@@ -76,3 +76,39 @@ def make_plan(config: Config, world_size: int, codebook_sizes: Sequence[int] = (
         ep=p.ep,
         world=world_size,
     )
+
+
+def layout_lines(config: Config, world_size: int, codebook_sizes: Sequence[int]) -> list[str]:
+    """The layout in words: its degrees, what each pipeline stage holds, how even that is.
+
+    The arguments are those of ``make_plan``.
+    """
+    plan = make_plan(config, world_size, codebook_sizes)
+    lines = [f"layout: {plan.describe()}"]
+    if plan.pp == 1:
+        return lines
+    split = layer_split(config, codebook_sizes)
+    for stage, cost in enumerate(split.costs):
+        chunks = " + ".join(str(number) for number in split.layers[stage :: plan.pp])
+        lines.append(f"stage {stage}: {chunks} layers, {cost / sum(split.costs):.1%} of the cost")
+    heads = "the last the LM head and the visual head"
+    if split.head_alone:
+        heads = "the last chunk the visual head alone, the one before it the LM head"
+    lines.append(
+        f"imbalance of the stages: {split.imbalance:.3f} (largest modelled cost over the mean; the "
+        f"first has the encoder, {heads})"
+    )
+    if config.data.packing:
+        return lines  # how many sequences the samples fill is known step by step
+    number = config.train.global_batch // (plan.dp * config.train.micro_batch)
+    empty = -number % plan.pp if plan.vpp else 0
+    lines.append(
+        f"bubble: a stage is idle for {split.idle(number, plan.vpp or 1):.1%} of a step's passes, "
+        f"by the same model, with {number} micro-batches of equal size"
+    )
+    if empty:
+        lines.append(
+            f"micro-batches: {number} a step, and {empty} empty ones, because virtual stages take "
+            f"a multiple of parallel.pp={plan.pp}"
+        )
+    return lines

@@ -52,6 +52,21 @@ class Split:
         """Largest cost over the mean; 1 is perfect."""
         return max(self.costs) * len(self.costs) / sum(self.costs)
 
+    def idle(self, micro_batches: int, vpp: int = 1) -> float:
+        """Share of the passes' time in which the mean stage has nothing to do.
+
+        The slowest stage works without a pause; before and after it the first micro-batch passes
+        through the other stages, with virtual ones a chunk at a time. Exact for 1F1B with equal
+        stages.
+
+        Args:
+            micro_batches: of a step.
+            vpp: chunks of each stage.
+        """
+        longest, together = max(self.costs), sum(self.costs)
+        time = micro_batches * longest + (together - longest) / vpp
+        return 1 - micro_batches * together / (len(self.costs) * time)
+
 
 def layer_split(config: Config, codebook_sizes: Sequence[int]) -> Split:
     """The split of a run: ``parallel.stages`` where given, else the best of both forms.

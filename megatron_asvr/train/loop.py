@@ -122,7 +122,8 @@ def run_steps(
     """
     config, groups, data, settings = run.config, run.groups, run.data, run.config.train
     done, window, usage = run.done, Window(**run.done.window), CodeUsage(data.codebook_sizes)
-    guard, work = Guard(run, saver), Work(config, data.tokenizer, groups=groups)
+    joined = run.chunks[0].images.joined
+    guard, work = Guard(run, saver), Work(config, data.tokenizer, joined=joined, groups=groups)
     pace = Pace(settings.watchdog.slow_share, watchdog.hosts, groups=groups)
     while done.step < run.total_steps:
         step, batch = done.step, batch_of(done.step, done.skipped)

@@ -35,6 +35,7 @@ from megatron_asvr.log import clock
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
 from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.parallel.plan import layout_lines
 from megatron_asvr.precision import fuse_gradients
 from megatron_asvr.train.assemble import Data, load_sources
 from megatron_asvr.train.codes import fill_codes
@@ -294,8 +295,9 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
     if run.groups.rank:
         return
     platform, reason = select()
-    plan = run.groups.plan.describe()
-    logger.info("platform %s (%s); layout %s", platform.name, reason, plan)
+    logger.info("platform %s (%s)", platform.name, reason)
+    lines = layout_lines(run.config, run.groups.plan.world, run.data.codebook_sizes)
+    logger.info("%s", "\n".join(lines))
     backend = run.chunks[0].language_model
     logger.info("layers %s (%s)", backend.backend, backend.backend_reason)
     fused, reason = fuse_gradients(platform)

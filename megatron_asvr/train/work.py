@@ -21,7 +21,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.model.asvr import DTYPES
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.collectives import all_reduce_sum
-from megatron_asvr.parallel.costs import Counts, Rates, rates, tokenizer_cost
+from megatron_asvr.parallel.costs import Counts, Rates, encoder_cost, rates, tokenizer_cost
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.metrics import Window, kept_lines
 
@@ -32,13 +32,19 @@ class Work:
     Args:
         config: the run.
         tokenizer: the visual tokenizer, None without a visual loss.
+        joined: one pass of the encoder gives features and codes (model/images.py).
         groups: process groups of the layout.
     """
 
     def __init__(
-        self, config: Config, tokenizer: VisualTokenizer | None, *, groups: Groups
+        self,
+        config: Config,
+        tokenizer: VisualTokenizer | None,
+        *,
+        joined: bool = False,
+        groups: Groups,
     ) -> None:
-        self._rates, self._groups = useful_rates(config, tokenizer), groups
+        self._rates, self._groups = useful_rates(config, tokenizer, joined=joined), groups
         self._sliding_window = config.model.language.sliding_window
         self._peak = select()[0].peak_flops(DTYPES[config.train.precision])
 
@@ -89,8 +95,13 @@ class Work:
         }
 
 
-def useful_rates(config: Config, tokenizer: VisualTokenizer | None) -> Rates:
-    """The rates of a run with exactly this tokenizer, without what is computed again."""
+def useful_rates(
+    config: Config, tokenizer: VisualTokenizer | None, *, joined: bool = False
+) -> Rates:
+    """The rates of a run with exactly this tokenizer, without what is computed again.
+
+    The arguments are those of ``Work``.
+    """
     if tokenizer is None:
         return rates(config, (), useful=True)
     sizes, width = tokenizer.codebook_sizes, tokenizer.width
@@ -98,7 +109,10 @@ def useful_rates(config: Config, tokenizer: VisualTokenizer | None) -> Rates:
     if not found.tokenizer:
         return found
     encoder = tokenizer.encoder.config if tokenizer.encoder is not None else None
-    return replace(found, tokenizer=tokenizer_cost(config, sizes, encoder, width))
+    cost = tokenizer_cost(config, sizes, encoder, width)
+    if joined and encoder is not None:  # the layers that both need run once
+        cost -= min(encoder_cost(encoder), encoder_cost(config.model.vision))
+    return replace(found, tokenizer=cost)
 
 
 def num_pairs(batch: MicroBatch, sliding_window: int | None) -> int:

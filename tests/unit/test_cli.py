@@ -6,12 +6,13 @@ import re
 import pytest
 
 from megatron_asvr.cli.chat import read_questions
-from megatron_asvr.cli.common import layout_lines, world_size, write_report
+from megatron_asvr.cli.common import world_size, write_report
 from megatron_asvr.cli.main import main, parse
 from megatron_asvr.cli.train import summary_lines
 from megatron_asvr.config import schema
 from megatron_asvr.config.load import load
 from megatron_asvr.data.templates import TEMPLATES
+from megatron_asvr.parallel.plan import layout_lines
 
 RESULT = {
     "run": "runs/a",
@@ -124,7 +125,7 @@ def test_the_schema_names_every_conversation_template():
 def test_the_layout_names_what_every_stage_holds():
     settings = ["parallel={tp: 2, pp: 2, vpp: 2}", "train.global_batch=6"]
     config = load("vicuna7b_stage2", [*settings, "train.micro_batch=2"])
-    layout, first, last, imbalance, empty = layout_lines(config, 4, (16384,) * 8)
+    layout, first, last, imbalance, bubble, empty = layout_lines(config, 4, (16384,) * 8)
     assert layout == "layout: TP2 x PP2 x CP1 x DP1 x VPP2 = 4 ranks"
     layers = [[int(x) for x in re.findall(r"(\d+)(?= \+| layers)", line)] for line in (first, last)]
     assert sum(map(sum, layers)) == 32
@@ -134,9 +135,12 @@ def test_the_layout_names_what_every_stage_holds():
     measured = float(re.search(r"stages: ([\d.]+)", imbalance)[1])
     assert measured == pytest.approx(max(shares) / 50, abs=0.002)
     assert "3 a step, and 1 empty ones" in empty
+    idle = float(re.search(r"idle for ([\d.]+)%", bubble)[1])
+    longest = measured / 2
+    assert idle == pytest.approx(100 - 150 / (3 * longest + (1 - longest) / 2), abs=0.1)
     assert "the last the LM head and the visual head" in imbalance
     alone = load("vicuna7b_stage2", ["parallel={pp: 4, tp: 1, head_alone: true}"])
-    *_, last, imbalance = layout_lines(alone, 4, (16384,) * 8)
+    *_, last, imbalance, _ = layout_lines(alone, 4, (16384,) * 8)
     assert last.startswith("stage 3: 0 layers")
     assert "the last chunk the visual head alone" in imbalance
     assert layout_lines(load("vicuna7b_stage2"), 8, ()) == [

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_asvr.config.schema import Config, DataConfig, ParallelConfig, ResolutionConfig
 from megatron_asvr.model.asvr import AsvrModel
@@ -11,6 +13,7 @@ from megatron_asvr.model.images import one_pass
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.planner.parameters import left_out
+from megatron_asvr.train.work import useful_rates
 from tests import asvr_cases
 from tests.asvr_cases import CONFIG, build, micro_batch
 from tests.language_cases import one_rank
@@ -62,6 +65,24 @@ def test_one_pass_gives_the_features_and_codes_of_two(own, its, groups):
     assert len(passes) == 6
     assert torch.equal(got.visual_sum_D, wanted.visual_sum_D)
     assert torch.equal(got.text_sum, wanted.text_sum)
+
+
+@pytest.mark.parametrize(("own", "its"), [(-2, -3), (-3, -1)])
+def test_the_work_of_both_is_what_torch_counts(own, its, groups):
+    model = built(*at_layers(own, its), groups)
+    config, made, batch = model.run_config, model.images.tokenizer, micro_batch("images")
+    for joined in (False, True):
+        if joined:
+            model.images.join(made)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            if joined:
+                model.images.both(batch)
+            else:
+                model.images.features(batch)
+                model.images.codes(batch)
+        found = useful_rates(config, made, joined=joined)
+        wanted = (found.encoder + found.tokenizer) * batch.num_images
+        assert counter.get_total_flops() == wanted, joined
 
 
 def test_joined_encoders_share_their_memory(groups):
