@@ -50,6 +50,8 @@ class MicroBatch:
         pixel_values_ICHW: float32, this rank's share of the images (images
             ``image_share[0]:image_share[1]`` of the micro-batch, all crops of each one after
             another), or None without images.
+        features_INF: this rank's share of the encoder's features, in place of pixels, where they
+            come from the cache; None otherwise, and without images.
         image_share: first and one-past-last image encoded by this rank, among those of the
             tensor- and context-parallel group of its stage.
         num_images: images of the micro-batch, on all ranks together; where a picture is cut into
@@ -89,6 +91,7 @@ class MicroBatch:
     image_keys: list[str] = field(default_factory=list)
     digest: int = 0
     newline_positions: Tensor | None = None
+    features_INF: Tensor | None = None
     context: tuple[int, int] = (0, 1)
     text_positions_X: Tensor | None = field(init=False)
 

@@ -157,6 +157,8 @@ def plan_lines(config: Config, world: int) -> list[str]:
             f"data: {data.num_samples:,} records, {data.steps:,} steps an epoch, "
             f"{data.total_steps:,} steps in all"
         )
+        if config.data.features == "cache":
+            lines.append(_feature_line(config, data.num_images))
         parts = data.blend()
         for name, taken, size in parts if len(parts) > 1 else ():
             lines.append(f"data {name}: {taken:,} samples an epoch of {size:,}")
@@ -186,3 +188,15 @@ def encoding_lines(
     number = left_out(config.model.vision)
     lines = [f"vision_encoder: {number:,} parameters behind the selected layer are left out"]
     return lines if tokenizer is None else [*lines, one_pass(config, tokenizer, weight)[1]]
+
+
+def _feature_line(config: Config, num_images: int) -> str:
+    """How large a cache of features becomes."""
+    model, name = config.model, {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision]
+    width = model.vision.hidden_size * model.resolution.num_scales
+    size = model.vision.num_patches * width * {"float32": 4, "bfloat16": 2}[name]
+    views = model.resolution.most_views
+    many = f" of up to {views} views" if views > 1 else ""
+    total = num_images * views * size / 2**30
+    size_told = f"{size:,} bytes a view as {name}"
+    return f"features: {size_told}, {total:.3f} GiB for {num_images:,} images{many}"

@@ -1,4 +1,4 @@
-"""`asvr tokenizer`: fit a visual tokenizer, fill the code cache, look at a tokenizer."""
+"""`asvr tokenizer`: fit a visual tokenizer, fill the caches, look at a tokenizer."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.set_defaults(takes_overrides=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_fit(actions.add_parser("fit", help="fit residual codebooks on a frozen encoder; resumes"))
-    encode = actions.add_parser("encode", help="compute and cache the codes of all images")
+    encode = actions.add_parser("encode", help="compute and cache codes and features of all images")
     add_config(encode)
     encode.set_defaults(run=run_encode)
     inspect = actions.add_parser("inspect", help="print what a tokenizer is and how good it is")
@@ -88,8 +88,8 @@ def run_fit(args: argparse.Namespace) -> None:
 
 
 def run_encode(args: argparse.Namespace) -> None:
-    """Fill the code cache of a configuration's images."""
-    from megatron_asvr.train.codes import encode_all
+    """Fill the caches of a configuration's images."""
+    from megatron_asvr.train.caches import encode_all
 
     config, world = read_config(args)
     done = start_ranks(encode_all, (config,), config, world)

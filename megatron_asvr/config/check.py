@@ -189,6 +189,16 @@ def _check_data(config: Config) -> None:
             bool(shares) and all(0 <= share <= 1 for share in shares),
             f"data.{name}={getattr(d, name)} must be from 0 to 1",
         )
+    _require(
+        d.features == "online" or "vision_encoder" not in config.train.trainable,
+        "data.features=cache holds what a frozen encoder gives, but train.trainable names "
+        "vision_encoder; set data.features=online, or freeze it",
+    )
+    _require(
+        d.features == "online" or d.codes == "cache" or config.loss.visual_weight == 0,
+        "data.features=cache saves nothing with data.codes=online: images are decoded and encoded "
+        "for their codes in every step; set data.codes=cache too, or data.features=online",
+    )
     near = difflib.get_close_matches(d.template, TEMPLATES, n=1)
     _require(
         d.template in (*TEMPLATES, "tokenizer") or d.template.endswith(".jinja"),
@@ -217,6 +227,11 @@ def _check_augment(config: Config) -> None:
         config.data.codes == "online" or config.loss.visual_weight == 0,
         "data.augment changes images at every step, and cached codes are of the unchanged ones; "
         "set data.codes=online, or leave data.augment out",
+    )
+    _require(
+        config.data.features == "online",
+        "data.augment changes images at every step, and cached features are of the unchanged ones; "
+        "set data.features=online, or leave data.augment out",
     )
     _require(
         config.model.resolution.mode == "single",

@@ -278,9 +278,10 @@ class DataConfig:
     on_parity: Literal["refuse", "pil"] = "refuse"  # pil: PIL decodes kinds beyond parity_max_flip
     max_image_pixels: int = 50_000_000  # larger images are refused from their header
     codes: Literal["cache", "online"] = "cache"  # the tokenizer's codes: from disk, or every step
+    features: Literal["online", "cache"] = "online"  # a frozen encoder's: every step, or from disk
     cache_dir: str | None = None  # default: <run.dir>/../codes
-    encode_missing: bool = True  # codes not in the cache: computed before training, or an error
-    codes_verify_fraction: float = 0.001  # of a step's images: cached codes are computed again
+    encode_missing: bool = True  # what a cache lacks: computed before training, or an error
+    codes_verify_fraction: float = 0.001  # of a step's images: what is cached is computed again
     codes_max_flip: tuple[float, ...] = (0.02,)  # share that may differ: of all depths, or of each
     decode_threads: int = 1
     prefetch_batches: int = 2

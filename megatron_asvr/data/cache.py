@@ -1,8 +1,8 @@
-"""The visual tokenizer's codes on disk, so that each image is tokenised once.
+"""What is computed of an image once, on disk: the tokenizer's codes, the encoder's features.
 
-A cache folder is named by a fingerprint of everything that the codes depend on, and holds the same
+A cache folder is named by a fingerprint of everything that its values depend on, and holds the same
 in words (``manifest.json``), so that a cache made otherwise is never used and the difference can be
-told. Codes are found by the key of an image (data/views.py: its bytes, and which view of it this
+told. Values are found by the key of an image (data/views.py: its bytes, and which view of it this
 is). They lie in part files (data/parts.py) that are written whole, never changed, and mapped
 into memory; several jobs may read and write at a time.
 
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import torch
+from torch import Tensor
 
 from megatron_asvr.config.schema import Config
-from megatron_asvr.data.files import fingerprint, read_table, write_atomically, write_table
+from megatron_asvr.data.files import fingerprint, write_atomically
+from megatron_asvr.data.keys import KeyIndex, index_of, read_index
 from megatron_asvr.data.parts import (
     FORMAT,
-    KEY_BYTES,
-    SUFFIX,
     DamagedPartError,
     Part,
     RowForm,
@@ -40,15 +40,15 @@ ASIDE = ".damaged"  # ending of a part that was found damaged
 SHOWN = 3  # other caches that a message compares with
 
 
-def code_facts(config: Config, tokenizer: Mapping[str, Any], *, device: str) -> dict[str, Any]:
-    """Everything that codes depend on beside the image, by name; a cache is of one set of them.
+def cache_facts(config: Config, encoder: Mapping[str, Any], *, device: str) -> dict[str, Any]:
+    """Everything that values depend on beside the image, by name; a cache is of one set of them.
 
     Args:
         config: the run.
-        tokenizer: ``VisualTokenizer.facts`` of the tokenizer that encodes.
+        encoder: ``facts`` of what encodes (``VisualTokenizer``, ``ImageReader``).
         device: type of the device that decodes and encodes.
     """
-    return {"format": FORMAT, **pixel_facts(config, device), **tokenizer}
+    return {"format": FORMAT, **pixel_facts(config, device), **encoder}
 
 
 def cache_root(config: Config) -> Path:
@@ -58,14 +58,13 @@ def cache_root(config: Config) -> Path:
     return Path(config.run.dir).parent / "codes"
 
 
-class CodeCache:
-    """Codes by image key.
+class ImageCache:
+    """Values [N, D] by image key.
 
     Args:
-        root: folder of all caches.
-        facts: from :func:`code_facts`.
-        num_patches: patches of one image.
-        codebook_sizes: of the tokenizer's depths; up to 65,536 each code takes two bytes.
+        root: folder of all caches of a kind.
+        facts: everything that the values depend on beside the image, by name.
+        form: of the values of one image.
 
     Attributes:
         damaged: part files that were found damaged, and why; their images are missing.
@@ -74,35 +73,23 @@ class CodeCache:
         DataError: the folder's manifest says that it is another cache.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        facts: Mapping[str, Any],
-        *,
-        num_patches: int,
-        codebook_sizes: Sequence[int],
-    ) -> None:
+    def __init__(self, root: str | Path, facts: Mapping[str, Any], form: RowForm) -> None:
         self.root = Path(root)
         self.folder = self.root / fingerprint(facts)[:32]
-        self.depth = len(codebook_sizes)
+        self.kind = form.kind
         self.damaged: dict[str, str] = {}
         self._facts = dict(facts)
-        self._form = RowForm(
-            num_patches=num_patches,
-            depth=self.depth,
-            dtype=np.dtype("<u2" if max(codebook_sizes) <= 2**16 else "<u4"),
-        )
-        self._limits_D = np.asarray(codebook_sizes)
+        self._form = form
         self._bad: set[tuple[str, int, int]] = set()  # states of damaged files
         self._written = False  # parts that the index does not have yet
         self._names: list[str] = []
         self._parts: dict[int, Part] = {}
-        self._index = _no_index()
+        self._index = index_of([])
         self._check_manifest()
         self.refresh()
 
     def __len__(self) -> int:
-        """Images with codes, as of the last ``refresh``."""
+        """Images with values, as of the last ``refresh``."""
         return len(self._index.keys)
 
     @property
@@ -111,9 +98,19 @@ class CodeCache:
         return self._form.num_patches
 
     @property
+    def depth(self) -> int:
+        """Values of one patch."""
+        return self._form.depth
+
+    @property
     def dtype(self) -> np.dtype:
-        """Type of a code on disk."""
+        """Type of a value on disk."""
         return self._form.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes on disk that one image takes."""
+        return self._form.row_bytes
 
     def refresh(self) -> None:
         """See the parts that other processes have written since."""
@@ -121,13 +118,13 @@ class CodeCache:
         names = self._list()
         if names == self._names:
             return
-        index = _read_index(self.folder / INDEX.format(fingerprint({"parts": names})[:32]))
+        index = read_index(self.folder / INDEX.format(fingerprint({"parts": names})[:32]))
         if index is None:
             names, index = self._make_index(names)
         self._names, self._parts, self._index = names, {}, index
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys without codes, each once, in order.
+        """The keys without values, each once, in order.
 
         Ranks that divide the answer among themselves have to ask before any of them writes.
         """
@@ -137,7 +134,7 @@ class CodeCache:
         return [key for key, found in zip(wanted, there, strict=True) if not found]
 
     def get(self, key: str) -> np.ndarray:
-        """Codes [N, D] of one view of an image.
+        """Values [N, D] of one view of an image.
 
         Raises:
             DataError: the cache does not have them, or their part file was damaged.
@@ -148,9 +145,9 @@ class CodeCache:
         (place,) = self._index.find([stored])
         if place < 0:
             raise DataError(
-                f"the code cache {self.folder} has no codes for the image with key {key}; run "
-                "`asvr tokenizer encode` with the same configuration, or set data.codes=online"
-                + self.differences()
+                f"the {self.kind} cache {self.folder} has no {self.kind}s for the image with key "
+                f"{key}; run `asvr tokenizer encode` with the same configuration, or set "
+                f"data.{self.kind}s=online" + self.differences()
             )
         part, row = self._place(place, stored)
         try:
@@ -158,31 +155,33 @@ class CodeCache:
         except DamagedPartError as error:
             raise self._damage(part.name, error) from error
 
-    def write(self, keys: Sequence[str], codes_IND: np.ndarray) -> None:
-        """Add the codes of some images as one part file.
+    def write(self, keys: Sequence[str], values_IND: np.ndarray) -> None:
+        """Add the values of some images as one part file.
 
         Args:
             keys: of the images.
-            codes_IND: their codes [I, N, D], any integer type.
+            values_IND: their values [I, N, D], of any type that the cache's can hold.
 
         Raises:
-            DataError: the shape does not fit, or a code lies outside its codebook.
+            DataError: the shape does not fit, or the values cannot be right.
         """
         wanted = (len(keys), self.num_patches, self.depth)
-        if codes_IND.shape != wanted:
-            raise DataError(f"codes have shape {codes_IND.shape}; this cache holds {wanted}")
+        if values_IND.shape != wanted:
+            raise DataError(
+                f"{self.kind}s have shape {values_IND.shape}; this cache holds {wanted}"
+            )
         if len(keys) == 0:
             return
-        if codes_IND.min() < 0 or (codes_IND >= self._limits_D).any():
-            raise DataError(
-                f"codes lie outside their codebooks of {self._limits_D.tolist()} entries: "
-                f"{codes_IND.min()} to {codes_IND.max(axis=(0, 1)).tolist()}"
-            )
+        self._check(values_IND)
         manifest = self.folder / MANIFEST
         if not manifest.exists():
             write_atomically(manifest, json.dumps(self._facts, indent=2).encode() + b"\n")
-        write_part(self.folder, [*map(stored_key, keys)], codes_IND, self._form)
+        write_part(self.folder, [*map(stored_key, keys)], values_IND, self._form)
         self._written = True
+
+    def add(self, keys: Sequence[str], values_IND: Tensor) -> None:
+        """Add the values of some images, a tensor [I, N, D], as one part file; see ``write``."""
+        self.write(keys, values_IND.cpu().numpy())
 
     def check(self, rank: int = 0, world: int = 1) -> dict[str, str]:
         """Parts that are damaged, and why, after reading a share of the files completely.
@@ -194,7 +193,7 @@ class CodeCache:
             world: ranks that share the work.
         """
         found: dict[str, str] = {}
-        for path in sorted(self.folder.glob(f"*{SUFFIX}"))[rank::world]:
+        for path in sorted(self.folder.glob(f"*{self._form.suffix}"))[rank::world]:
             try:
                 Part(path, self._form).check()
             except (OSError, DamagedPartError) as error:
@@ -222,18 +221,21 @@ class CodeCache:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         return "".join(f"\n  {line}" for line in lines[:SHOWN]) + more
 
+    def _check(self, values_IND: np.ndarray) -> None:
+        """Raise where values cannot be right."""
+
     def _check_manifest(self) -> None:
         manifest = self.folder / MANIFEST
         if manifest.exists() and (facts := _read_manifest(manifest)) != self._facts:
             raise DataError(
-                f"the code cache {self.folder} is not what its name says: it was made with "
+                f"the {self.kind} cache {self.folder} is not what its name says: it was made with "
                 f"{_compare(facts, self._facts)}; delete it or give another data.cache_dir"
             )
 
     def _list(self) -> list[str]:
         """Names of the part files that may be used."""
         names = []
-        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+        for path in sorted(self.folder.glob(f"*{self._form.suffix}")):
             try:
                 status = path.stat()
             except OSError:
@@ -246,7 +248,7 @@ class CodeCache:
             names.append(path.name)
         return names
 
-    def _make_index(self, names: Sequence[str]) -> tuple[list[str], "_Index"]:
+    def _make_index(self, names: Sequence[str]) -> tuple[list[str], KeyIndex]:
         """The names of the good ones among some parts, and their index."""
         good, keys = [], []
         for name in names:
@@ -256,7 +258,7 @@ class CodeCache:
                 self._set_aside(name, error)
                 continue
             good.append(name)
-        return good, _index_of(keys)
+        return good, index_of(keys)
 
     def _place(self, place: int, key: str) -> tuple[Part, int]:
         """The part that holds a key, and the row in it."""
@@ -278,8 +280,8 @@ class CodeCache:
         """The error of a part that turns out to be damaged, which is set aside."""
         self._set_aside(name, error)
         return DataError(
-            f"the code cache {self.folder} was damaged: {name}: {error}; the file was set aside, "
-            "and the next start or `asvr tokenizer encode` encodes its images again"
+            f"the {self.kind} cache {self.folder} was damaged: {name}: {error}; the file was set "
+            "aside, and the next start or `asvr tokenizer encode` encodes its images again"
         )
 
     def _set_aside(self, name: str, why: Exception) -> None:
@@ -292,60 +294,82 @@ class CodeCache:
             path.replace(path.with_name(name + ASIDE))
 
 
-class _Index:
-    """Sorted keys (bytes of 32, each once) with the number of their part and their row in it."""
+class CodeCache(ImageCache):
+    """The visual tokenizer's codes by image key.
 
-    def __init__(self, keys: np.ndarray, parts: np.ndarray, rows: np.ndarray) -> None:
-        self.keys, self.parts, self.rows = keys, parts, rows
+    Args:
+        root: folder of all code caches.
+        facts: from :func:`cache_facts`.
+        num_patches: patches of one image.
+        codebook_sizes: of the tokenizer's depths; up to 65,536 each code takes two bytes.
 
-    def find(self, keys: Sequence[str]) -> np.ndarray:
-        """Place of every key in the index, -1 where there is none: int64 [I]."""
-        if not len(keys):
-            return np.empty(0, np.int64)
-        wanted = np.frombuffer(b"".join(map(bytes.fromhex, keys)), dtype=_KEY)
-        places = np.searchsorted(self.keys, wanted)
-        there = places < len(self.keys)
-        there[there] = self.keys[places[there]] == wanted[there]
-        return np.where(there, places, -1)
+    Raises:
+        DataError: the folder's manifest says that it is another cache.
+    """
 
-    def write(self, path: Path) -> None:
-        """Write it as an Arrow file."""
-        keys = pa.py_buffer(np.ascontiguousarray(self.keys))
-        column = pa.Array.from_buffers(pa.binary(KEY_BYTES), len(self.keys), [None, keys])
-        columns = {"key": column, "part": pa.array(self.parts), "row": pa.array(self.rows)}
-        write_table(path.parent, pa.table(columns), path.stem)
+    def __init__(
+        self,
+        root: str | Path,
+        facts: Mapping[str, Any],
+        *,
+        num_patches: int,
+        codebook_sizes: Sequence[int],
+    ) -> None:
+        dtype = np.dtype("<u2" if max(codebook_sizes) <= 2**16 else "<u4")
+        form = RowForm(num_patches=num_patches, depth=len(codebook_sizes), dtype=dtype)
+        super().__init__(root, facts, form)
+        self._limits_D = np.asarray(codebook_sizes)
 
-
-_KEY = np.dtype(f"S{KEY_BYTES}")
-
-
-def _no_index() -> _Index:
-    return _Index(np.empty(0, _KEY), np.empty(0, np.uint32), np.empty(0, np.uint32))
-
-
-def _index_of(parts: Sequence[np.ndarray]) -> _Index:
-    """The index of parts with these keys, uint8 [I, 32] each."""
-    if not parts:
-        return _no_index()
-    keys = np.concatenate(parts).view(_KEY).reshape(-1)
-    numbers = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(part) for part in parts])
-    rows = np.concatenate([np.arange(len(part), dtype=np.uint32) for part in parts])
-    order = np.argsort(keys, kind="stable")
-    first = np.append(True, keys[order][1:] != keys[order][:-1])
-    chosen = order[first]
-    return _Index(keys[chosen], numbers[chosen], rows[chosen])
+    def _check(self, values_IND: np.ndarray) -> None:
+        if values_IND.min() < 0 or (values_IND >= self._limits_D).any():
+            raise DataError(
+                f"codes lie outside their codebooks of {self._limits_D.tolist()} entries: "
+                f"{values_IND.min()} to {values_IND.max(axis=(0, 1)).tolist()}"
+            )
 
 
-def _read_index(path: Path) -> _Index | None:
-    """An index file mapped into memory, or None when it is absent or damaged."""
-    table = read_table(path)
-    if table is None or table.num_rows == 0:
-        return None
-    (keys,), (parts,), (rows,) = (
-        table.combine_chunks().column(name).chunks for name in ("key", "part", "row")
-    )
-    found = np.frombuffer(keys.buffers()[1], dtype=_KEY, count=len(keys))
-    return _Index(found, parts.to_numpy(), rows.to_numpy())
+class FeatureCache(ImageCache):
+    """A frozen encoder's features by image key, bit for bit.
+
+    Args:
+        root: folder of all caches.
+        facts: of encoder and pixels.
+        num_patches: patches of one image.
+        width: of a feature.
+        dtype: of the features.
+
+    Raises:
+        DataError: the folder's manifest says that it is another cache.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        facts: Mapping[str, Any],
+        *,
+        num_patches: int,
+        width: int,
+        dtype: torch.dtype,
+    ) -> None:
+        bits = np.dtype(f"<u{dtype.itemsize}")
+        form = RowForm(num_patches=num_patches, depth=width, dtype=bits, kind="feature")
+        super().__init__(Path(root) / "features", facts, form)
+        self._bits, self._dtype = getattr(torch, bits.name), dtype
+
+    def features(self, keys: Sequence[str]) -> Tensor:
+        """Features [I, N, F] of some views of images.
+
+        Raises:
+            DataError: the cache does not have them, or their part file was damaged.
+        """
+        found = np.empty((len(keys), self.num_patches, self.depth), self.dtype)
+        for place, key in enumerate(keys):
+            found[place] = self.get(key)
+        return torch.from_numpy(found).view(self._dtype)
+
+    def add(self, keys: Sequence[str], values_IND: Tensor) -> None:
+        """Add the features of some images, a tensor [I, N, F], as one part file."""
+        super().add(keys, values_IND.contiguous().view(self._bits))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

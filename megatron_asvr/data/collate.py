@@ -30,6 +30,7 @@ from megatron_asvr.precision.fp8.shapes import position_multiple
 
 Pixels = Callable[[Sequence[str]], Tensor]  # image keys to float32 [I, C, H, W]
 Codes = Callable[[str], np.ndarray]  # image key to codes [N, D]
+Features = Callable[[Sequence[str]], Tensor]  # image keys to features [I, N, F]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +157,7 @@ class Collator:
         *,
         pixels: Pixels,
         codes: Codes | None,
+        features: Features | None = None,
         size: tuple[int, int] | None = None,
     ) -> MicroBatch:
         """The micro-batch of ``rows``.
@@ -165,6 +167,7 @@ class Collator:
             pixels: decodes images; asked for this rank's share, where pixels are needed.
             codes: looks up an image's codes, where the visual loss is; None when they are computed
                 online, or not at all.
+            features: looks up images' features, which the first stage then need not compute.
             size: number and length of rows, with padding; default: :meth:`size` of ``rows``.
         """
         documents = [document for row in rows for document in row]
@@ -176,8 +179,10 @@ class Collator:
         numbers = [np.full(row.length, number) for number, row in enumerate(found)]
         first, text = self.view.first_stage, self.view.text_loss
         patches, visual = self._patches(stream, images), self._visual_targets(stream, images)
-        decode = images.keys and (first or (self.view.visual_loss and self.online))
+        encoded = first and features is not None
+        decode = images.keys and (first or (self.view.visual_loss and self.online)) and not encoded
         share = image_share(len(images.keys), self.view.encoder_rank, self.view.encoder_world)
+        mine = images.keys[slice(*share)]
         return MicroBatch(
             tokens_BS=stream.own([r.tokens_S for r in found], self.pad_id) if first else None,
             text_targets_BS=stream.own([r.targets_S for r in found], IGNORE) if text else None,
@@ -190,7 +195,8 @@ class Collator:
             image_positions_P=patches[0],
             image_patches_P=patches[1],
             newline_positions=self._newlines(stream, images),
-            pixel_values_ICHW=pixels(images.keys[slice(*share)]) if decode else None,
+            pixel_values_ICHW=pixels(mine) if decode else None,
+            features_INF=features(mine) if encoded and images.keys and features else None,
             image_share=share,
             num_images=len(images.keys),
             visual_positions_M=visual[0],

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.augment import marked
-from megatron_asvr.data.cache import CodeCache
+from megatron_asvr.data.cache import CodeCache, FeatureCache
 from megatron_asvr.data.collate import WHOLE, Collator, Document, View
 from megatron_asvr.data.order import StepOrder, blend
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY, PixelStore
@@ -41,6 +41,9 @@ PLANNED_STEPS = 32  # whose balance is told at the start
 
 class Loader:
     """Micro-batches of a split; call :meth:`prepare` before anything else.
+
+    Attributes:
+        features: cache of a frozen encoder's features, set before the first step; None: computed.
 
     Args:
         config: the run's configuration.
@@ -75,6 +78,7 @@ class Loader:
         self._split = split
         self._view = view
         self._codes = codes
+        self.features: FeatureCache | None = None
         device = device or select()[0].device
         self._sources = Sources(
             config, getattr(config.data, split), device=device, tokenizer=tokenizer
@@ -148,6 +152,11 @@ class Loader:
     def num_samples(self) -> int:
         """Records of the split, bad ones included."""
         return len(self._sources.records)
+
+    @property
+    def num_images(self) -> int:
+        """Different images of the split, bad ones included."""
+        return len({path for images in self._sources.images for path in images})
 
     def blend(self) -> list[tuple[str, int, int]]:
         """Name of every source, samples that an epoch takes from it, and how many it has."""
@@ -233,8 +242,11 @@ class Loader:
 
     def pixels_of(self, keys: Sequence[str]) -> Tensor:
         """float32 pixels [I, C, H, W] of the images with these keys, as the tokenizer sees them."""
-        crops = self._config.model.resolution.num_crops
-        return self._worker.submit(self._pixels, keys).result()[::crops]
+        return self.crops_of(keys)[:: self._config.model.resolution.num_crops]
+
+    def crops_of(self, keys: Sequence[str]) -> Tensor:
+        """The same as the model's encoder sees them: all crops of each one after another."""
+        return self._worker.submit(self._pixels, keys).result()
 
     def report(self) -> dict[str, Any]:
         """What was bad, cut, dropped or repeated, as plain values.
@@ -244,7 +256,8 @@ class Loader:
         whole split. ``sequences``, ``fill`` (the share of positions
         that are no padding) and ``empty_micro_batches`` are of all steps that were prepared.
         """
-        damaged = len(self._codes.damaged) if self._codes is not None else 0
+        caches = (self._codes, self.features)
+        damaged = sum(len(cache.damaged) for cache in caches if cache is not None)
         whole = {**self._sources.report(), "damaged_code_parts": damaged}
         return {**whole, **self._tally.report()}
 
@@ -325,6 +338,7 @@ class Loader:
             rows,
             pixels=self._pixels,
             codes=self._codes.get if self._codes is not None else None,
+            features=self.features.features if self.features is not None else None,
             size=size,
         )
         self._tally.micro_batch(batch, rows)

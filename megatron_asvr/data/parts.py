@@ -1,9 +1,9 @@
-"""One part file of the code cache: codes of up to some thousand images, written once.
+"""One part file of a cache: codes or features of up to some thousand images, written once.
 
-    256 bytes of JSON | keys, 32 bytes each | check sums, 4 bytes each | codes [I, N, D]
+    256 bytes of JSON | keys, 32 bytes each | check sums, 4 bytes each | values [I, N, D]
 
 The name tells the number of images, so that a file of the wrong size is seen without opening it. A
-row's check sum covers its key and its codes and is compared whenever the row is read: nothing has
+row's check sum covers its key and its values and is compared whenever the row is read: nothing has
 to be read at the start, and what was damaged later is never used either.
 """
 
@@ -22,7 +22,6 @@ FORMAT = 2
 HEADER_BYTES = 256
 KEY_BYTES = 32
 CHECK_SUM_BYTES = 4
-SUFFIX = ".codes"
 
 
 class DamagedPartError(ValueError):
@@ -35,32 +34,39 @@ class RowForm:
 
     Attributes:
         num_patches: patches of one image.
-        depth: codes of one patch.
-        dtype: of a code on disk.
+        depth: values of one patch.
+        dtype: of a value on disk.
+        kind: ``code`` or ``feature``: what the values are, for names and messages.
     """
 
     num_patches: int
     depth: int
     dtype: np.dtype
+    kind: str = "code"
 
     @property
-    def code_bytes(self) -> int:
-        """Bytes of an image's codes."""
+    def suffix(self) -> str:
+        """Ending of part files."""
+        return f".{self.kind}s"
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of an image's values."""
         return self.num_patches * self.depth * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
         """Bytes that one image adds to a file."""
-        return KEY_BYTES + CHECK_SUM_BYTES + self.code_bytes
+        return KEY_BYTES + CHECK_SUM_BYTES + self.value_bytes
 
     def file_bytes(self, name: str) -> int:
         """Size that the file of this name must have; -1 for a name that tells none."""
-        number = name.removesuffix(SUFFIX).rpartition("-")[2]
+        number = name.removesuffix(self.suffix).rpartition("-")[2]
         return HEADER_BYTES + int(number) * self.row_bytes if number.isdecimal() else -1
 
 
 class Part:
-    """A part file mapped into memory; codes are read when they are asked for.
+    """A part file mapped into memory; values are read when they are asked for.
 
     Args:
         path: of the file.
@@ -94,18 +100,18 @@ class Part:
             raise DamagedPartError("the check sum of its keys differs")
         self.keys = mapped[ends[0] : ends[1]].reshape(images, KEY_BYTES)
         self._sums = mapped[ends[1] : ends[2]].view("<u4")
-        self._codes = mapped[ends[2] :].reshape(images, form.code_bytes)
+        self._values = mapped[ends[2] :].reshape(images, form.value_bytes)
 
     def row(self, number: int) -> np.ndarray:
-        """Codes [N, D] of one image.
+        """Values [N, D] of one image.
 
         Raises:
             DamagedPartError: they are not what was written.
         """
-        codes = self._codes[number]
-        if _check_sum(self.keys[number], codes) != self._sums[number]:
+        values = self._values[number]
+        if _check_sum(self.keys[number], values) != self._sums[number]:
             raise DamagedPartError(f"the check sum of image {number} differs")
-        return codes.view(self._form.dtype).reshape(self._form.num_patches, self._form.depth)
+        return values.view(self._form.dtype).reshape(self._form.num_patches, self._form.depth)
 
     def check(self) -> None:
         """Read all of it.
@@ -117,17 +123,17 @@ class Part:
             self.row(number)
 
 
-def write_part(folder: Path, keys: Sequence[str], codes_IND: np.ndarray, form: RowForm) -> None:
-    """Write the codes of some images as one file, whole or not at all.
+def write_part(folder: Path, keys: Sequence[str], values_IND: np.ndarray, form: RowForm) -> None:
+    """Write the values of some images as one file, whole or not at all.
 
     Args:
         folder: of the part files.
         keys: 64 hexadecimal digits for each image.
-        codes_IND: their codes, any integer type that holds what ``form`` does.
+        values_IND: their values, any type that holds what ``form`` does.
         form: of a row.
     """
     raw = [bytes.fromhex(key) for key in keys]
-    rows = np.ascontiguousarray(codes_IND, dtype=form.dtype)
+    rows = np.ascontiguousarray(values_IND, dtype=form.dtype)
     sums = np.array([_check_sum(*pair) for pair in zip(raw, rows, strict=True)], dtype="<u4")
     table = b"".join(raw) + sums.tobytes()
     header = {
@@ -138,12 +144,12 @@ def write_part(folder: Path, keys: Sequence[str], codes_IND: np.ndarray, form: R
         "dtype": form.dtype.str,
         "crc32": zlib.crc32(table),
     }
-    # Padded, so that the codes are aligned in memory.
+    # Padded, so that the values are aligned in memory.
     line = json.dumps(header).ljust(HEADER_BYTES - 1).encode() + b"\n"
     # Two jobs that encode the same images write the same file.
-    name = f"{hashlib.sha256(table).hexdigest()[:32]}-{len(keys)}{SUFFIX}"
+    name = f"{hashlib.sha256(table).hexdigest()[:32]}-{len(keys)}{form.suffix}"
     write_atomically(folder / name, line, table, rows.tobytes())
 
 
-def _check_sum(key: bytes | np.ndarray, codes: np.ndarray) -> int:
-    return zlib.crc32(codes.tobytes(), zlib.crc32(bytes(key)))
+def _check_sum(key: bytes | np.ndarray, values: np.ndarray) -> int:
+    return zlib.crc32(values.tobytes(), zlib.crc32(bytes(key)))

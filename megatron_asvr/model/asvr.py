@@ -234,7 +234,7 @@ class AsvrModel(MegatronModule):
                 gradients of weights are then added to their buffers now (see ``output_loss``).
         """
         features_PF = None
-        if self.images.joined and batch.codes_PD is None:
+        if self.images.joins(batch):
             features_PF, codes_PD = self.images.both(batch)
             batch = dataclasses.replace(batch, codes_PD=codes_PD)
         hidden_SBH = self.hidden(batch, features_PF)

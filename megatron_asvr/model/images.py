@@ -7,6 +7,7 @@ one pass gives both (``one_pass``).
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from megatron_asvr.model.vision import NUM_CHANNELS, SiglipEncoder, join_scales
 from megatron_asvr.parallel.collectives import gather_images
 from megatron_asvr.parallel.groups import Groups
 
+FEATURES_VERSION = 1  # raised when the same weights and pixels give other features than before
 Weight = Callable[[str], Tensor | None]  # of the model's encoder, by its name in the encoder
 
 
@@ -39,12 +41,12 @@ def one_pass(config: Config, tokenizer: VisualTokenizer, weight: Weight) -> tupl
 
 def _against(config: Config, tokenizer: VisualTokenizer) -> str | None:
     """What is known before any weight."""
-    encoder, pp = tokenizer.encoder, config.parallel.pp
-    if config.data.codes == "cache":
+    encoder, data, pp = tokenizer.encoder, config.data, config.parallel.pp
+    if data.codes != data.features:
         return "codes come from the cache"
     if "vision_encoder" in config.train.trainable:
         return "the model's encoder is trained, the tokenizer's is not"
-    if pp > 1:
+    if pp > 1 and data.codes == "online":
         return f"with parallel.pp={pp} they belong to different stages"
     if encoder is None:
         return "the tokenizer quantises pixels"
@@ -61,7 +63,8 @@ def _other_weight(vision: VisionConfig, encoder: SiglipEncoder, weight: Weight) 
     for name, theirs in encoder.named_parameters():
         if encoder.reads(name, common):
             ours = weight(name)
-            if ours is None or ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+            same = ours is not None and ours.dtype == theirs.dtype
+            if not same or not torch.equal(ours, theirs.to(ours.device)):
                 return f"the tokenizer's encoder has another {name}"
     return None
 
@@ -99,31 +102,75 @@ class ImageReader:
     def join(self, tokenizer: VisualTokenizer) -> str:
         """Let one pass give features and codes where that changes nothing; what was decided.
 
-        Called when the encoder has its weights. The two encoders then share their memory.
+        Called when the encoder has its weights. Where both are needed in every step, the two
+        encoders then share their memory.
 
         Args:
             tokenizer: of the run, also where this stage computes no codes.
         """
         own = {} if self._encoder is None else dict(self._encoder.named_parameters())
         self.joined, told = one_pass(self._config, tokenizer, own.get)
-        if self.joined:
+        if self.joined and self.tokenizer is not None:
             for name, parameter in tokenizer.encoder.named_parameters():
                 if name in own and torch.equal(parameter, own[name]):
                     parameter.data = own[name].data
         return told
 
-    def features(self, batch: MicroBatch) -> Tensor:
-        """Encoder features [I, N, F] of all images; without a graph unless the encoder is trained.
+    def joins(self, batch: MicroBatch) -> bool:
+        """Whether ``both`` gives what the model needs of a batch."""
+        return self.joined and self.tokenizer is not None and batch.codes_PD is None
+
+    def facts(self, device: str) -> dict[str, Any]:
+        """Everything beside the pixels that decides the features, by name.
 
         Args:
-            batch: holds this rank's share of the pixels.
+            device: type of the device that encodes.
+        """
+        resolution = self._config.model.resolution
+        return {
+            "features version": FEATURES_VERSION,
+            "encoder dtype": str(self._encoder.dtype).split(".")[1],
+            "matmul precision": torch.get_float32_matmul_precision(),
+            "attention": f"{self._encoder.attention} on {device}",
+            "scales": list(resolution.scales) if resolution.mode == "s2" else [1],
+            "encoder": self._encoder.fingerprint(),
+        }
+
+    def encode(self, pixels_CHW: Tensor) -> Tensor:
+        """Encoder features [I, N, F]; without a graph unless the encoder is trained.
+
+        Args:
+            pixels_CHW: normalised, all crops of each image one after another.
         """
         model, encoder = self._config.model, self._encoder
         trained = encoder.embeddings.patch_embedding.weight.requires_grad
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            features_CNF = encoder(self._pixels(batch))
-            joined_INF = join_scales(features_CNF, model.resolution, model.vision.grid)
-            return self._gather(joined_INF, batch)
+            return join_scales(encoder(pixels_CHW), model.resolution, model.vision.grid)
+
+    @torch.no_grad()
+    def encode_both(self, pixels_ICHW: Tensor, tokenizer: VisualTokenizer) -> tuple[Tensor, Tensor]:
+        """Features [I, N, F] and codes [I, N, D] from one pass of the deeper encoder.
+
+        Args:
+            pixels_ICHW: normalised.
+            tokenizer: that was joined.
+        """
+        encoders = (self._encoder, tokenizer.encoder)
+        wanted = [encoder.config.num_feature_layers for encoder in encoders]
+        deeper = encoders[wanted.index(max(wanted))]
+        features_INF, quantised_INF = deeper.hidden_states(pixels_ICHW, wanted)
+        return features_INF, tokenizer.quantise(quantised_INF.float())
+
+    def features(self, batch: MicroBatch) -> Tensor:
+        """Encoder features [I, N, F] of all images: from the batch, or from its pixels.
+
+        Args:
+            batch: holds this rank's share of either.
+        """
+        own_INF = batch.features_INF
+        if own_INF is None:
+            own_INF = self.encode(self._pixels(batch))
+        return self._gather(own_INF, batch)
 
     def codes(self, batch: MicroBatch) -> Tensor:
         """Target codes of every patch, int64 [P, D]: from the batch, or from the tokenizer.
@@ -144,20 +191,15 @@ class ImageReader:
         whole_ICHW = self._pixels(batch)[:: self._config.model.resolution.num_crops]
         return self._gather(self.tokenizer.encode(whole_ICHW), batch).flatten(0, 1)
 
-    @torch.no_grad()
     def both(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Features [P, F] and codes [P, D] of every patch, from one pass of the deeper encoder.
+        """Features [P, F] and codes [P, D] of every patch, from one pass.
 
         Args:
             batch: holds this rank's share of the pixels.
         """
-        encoders = (self._encoder, self.tokenizer.encoder)
-        wanted = [encoder.config.num_feature_layers for encoder in encoders]
-        deeper = encoders[wanted.index(max(wanted))]
-        features_INF, quantised_INF = deeper.hidden_states(self._pixels(batch), wanted)
-        codes_IND = self.tokenizer.quantise(quantised_INF.float())
-        found = (self._gather(x, batch).flatten(0, 1) for x in (features_INF, codes_IND))
-        return tuple(found)
+        found = self.encode_both(self._pixels(batch), self.tokenizer)
+        features_PF, codes_PD = (self._gather(x, batch).flatten(0, 1) for x in found)
+        return features_PF, codes_PD
 
     def _pixels(self, batch: MicroBatch) -> Tensor:
         """This rank's share of the images, of length 0 when there are none."""

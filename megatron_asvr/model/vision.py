@@ -6,6 +6,8 @@ only until the weights of a run are loaded and stored, so that a Hugging Face fo
 without loss; then they are left out (``leave_out_unused``).
 """
 
+import dataclasses
+import hashlib
 import re
 from collections.abc import Sequence
 
@@ -180,6 +182,18 @@ class SiglipEncoder(nn.Module):
             if number in numbers:
                 found[number] = x_INF
         return [found[number] for number in numbers]
+
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides a feature: sizes, and the weights that are read."""
+        number = self.config.num_feature_layers
+        sizes = dataclasses.replace(self.config, num_layers=number, feature_layer=-1, init_std=0.0)
+        digest = hashlib.sha256(repr(sizes).encode())
+        for name, parameter in sorted(self.named_parameters()):
+            if self.reads(name, number):
+                numbers = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                digest.update(f"{name} {parameter.dtype}".encode())
+                digest.update(numbers.data)
+        return digest.hexdigest()
 
     @staticmethod
     def reads(name: str, num_layers: int) -> bool:

@@ -120,8 +120,9 @@ def rates(
     again = {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}[config.train.recompute]
     repeats = [into_lm and not useful and times for times in again]
     online = bool(codebook_sizes) and config.data.codes == "online"
+    crops = config.model.resolution.num_crops if config.data.features == "online" else 0
     return Rates(
-        encoder=encoder_cost(vision, trained=encoder) * config.model.resolution.num_crops,
+        encoder=encoder_cost(vision, trained=encoder) * crops,
         tokenizer=tokenizer_cost(config, codebook_sizes, vision, code_width) if online else 0.0,
         projector=2.0 * width * feature * (1 + projector + encoder)
         + 2.0 * width * width * (1 + projector + into_projector),

@@ -19,7 +19,13 @@ from megatron_asvr.checkpoint.reader import find_checkpoint, read_run
 from megatron_asvr.config.check import check
 from megatron_asvr.config.compare import differences
 from megatron_asvr.config.schema import PARTS, Config, ModelConfig
-from megatron_asvr.data.cache import CodeCache, cache_root, code_facts
+from megatron_asvr.data.cache import (
+    CodeCache,
+    FeatureCache,
+    ImageCache,
+    cache_facts,
+    cache_root,
+)
 from megatron_asvr.data.collate import View
 from megatron_asvr.data.loader import Loader
 from megatron_asvr.data.records import SHOWN
@@ -28,6 +34,7 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.hf.importer import is_source, read_folder
 from megatron_asvr.hf.vocabulary import as_large_as, grown
 from megatron_asvr.model.asvr import DTYPES, AsvrModel
+from megatron_asvr.model.images import ImageReader
 from megatron_asvr.model.linears import precision_lines
 from megatron_asvr.model.sharding import full_shapes, load_shared
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
@@ -55,6 +62,11 @@ class Data:
     held_out: Loader | None
     tokenizer: VisualTokenizer | None
     codes: CodeCache | None
+
+    @property
+    def caches(self) -> list[ImageCache]:
+        """What is read from disk instead of computed; features as soon as they are opened."""
+        return [cache for cache in (self.codes, self.train.features) if cache is not None]
 
     @property
     def loaders(self) -> list[Loader]:
@@ -118,7 +130,7 @@ def _described(config: Config) -> TokenizerConfig | None:
 def open_data(config: Config, *, groups: Groups) -> Data:
     """The loaders, with every image checked, and the tokenizers that they need.
 
-    All ranks take part. The code cache is opened, not filled (train/codes.py).
+    All ranks take part. The code cache is opened, not filled (train/caches.py).
 
     Args:
         config: the run.
@@ -135,7 +147,8 @@ def open_data(config: Config, *, groups: Groups) -> Data:
         tokenizer.check_fits(config.model.vision)
         tokenizer.leave_out_unused()
         if config.data.codes == "cache":
-            cache = _open_cache(config, tokenizer)
+            cache = code_cache(config, tokenizer)
+            _make_folder(cache)
     text = TextTokenizer(str(config.model.text_tokenizer))
     branches, reason = shares_images(config)
     if groups.rank == 0:
@@ -183,23 +196,47 @@ def code_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
     device = select()[0].device.type
     return CodeCache(
         cache_root(config),
-        code_facts(config, tokenizer.facts(device), device=device),
+        cache_facts(config, tokenizer.facts(device), device=device),
         num_patches=config.model.vision.num_patches,
         codebook_sizes=tokenizer.codebook_sizes,
     )
 
 
-def _open_cache(config: Config, tokenizer: VisualTokenizer) -> CodeCache:
-    """The code cache of a run, whose folder exists."""
-    cache = code_cache(config, tokenizer)
+def open_features(config: Config, data: Data, images: ImageReader, *, groups: Groups) -> None:
+    """Let the loaders read features from the cache of this encoder; all ranks take part.
+
+    Args:
+        config: the run.
+        data: of the run, before its first step.
+        images: with the encoder and its weights; rank 0 has it.
+        groups: process groups of the layout.
+
+    Raises:
+        ConfigError: the cache's folder cannot be written.
+        DataError: it was made with other settings.
+    """
+    device, model = select()[0].device.type, config.model
+    facts = on_first(partial(images.facts, device), group=groups.world)
+    cache = FeatureCache(
+        cache_root(config),
+        cache_facts(config, facts, device=device),
+        num_patches=model.vision.num_patches,
+        width=model.vision.hidden_size * model.resolution.num_scales,
+        dtype=DTYPES[config.train.precision],
+    )
+    _make_folder(cache)
+    for loader in data.loaders:
+        loader.features = cache
+
+
+def _make_folder(cache: ImageCache) -> None:
     try:
         cache.folder.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConfigError(
             f"data.cache_dir={str(cache.root)!r} cannot be written: {err.strerror}; give another "
-            "folder, or set data.codes=online"
+            f"folder, or set data.{cache.kind}s=online"
         ) from None
-    return cache
 
 
 _HOW = {True: "share its tokens", False: "each repeat its tokens"}

@@ -34,7 +34,7 @@ from megatron_asvr.train.assemble import (
     make_groups,
     open_data,
 )
-from megatron_asvr.train.codes import fill_codes
+from megatron_asvr.train.caches import fill_caches
 from megatron_asvr.train.excerpt import make_excerpt
 from megatron_asvr.train.optim import make_optimizer, wrap
 from megatron_asvr.train.shrink import shrink
@@ -256,7 +256,7 @@ def _model(config: Config, data: Data, groups: Groups) -> list[AsvrModel]:
     fingerprint = data.tokenizer.fingerprint if data.tokenizer is not None else None
     facts = identity(config, tokenizer_fingerprint=fingerprint, image_keys=data.train.image_keys())
     load_sources(chunks, config, facts=facts, groups=groups)
-    fill_codes(data, groups=groups)
+    fill_caches(data, groups=groups)
     return chunks
 
 

@@ -84,6 +84,7 @@ def make_excerpt(config: Config, folder: Path, *, prepare: bool) -> Excerpt:
         config.data,
         train=(SourceConfig(path=str(path), images="/"),),
         eval=(),
+        features="online",  # layouts are compared, not what is cached
         cache_dir=str(cache_root(config).absolute()),
         prefetch_batches=0,
         on_bad_sample="fail",

@@ -30,7 +30,7 @@ from megatron_asvr.train.metrics import MetricsLog, Window, last_values, progres
 from megatron_asvr.train.optim import learning_rate
 from megatron_asvr.train.pace import Pace
 from megatron_asvr.train.parity import check_parity
-from megatron_asvr.train.recheck import CodeCheck
+from megatron_asvr.train.recheck import CacheCheck
 from megatron_asvr.train.saving import Saver
 from megatron_asvr.train.signals import StopRequest
 from megatron_asvr.train.start import Run, start
@@ -67,7 +67,7 @@ def train(config: Config) -> dict[str, Any]:
     groups = make_groups(config)
     config = check_parity(config, groups=groups)
     with contextlib.closing(open_data(config, groups=groups)) as data:
-        check = CodeCheck(config, data, groups=groups)
+        check = CacheCheck(config, data, groups=groups)
         while True:
             with contextlib.suppress(RollBack):
                 return train_from_checkpoint(config, data, check, begun_s=begun_s, groups=groups)
@@ -76,7 +76,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def train_from_checkpoint(
-    config: Config, data: Data, check: CodeCheck, *, begun_s: float, groups: Groups
+    config: Config, data: Data, check: CacheCheck, *, begun_s: float, groups: Groups
 ) -> dict[str, Any]:
     """What ``train`` returns, of one start.
 
@@ -107,7 +107,7 @@ def run_steps(
     saver: Saver,
     log: MetricsLog,
     stop: StopRequest,
-    check: CodeCheck,
+    check: CacheCheck,
     watchdog: Watchdog,
 ) -> ResumeState:
     """Where the run stands after its last step, or after the step in which it was told to stop.
@@ -117,7 +117,7 @@ def run_steps(
         saver: writes its checkpoints.
         log: where metrics go.
         stop: tells when this rank was asked to stop.
-        check: computes some of the cached codes again.
+        check: computes some of what is cached again.
         watchdog: ends a run that hangs in a step.
     """
     config, groups, data, settings = run.config, run.groups, run.data, run.config.train
@@ -134,7 +134,8 @@ def run_steps(
 
             with naming(step, batches, groups):
                 told = stop.reason is not None or run.is_superseded
-                sums = {"recounted": check.counts(step, batches), "work": work.counts(batches)}
+                recounted = check.counts(step, batches, run.chunks[0].images)
+                sums = {"recounted": recounted, "work": work.counts(batches)}
                 agreement = agree(batches, stop=told, groups=groups, **sums)
                 if due(step, settings.cosine_every_steps):
                     cosine = gradient_cosine(run.wrapped, batches, agreement, groups=groups)

@@ -27,21 +27,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recount:
-    """Cached codes that were computed again (train/recheck.py).
+    """What was cached and computed again (train/recheck.py).
 
     Attributes:
         images: how many images.
         positions: how many patches they have.
         flips: codes of every depth that were different.
+        features: features that were different; None where none are cached.
     """
 
     images: int
     positions: int
     flips: tuple[int, ...]
+    features: int | None = None
 
     def shares(self) -> list[float]:
         """Share of different codes of every depth."""
         return [flips / max(1, self.positions) for flips in self.flips]
+
+    def feature_share(self) -> float:
+        """Share of different features."""
+        return (self.features or 0) / max(1, self.positions)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,15 +104,18 @@ class Window:
 
     @property
     def recount(self) -> Recount:
-        """Cached codes that were computed again."""
-        images, positions, *flips = self.recounted or (0, 0)
-        return Recount(images=images, positions=positions, flips=tuple(flips))
+        """What was cached and computed again."""
+        images, positions, *counts = self.recounted or (0, 0)
+        depth = (len(self.totals) - 4) // 2  # see ``LossSums.totals``
+        flips, (features, *_) = counts[:depth], (*counts[depth:], None)
+        return Recount(images=images, positions=positions, flips=tuple(flips), features=features)
 
     def values(self) -> dict[str, float]:
         """Means over the window: losses per target, the rest per step or second."""
         totals: Tensor = torch.tensor(self.totals, dtype=torch.float64)
         recount = self.recount
         checked = {f"code_flips_{d}": share for d, share in enumerate(recount.shares())}
+        checked |= {} if recount.features is None else {"features_moved": recount.feature_share()}
         return {
             "loss": self.loss / self.steps,
             **read_totals(totals),
@@ -144,6 +153,8 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
         shares = (v for key, v in values.items() if key.startswith("code_flips_"))
         line += f" codes of {values['codes_checked_images']} images checked, flips"
         line += f" [{' '.join(f'{v:.1%}' for v in shares)}]"
+        moved = values.get("features_moved")
+        line += "" if moved is None else f", features moved {moved:.1%}"
     line += f" ETA {clock((total_steps - step) * values['step_s'])}"
     line += f" data {values['data_wait']:.0%}"
     for name in ("bad_samples", "skipped_batches"):

@@ -33,12 +33,13 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.log import clock
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
+from megatron_asvr.model.images import ImageReader
 from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import layout_lines
 from megatron_asvr.precision import fuse_gradients
-from megatron_asvr.train.assemble import Data, load_sources
-from megatron_asvr.train.codes import fill_codes
+from megatron_asvr.train.assemble import Data, load_sources, open_features
+from megatron_asvr.train.caches import fill_caches
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
 from megatron_asvr.train.work import with_past
 
@@ -146,9 +147,9 @@ def start(config: Config, data: Data, *, begun_s: float, groups: Groups) -> Run:
             load_sources(chunks, config, facts=facts, groups=groups)
             _write_frozen_again(folder, damaged, checkpoint, chunks, groups, attempt)
         load_frozen(folder, checkpoint, chunks, groups=groups)
-    _tell_encoding(data, chunks)
+    images = _prepare_encoding(config, data, chunks, groups)
     # Takes a while: after all that can be refused.
-    fill_codes(data, groups=groups, encode=config.data.encode_missing)
+    fill_caches(data, groups=groups, images=images, encode=config.data.encode_missing)
     wrapped = wrap(chunks, config.train.optim)
     optimizer = make_optimizer(wrapped, config.train)
     if checkpoint is not None:
@@ -279,14 +280,20 @@ def _identify(config: Config, data: Data) -> dict[str, Any]:
     return identity(config, tokenizer_fingerprint=fingerprint, image_keys=data.train.image_keys())
 
 
-def _tell_encoding(data: Data, chunks: Sequence[AsvrModel]) -> None:
-    """Log, on rank 0, what is done once instead of twice, and what not at all."""
+def _prepare_encoding(
+    config: Config, data: Data, chunks: Sequence[AsvrModel], groups: Groups
+) -> ImageReader | None:
+    """What encodes on this rank, after settling what is done once and what not at all."""
+    images = chunks[0].images
     left_out = sum(chunk.leave_out_unused() for chunk in chunks)
     lines = [f"vision_encoder: {left_out:,} parameters behind the selected layer are left out"]
     if data.tokenizer is not None:
-        lines.append(chunks[0].images.join(data.tokenizer))
-    if chunks[0].groups.rank == 0:
+        lines.append(images.join(data.tokenizer))
+    if groups.rank == 0:
         logger.info("%s", "\n".join(lines))
+    if config.data.features == "cache":
+        open_features(config, data, images, groups=groups)
+    return images if groups.is_first_stage else None
 
 
 def _announce(run: Run, origins: Mapping[str, str]) -> None:

@@ -63,7 +63,7 @@ class Agreement:
         num_tokens: positions of the global batch, without padding.
         digest: of the samples of the global batch and their order (MicroBatch.digest, summed).
         stop: some rank was asked to stop after this step.
-        recounted: sums of ``CodeCheck.counts`` (train/recheck.py).
+        recounted: sums of ``CacheCheck.counts`` (train/recheck.py).
         work: sums of ``Work.counts`` (train/work.py).
     """
 

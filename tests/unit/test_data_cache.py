@@ -1,15 +1,18 @@
 """Codes come back as written; damaged and foreign parts are noticed."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+import torch
 
-from megatron_asvr.data.cache import CodeCache, cache_root, code_facts
+from megatron_asvr.data.cache import CodeCache, FeatureCache, cache_facts, cache_root
 from megatron_asvr.data.parts import Part
 from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY
 from megatron_asvr.data.views import stored_key
 from megatron_asvr.errors import DataError
+from megatron_asvr.model.vision import SiglipEncoder
 from tests.unit.data_corpus import config
 
 SIZES = (64, 16, 300)
@@ -200,8 +203,8 @@ TOKENIZER = {"tokenizer": "t1", "encoder dtype": "float32", "attention": "sdpa o
     ],
 )
 def test_facts_follow_preprocessing_and_tokenizer(changes, tokenizer, device, named):
-    base = code_facts(config(), TOKENIZER, device="cpu")
-    other = code_facts(config(**changes), {**TOKENIZER, **tokenizer}, device=device)
+    base = cache_facts(config(), TOKENIZER, device="cpu")
+    other = cache_facts(config(**changes), {**TOKENIZER, **tokenizer}, device=device)
     assert {"format", "pixels version", "decoder"} < base.keys()
     assert {name for name in base if base[name] != other[name]} == named
 
@@ -223,3 +226,37 @@ def test_views_of_a_picture_have_keys_of_their_own(tmp_path):
 def test_default_folder_lies_beside_the_run():
     assert str(cache_root(config(run__dir="runs/a/stage1"))) == "runs/a/codes"
     assert str(cache_root(config(data__cache_dir="/c"))) == "/c"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_come_back_bit_for_bit(tmp_path, dtype):
+    features_INF = torch.randn(3, 5, 4).to(dtype)
+    features_INF[1, 2, 3] = float("nan")
+    form = {"num_patches": 5, "width": 4, "dtype": dtype}
+    FeatureCache(tmp_path, FACTS, **form).add(KEYS, features_INF)
+    opened = FeatureCache(tmp_path, FACTS, **form)
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    got_INF = opened.features([KEYS[2], KEYS[1]])
+    assert got_INF.dtype == dtype
+    assert torch.equal(got_INF.view(bits), features_INF[[2, 1]].view(bits))
+    assert opened.folder.parent == tmp_path / "features"
+    assert opened.features([]).shape == (0, 5, 4)
+    with pytest.raises(DataError, match=r"feature cache .* has no features .*data.features=online"):
+        opened.features(["00" * 32])
+
+
+def test_what_decides_a_feature_names_its_cache():
+    vision = dataclasses.replace(config().model.vision, feature_layer=-2)
+    encoder = SiglipEncoder(vision)
+    before = encoder.fingerprint()
+    with torch.no_grad():
+        encoder.post_layernorm.weight += 1
+    encoder.leave_out_unused()
+    assert encoder.fingerprint() == before
+    other = SiglipEncoder(dataclasses.replace(vision, num_heads=8))
+    other.leave_out_unused()
+    other.load_state_dict(encoder.state_dict())
+    assert other.fingerprint() != before
+    with torch.no_grad():
+        encoder.encoder.layers[1].mlp.fc2.bias[0] += 1e-6
+    assert encoder.fingerprint() != before

@@ -17,7 +17,7 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.parallel.groups import Groups, destroy
 from megatron_asvr.train.assemble import make_groups, open_data
-from megatron_asvr.train.codes import fill_codes
+from megatron_asvr.train.caches import fill_caches
 from tests.matrix import DEFAULT, LAYOUTS, MIXES, case_config, make_files, rows
 from tests.run_cases import Bench, assert_same_gradients
 
@@ -40,7 +40,7 @@ def run_cases(cases: list[Config]) -> list[Result]:
 def steps(config: Config, groups: Groups) -> Result:
     """Losses, counts and gradient norms of all steps, and the first step's gradients."""
     with closing(open_data(config, groups=groups)) as data:
-        fill_codes(data, groups=groups)
+        fill_caches(data, groups=groups)
         bench = Bench(config, groups)
         found: Result = {"losses": [], "norms": [], "totals": []}
         for step in range(STEPS):

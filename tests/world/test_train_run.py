@@ -24,7 +24,7 @@ from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.parallel.collectives import barrier, gather_objects
 from megatron_asvr.train.assemble import make_groups, open_data
-from megatron_asvr.train.codes import encode_all, fill_codes
+from megatron_asvr.train.caches import encode_all, fill_caches
 from megatron_asvr.train.loop import train
 from tests.run_cases import config as config_of_cases
 from tests.run_cases import tokenizer
@@ -164,7 +164,7 @@ def fill_seen_by_one(config: Config) -> tuple[int, list[int]]:
                 part.unlink()
             assert len(data.codes) == len(keys)
         barrier(group=groups.world)
-        encoded = fill_codes(data, groups=groups)
+        encoded = fill_caches(data, groups=groups)
         written = len(list(data.codes.folder.glob("*.codes")))
         return encoded, gather_objects(written, group=groups.world)
 
