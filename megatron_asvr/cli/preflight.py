@@ -27,6 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a rank may be silent")
     parser.add_argument("--skew", type=float, default=1.0, help="seconds clocks may differ")
     parser.add_argument("--min-gb-s", type=float, default=0.0, help="least bandwidth of two nodes")
+    parser.add_argument("--no-probes", action="store_true", help="leave out the probes of each GPU")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run, takes_overrides=True)
 
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_asvr.launch.node import Wish
     from megatron_asvr.launch.preflight import Settings, preflight
     from megatron_asvr.launch.rank import place
+    from megatron_asvr.launch.smoke import SHORT
     from megatron_asvr.launch.worker import leave
 
     os.environ.pop(outcome.VARIABLE, None)  # a job's outcome is that of the step that follows
@@ -50,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         ),
         limits=Limits(skew_s=args.skew, min_gb_s=args.min_gb_s),
         timeout_s=args.timeout,
+        probes=() if args.no_probes else SHORT,
     )
     here, hangs = place(), False
     if here is None:

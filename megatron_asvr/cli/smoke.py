@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import socket
@@ -15,8 +16,10 @@ from megatron_asvr.errors import LaunchError
 def add(commands: argparse._SubParsersAction) -> None:
     """Register the command."""
     parser = commands.add_parser("gpu-smoke", help="probe everything that only GPUs do")
-    parser.add_argument("config", nargs="?", help="run whose layouts are certified, too")
-    parser.add_argument("--timeout", type=positive, default=180, help="seconds of one probe")
+    parser.add_argument(
+        "config", nargs="?", help="run whose layouts and visual tokens are probed, too"
+    )
+    parser.add_argument("--timeout", type=positive, default=300, help="seconds of one probe")
     parser.add_argument("--bundle", help="JSON file to attach to a report")
     parser.set_defaults(run=run, takes_overrides=False)
 
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         if args.bundle:
             report = {
                 "host": socket.gethostname(),
+                "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "platform": select()[1],
                 "stack": [dataclasses.asdict(entry) for entry in entries(gpu=False)],
                 "counts": counts,

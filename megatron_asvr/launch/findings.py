@@ -37,6 +37,7 @@ class Seen:
         skews_s: of each rank's clock against rank 0's.
         pairs: GB/s of two nodes, or why there is none; of a node with itself, between its ranks.
         left_out: why pairs are missing; empty when none is.
+        probes: by rank, what probes found of its GPU (fields of ``smoke.Result``).
     """
 
     world: int
@@ -46,6 +47,7 @@ class Seen:
     skews_s: Mapping[int, float]
     pairs: Mapping[tuple[str, str], float | str]
     left_out: str = ""
+    probes: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -89,6 +91,7 @@ def judge(seen: Seen, limits: Limits) -> Report:
     report.add("ranks", f"{answered} of {seen.world} answered, on {len(nodes)} nodes", wrong)
     _judge_software(report, seen)
     _judge_gpus(report, seen)
+    _judge_probes(report, seen)
     largest = max(seen.skews_s, key=lambda rank: abs(seen.skews_s[rank]), default=0)
     skew = seen.skews_s.get(largest, 0.0)
     report.add(
@@ -163,6 +166,22 @@ def _judge_gpus(report: Report, seen: Seen) -> None:
         report.add("gpus", f"{_count(gpus)} on every node, idle", wrong)
     else:
         report.add("gpus", "no node has one: ranks run on the CPU", wrong, state="not checked")
+
+
+def _judge_probes(report: Report, seen: Seen) -> None:
+    found = [(rank, result) for rank, results in seen.probes.items() for result in results]
+    wrong = {
+        _node(seen, rank): f"{r['probe']} (rank {rank}): {r['measured']}; next: {r['action']}"
+        for rank, r in reversed(found)  # the first one's stays
+        if r["state"] == "FAIL"
+    }
+    passed = Counter(r["probe"] for _, r in found if r["state"] == "PASS")
+    left_out = {
+        f"{r['probe']} NOT RUN: {r['measured']}": None for _, r in found if r["state"] == "NOT RUN"
+    }
+    texts = [f"{probe} on {number} ranks" for probe, number in passed.items()]
+    text = "; ".join([*texts, *left_out]) or "not asked for"
+    report.add("probes", text, wrong, state="ok" if passed else "not checked")
 
 
 def _count(names: Sequence[str]) -> str:

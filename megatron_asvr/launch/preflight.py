@@ -30,6 +30,8 @@ from megatron_asvr.launch.findings import Limits, Report, Seen, judge
 from megatron_asvr.launch.node import MARK, MIB, Facts, Wish, look, node_name, read_config
 from megatron_asvr.launch.node import test_folder as shared_folder
 from megatron_asvr.launch.rank import Place, leave_group, open_store, place, prepare_rank
+from megatron_asvr.launch.smoke import SHORT
+from megatron_asvr.launch.smoke import run as run_probe
 from megatron_asvr.parallel.collectives import all_reduce_sum
 
 TICKS = 3  # readings of all clocks; the one with the least delay counts
@@ -49,6 +51,7 @@ class Settings:
         timeout_s: how long one rank may take for one answer.
         message_mib: bytes of a collective; default: 64 MiB on GPUs, 8 on CPUs.
         store: file in which local ranks meet; None: at the launcher's address.
+        probes: of ``smoke.PROBES``, which every rank runs on its GPU.
     """
 
     wish: Wish = dataclasses.field(default_factory=Wish)
@@ -56,6 +59,7 @@ class Settings:
     timeout_s: float = 120.0
     message_mib: int | None = None
     store: str | None = None
+    probes: tuple[str, ...] = SHORT
 
 
 class Talk:
@@ -125,6 +129,8 @@ class Rank:
             return dataclasses.asdict(facts)
         if word["do"] == "tell the time":
             return self.now()
+        if word["do"] == "probe":
+            return dataclasses.asdict(run_probe(word["name"], timeout_s=self._settings.timeout_s))
         if word["do"] == "measure":
             mine = [group for group in word["groups"] if self._here.rank in group]
             return self._measure(mine[0], f"round {word['round']}") if mine else None
@@ -244,6 +250,10 @@ def _conduct(talk: Talk, rank: Rank, here: Place, settings: Settings) -> Report:
         for number, found in times.items():
             skew = found - times[0]
             skews[number] = min(skew, skews.get(number, skew), key=abs)
+    probes: dict[int, list[dict[str, Any]]] = {}
+    for name in settings.probes:
+        for number, result in talk.ask({"do": "probe", "name": name}, rank.act).items():
+            probes.setdefault(number, []).append(result)
     pairs, left_out = _measure_pairs(talk, rank, names)
     seen = Seen(
         world=here.world_size,
@@ -253,6 +263,7 @@ def _conduct(talk: Talk, rank: Rank, here: Place, settings: Settings) -> Report:
         skews_s=skews,
         pairs=pairs,
         left_out=left_out,
+        probes=probes,
     )
     report = judge(seen, settings.limits)
     talk.ask({"do": "end", "report": dataclasses.asdict(report)}, rank.act)

@@ -1,14 +1,11 @@
 """Small looks at what only a GPU does, each against the CPU or a number: ``asvr gpu-smoke``.
 
-``python -m megatron_asvr.launch.probes NAME FILE`` runs one and writes what it found. A test runs
-them on the CPU, where they compare it with itself, to see that they can run at all; a smoke never
-does. No bound was measured on a GPU.
+A test runs them on the CPU, where they compare it with itself, to see that they can run at all; a
+smoke never does. No bound was measured on a GPU.
 """
 
 import dataclasses
 import io
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,12 +26,14 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_asvr.checkpoint.write import HashingFile
-from megatron_asvr.config.schema import Fp8Config, LanguageConfig, PrecisionConfig
+from megatron_asvr.config.schema import (
+    Fp8Config,
+    LanguageConfig,
+    PrecisionConfig,
+)
 from megatron_asvr.data.dali.pipeline import ImageDecoder
 from megatron_asvr.errors import ConfigError
-from megatron_asvr.launch.local import run_ranks
-from megatron_asvr.launch.preflight import all_reduce_gb_s
-from megatron_asvr.launch.rank import init_group, init_rank, leave_group
+from megatron_asvr.launch.rank import init_group, leave_group
 from megatron_asvr.model.language import transformer_config
 from megatron_asvr.model.output_loss import OutputLayer, output_loss
 from megatron_asvr.parallel import groups
@@ -44,8 +43,10 @@ from megatron_asvr.precision.local import DenseAttention, RMSNorm
 
 CPU = torch.device("cpu")
 FP32, BF16 = 1e-5, 2e-2  # largest difference, of the largest value; of that type's rounding
-PEAK = {(8, 0): 312, (9, 0): 989}  # dense bf16 TFLOP/s in NVIDIA's data sheets: A100, H100
+# Dense bf16 TFLOP/s in NVIDIA's data sheets: A100, H100, B200.
+PEAK = {(8, 0): 312, (9, 0): 989, (10, 0): 2250}
 LEAST_SHARE = 0.4  # of it, in a large product
+SIZE = 8192  # of a large product's factors
 REPEATS = 10
 
 
@@ -169,10 +170,49 @@ def te_attention() -> Found:
 
 
 def te_linear() -> Found:
-    """Transformer Engine's product against torch's, in bf16."""
-    te, device = _te(), select()[0].device
-    x, w = (_numbers(256, 512, seed=s).to(device, torch.bfloat16) for s in (1, 2))
-    return _near(te.product(x, w, in_8_bits=False), x @ w.T, BF16, "torch's")
+    """Transformer Engine's product against torch's, in bf16, and its rate."""
+    te, (x, w) = _te(), _factors()
+    error = _near(te.product(x, w, in_8_bits=False), x @ w.T, BF16, "torch's")
+    return _at_rate(error, lambda: te.product(x, w, in_8_bits=False), _flop(x, w))
+
+
+def fp8_linear() -> Found:
+    """A product in 8 bits with current scaling against bf16, and both rates."""
+    te, (x, w) = _te("current"), _factors()
+    error = _near(te.product(x, w, in_8_bits=True), x @ w.T, 0.1, "bf16's")
+    rates = [_flop(x, w) / _seconds(lambda b=b: te.product(x, w, in_8_bits=b)) for b in (0, 1)]
+    in_bf16, in_8_bits = (f"{rate / 1e12:.3g} TFLOP/s" for rate in rates)
+    measured = f"{error.measured}, {in_8_bits}, and {in_bf16} in bf16"
+    return dataclasses.replace(error, measured=measured)
+
+
+def gemm_rate(size: int = SIZE) -> Found:
+    """TFLOP/s of torch's large product in bf16."""
+    x, w = _factors(size)
+    sound = bool((x @ w.T).isfinite().all())
+    found = Found(ok=sound, measured="finite" if sound else "not finite", expected="finite")
+    return _at_rate(found, lambda: x @ w.T, _flop(x, w))
+
+
+def _factors(size: int = SIZE) -> list[Tensor]:
+    device = select()[0].device
+    return [_numbers(size, size, seed=s).to(device, torch.bfloat16) for s in (1, 2)]
+
+
+def _flop(x_MK: Tensor, w_NK: Tensor) -> int:
+    return 2 * x_MK.numel() * len(w_NK)
+
+
+def _at_rate(found: Found, call: Callable[[], object], flop: int) -> Found:
+    """What was found, and how fast it is; a rate far below the data sheet's fails."""
+    rate = flop / _seconds(call) / 1e12
+    peak = PEAK.get(select()[0].compute_capability or (0, 0))
+    bound = "any rate" if peak is None else f"{LEAST_SHARE:.0%} of the data sheet's {peak} TFLOP/s"
+    return Found(
+        ok=found.ok and rate >= LEAST_SHARE * (peak or 0),
+        measured=f"{found.measured}, {rate:.3g} TFLOP/s",
+        expected=f"{found.expected}, {bound}",
+    )
 
 
 def fused_gradient() -> Found:
@@ -189,29 +229,6 @@ def fused_gradient() -> Found:
         x, w, None, True, False, False
     ).sum().backward()
     return _near(w.main_grad, wanted, BF16, "torch's")
-
-
-def fp8_linear() -> Found:
-    """A product in 8 bits with current scaling against bf16, and how much faster it is."""
-    te, device = _te("current"), select()[0].device
-    x, w = (_numbers(8192, 4096, seed=s).to(device, torch.bfloat16) for s in (1, 2))
-    error = _near(te.product(x, w, in_8_bits=True), x @ w.T, 0.1, "bf16's")
-    times = [_seconds(lambda b=b: te.product(x, w, in_8_bits=b)) for b in (False, True)]
-    faster = f"{error.measured}, {times[0] / times[1]:.2f} times as fast"
-    return dataclasses.replace(error, measured=faster)
-
-
-def gemm_rate(size: int = 8192) -> Found:
-    """TFLOP/s of a large product in bf16."""
-    platform = select()[0]
-    x = _numbers(size, size).to(platform.device, torch.bfloat16)
-    rate = 2 * size**3 / _seconds(lambda: x @ x) / 1e12
-    peak = PEAK.get(platform.compute_capability or (0, 0))
-    if peak is None:
-        return Found(ok=True, measured=f"{rate:.3g} TFLOP/s", expected="no data sheet known here")
-    expected = f"at least {LEAST_SHARE:.0%} of the data sheet's {peak}"
-    ok = rate >= LEAST_SHARE * peak
-    return Found(ok=ok, measured=f"{rate:.3g} TFLOP/s", expected=expected)
 
 
 def bf16_product() -> Found:
@@ -361,42 +378,3 @@ def decode(count: int = 256) -> Found:
 def import_megatron() -> Found:
     """That a process of a rank came this far: megatron-core is imported and prepared."""
     return Found(ok=True, measured=f"runs on {select()[1]}", expected="it can be imported")
-
-
-def all_reduce() -> Found:
-    """Bandwidth between the GPUs of this node."""
-    count = select()[0].num_gpus
-    speed = run_ranks(_bandwidth, (), count, timeout_s=120.0)
-    return Found(ok=speed > 0, measured=f"{speed:.1f} GB/s of {count} ranks", expected="right sums")
-
-
-def all_reduce_nodes() -> Found:
-    """Bandwidth between all ranks that a launcher started."""
-    here = init_rank(timeout_s=120.0)
-    speed = _bandwidth()
-    leave_group()
-    measured = f"{speed:.1f} GB/s of {here.world_size} ranks"
-    return Found(ok=speed > 0, measured=measured, expected="right sums")
-
-
-def _bandwidth() -> float:
-    return all_reduce_gb_s(select()[0], dist.get_world_size())
-
-
-def main(name: str, file: str) -> None:
-    """Run a probe and write what it found; an error ends the process.
-
-    Args:
-        name: of a function here.
-        file: to be written, JSON: a ``Found``, or why the machine is unfit.
-    """
-    try:
-        told = dataclasses.asdict(globals()[name]())
-    except UnfitError as why:
-        told = {"unfit": str(why)}
-    Path(file).write_text(json.dumps(told), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    select()[0].set_device(0)
-    main(*sys.argv[1:])

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from megatron_asvr.platforms.ledger import ROWS
 Level = Literal["host", "gpu", "node", "nodes"]
 State = Literal["PASS", "FAIL", "NOT RUN"]
 LEVELS: dict[Level, int] = {"host": 0, "gpu": 1, "node": 2, "nodes": 1}  # GPUs of a node needed
-TIMEOUT_S = 180.0
+TIMEOUT_S = 300.0
 _KEPT = 2000  # characters of a failed probe's last words in the bundle
 
 
@@ -34,15 +34,18 @@ class Probe:
     Attributes:
         level: what it needs.
         action: what to do next when it fails.
-        settings: of a layout certificate of the user's run; None: a function of ``probes.py``.
+        of_run: it looks at the user's run.
+        short: a preflight runs it on every GPU.
     """
 
     level: Level
     action: str
-    settings: tuple[str, ...] | None = None
+    of_run: bool = False
+    short: bool = False
 
 
 _TE = "compare `asvr env`; precision.backend=local goes without Transformer Engine"
+_LAYOUT = "the first tensor that differs is named by `asvr certify CONFIG --layout "
 _TORCH = "compare `asvr env`: torch's build, CUDA and the driver have to fit"
 PROBES = {
     "write_speed": Probe(level="host", action="look at the storage, or save less often"),
@@ -56,27 +59,27 @@ PROBES = {
     "seeded": Probe(level="gpu", action=_TORCH),
     "compiled": Probe(level="gpu", action="set TORCH_COMPILE_DISABLE=1 and report it"),
     "recomputed": Probe(level="gpu", action="train with train.recompute=none and report it"),
-    "pinned_copy": Probe(level="gpu", action="raise the limit of locked memory (ulimit -l)"),
+    "pinned_copy": Probe(
+        level="gpu", action="raise the limit of locked memory, ulimit -l", short=True
+    ),
     "saved_copy": Probe(level="gpu", action="save in the foreground and report it"),
     "decode": Probe(level="gpu", action="compare `asvr env`: DALI and the driver have to fit"),
-    "te_linear": Probe(level="gpu", action=_TE),
+    "token_flips": Probe(
+        level="gpu", action="set data.pil_kinds or data.on_parity=pil", of_run=True
+    ),
+    "te_linear": Probe(level="gpu", action=_TE, short=True),
     "te_attention": Probe(level="gpu", action=_TE),
     "fused_gradient": Probe(level="gpu", action="compare `asvr env`: apex fits this torch"),
     "fp8_linear": Probe(level="gpu", action="train with precision.fp8.recipe=none; " + _TE),
-    "gemm_rate": Probe(level="gpu", action="look at clocks and power limits (nvidia-smi -q)"),
+    "gemm_rate": Probe(
+        level="gpu", action="compare clocks and power limits in nvidia-smi -q", short=True
+    ),
     "all_reduce": Probe(level="node", action="set NCCL_DEBUG=INFO; look at NVLink and /dev/shm"),
-    "tensor_certificate": Probe(
-        level="node",
-        action="`asvr certify` with these settings names the first tensor that differs",
-        settings=("parallel.tp=2",),
-    ),
-    "pipeline_certificate": Probe(
-        level="node",
-        action="`asvr certify` with these settings names the first tensor that differs",
-        settings=("parallel.pp=2",),
-    ),
+    "tensor_certificate": Probe(level="node", action=_LAYOUT + "tp=8 --shrink`", of_run=True),
+    "pipeline_certificate": Probe(level="node", action=_LAYOUT + "pp=2 --shrink`", of_run=True),
     "all_reduce_nodes": Probe(level="nodes", action="`asvr preflight` names the pair of nodes"),
 }
+SHORT = tuple(name for name, probe in PROBES.items() if probe.short)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,24 +110,45 @@ class Result:
 def smoke(
     *, nodes: int = 1, config: str | None = None, timeout_s: float = TIMEOUT_S
 ) -> Iterator[Result]:
-    """The results, as they come.
+    """The results of all probes, as they come: of one GPU, then of a node, then of several.
 
     Args:
         nodes: that a launcher started ranks on; with several, only what needs several is run.
-        config: run whose layouts are certified.
+        config: run that some probes look at.
         timeout_s: how long a probe may take.
     """
-    named = [(row.name, probe) for row in ROWS for probe in row.probes]
     order = list(LEVELS)
-    for row, name in sorted(named, key=lambda pair: order.index(PROBES[pair[1]].level)):
-        probe = PROBES[name]
-        why = missing(probe, nodes=nodes, config=config)
-        if why is not None:
-            yield Result(row=row, probe=name, level=probe.level, state="NOT RUN", **why)
-        elif probe.settings is not None:
-            yield _certificate(row, name, str(config), timeout_s)
-        else:
-            yield run(row, name, timeout_s)
+    names = [name for row in ROWS for name in row.probes]
+    for name in sorted(names, key=lambda name: order.index(PROBES[name].level)):
+        yield run(name, nodes=nodes, config=config, timeout_s=timeout_s)
+
+
+def run(
+    name: str,
+    *,
+    nodes: int = 1,
+    config: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Result:
+    """The result of one probe, from a process of its own if it can run here.
+
+    Args:
+        name: of the probe.
+        nodes: as in ``smoke``.
+        config: as in ``smoke``.
+        timeout_s: how long it may take.
+    """
+    probe = PROBES[name]
+    found = missing(probe, nodes=nodes, config=config)
+    start = time.perf_counter()
+    if found is None:
+        settings = [str(config)] if probe.of_run else []
+        found = call(name, *settings, timeout_s=timeout_s)
+    if found["state"] == "FAIL":
+        found["action"] = probe.action
+    (row,) = (row.name for row in ROWS if name in row.probes)
+    seconds = time.perf_counter() - start
+    return Result(row=row, probe=name, level=probe.level, seconds=seconds, **found)
 
 
 def missing(probe: Probe, *, nodes: int, config: str | None) -> dict[str, str] | None:
@@ -136,66 +160,50 @@ def missing(probe: Probe, *, nodes: int, config: str | None) -> dict[str, str] |
         config: of the user's run.
     """
     platform, reason = select()
-    if (nodes > 1) != (probe.level == "nodes"):
-        if nodes > 1:
-            return {"measured": "these are several nodes", "action": "run it on one of them, too"}
-        way = "run `srun --nodes=2 --ntasks-per-node=8 asvr gpu-smoke`"
-        return {"measured": "this is one node", "action": way}
-    if platform.num_gpus < LEVELS[probe.level]:
-        seen = f"{platform.num_gpus} GPUs of {LEVELS[probe.level]} ({reason})"
-        return {"measured": seen, "action": "run it on a machine with GPUs"}
-    if probe.settings is not None and config is None:
-        return {"measured": "no run was named", "action": "run `asvr gpu-smoke CONFIG`"}
-    return None
+    if nodes > 1 and probe.level != "nodes":
+        why = ("these are several nodes", "run it on one of them, too")
+    elif nodes == 1 and probe.level == "nodes":
+        why = ("this is one node", "run `srun --nodes=2 --ntasks-per-node=8 asvr gpu-smoke`")
+    elif platform.num_gpus < LEVELS[probe.level]:
+        seen = f"{platform.num_gpus} of {LEVELS[probe.level]} GPUs ({reason})"
+        why = (seen, "run it on a machine with GPUs")
+    elif probe.of_run and config is None:
+        why = ("no run was named", "run `asvr gpu-smoke CONFIG`")
+    else:
+        return None
+    return {"state": "NOT RUN", "measured": why[0], "action": why[1]}
 
 
-def run(row: str, name: str, timeout_s: float, module: str = f"{__package__}.probes") -> Result:
-    """The result of a probe, from a process of its own.
+def call(
+    name: str, *settings: str, timeout_s: float, module: str = f"{__package__}.probe"
+) -> dict[str, str]:
+    """The state of a probe and what it measured, however its process ends.
 
     Args:
-        row: of the ledger.
         name: of the probe.
+        settings: its further arguments.
         timeout_s: how long it may take.
-        module: that is run with the probe's name and a file to write to.
+        module: that is run with the probe's name, a file to write to and ``settings``.
     """
     with tempfile.TemporaryDirectory(prefix="asvr-") as folder:
         file = Path(folder, "found")
-        done = _call([sys.executable, "-m", module, name, str(file)], timeout_s)
-
-        def found() -> dict[str, str]:
-            try:
-                told = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                return {"state": "FAIL", "measured": f"wrote no answer ({error}); {done.said}"}
-            if "unfit" in told:
-                return {"state": "NOT RUN", "measured": told["unfit"]}
-            state = "PASS" if told["ok"] else "FAIL"
-            return {"state": state, "measured": told["measured"], "expected": told["expected"]}
-
-        return _result(row, name, done, found)
-
-
-def _certificate(row: str, name: str, config: str, timeout_s: float) -> Result:
-    command = [sys.executable, "-m", "megatron_asvr", "certify", config]
-    done = _call([*command, *(PROBES[name].settings or ())], timeout_s)
-    return _result(
-        row,
-        name,
-        done,
-        lambda: {"state": "PASS", "measured": "equal", "expected": "that of one rank"},
-    )
+        status, said = _ended([sys.executable, "-m", module, name, str(file), *settings], timeout_s)
+        if status != 0:
+            ended = "took too long" if status is None else f"ended with status {status}"
+            return {"state": "FAIL", "measured": f"{ended}: {said}".strip(": ")}
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return {"state": "FAIL", "measured": f"wrote no answer ({error}); {said}"}
+    if "unfit" in told:
+        way = "none, if the run does without it"
+        return {"state": "NOT RUN", "measured": told["unfit"], "action": way}
+    state = "PASS" if told.pop("ok") else "FAIL"
+    return {"state": state, **told}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Done:
-    status: int | None  # None: it took too long
-    said: str
-    seconds: float
-
-
-def _call(command: Sequence[str], timeout_s: float) -> _Done:
-    """Run a command; when it takes too long, end it and all that it started."""
-    start = time.perf_counter()
+def _ended(command: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
+    """A command's exit status and last words; None: it took too long, and was ended with all."""
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -210,16 +218,4 @@ def _call(command: Sequence[str], timeout_s: float) -> _Done:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        said = output.read().decode("utf-8", "replace").strip()
-    return _Done(status=status, said=said[-_KEPT:], seconds=time.perf_counter() - start)
-
-
-def _result(row: str, name: str, done: _Done, found: Callable[[], dict[str, str]]) -> Result:
-    if done.status == 0:
-        told = found()
-    else:
-        ended = "took too long" if done.status is None else f"ended with status {done.status}"
-        told = {"state": "FAIL", "measured": f"{ended}: {done.said}".strip(": ")}
-    action = "" if told["state"] == "PASS" else PROBES[name].action
-    level = PROBES[name].level
-    return Result(row=row, probe=name, level=level, action=action, seconds=done.seconds, **told)
+        return status, output.read().decode("utf-8", "replace").strip()[-_KEPT:]

@@ -6,7 +6,7 @@ compared (``asvr data parity``), and a run with ``data.parity_max_flip`` does so
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_asvr.platforms import select
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 IMAGES_OF_A_KIND = 32  # compared before a run
 BATCH = 32  # images tokenised together
+
+Views = Callable[[Sequence[bytes]], Sequence[Tensor]]  # of encoded images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,7 @@ def measure(
     *,
     device: torch.device,
     images: int = IMAGES_OF_A_KIND,
+    reference: Views | None = None,
 ) -> list[Parity]:
     """The parity of every kind among the good images of some sources, by name.
 
@@ -82,6 +85,7 @@ def measure(
         tokenizer: on ``device``.
         device: where DALI decodes, and where codes are computed.
         images: at most so many of a kind, spread evenly.
+        reference: what DALI is compared with; PIL by default.
 
     Raises:
         DataError: an image cannot be read or decoded any more.
@@ -103,7 +107,8 @@ def measure(
                 )
             )
         else:
-            found.append(_compare(config, kind, chosen, tokenizer, device))
+            against = reference or _by_pil(config)
+            found.append(_compare(config, kind, chosen, tokenizer, device, against))
     return found
 
 
@@ -170,6 +175,23 @@ def table(found: Sequence[Parity]) -> list[str]:
     return lines
 
 
+def _by_pil(config: Config) -> Views:
+    def views(encoded: Sequence[bytes]) -> list[Tensor]:
+        return [
+            torch.from_numpy(
+                pil.decode_views(
+                    each,
+                    image_size=config.model.vision.image_size,
+                    fit=config.data.image_fit,
+                    resolution=config.model.resolution,
+                )
+            )
+            for each in encoded
+        ]
+
+    return views
+
+
 @torch.no_grad()
 def _compare(
     config: Config,
@@ -177,20 +199,15 @@ def _compare(
     paths: Sequence[str],
     tokenizer: VisualTokenizer,
     device: torch.device,
+    reference: Views,
 ) -> Parity:
     dali, resolution = Decoder(config, device).dali, config.model.resolution
-    size, fit = config.model.vision.image_size, config.data.image_fit
     worst, total, num_views, num_coded = 0, 0.0, 0, 0
     flips_D = torch.zeros(tokenizer.depth, dtype=torch.float64)
     for start in range(0, len(paths), BATCH):
         encoded = [locations.read(path) for path in paths[start : start + BATCH]]
         got = dali.views(encoded)
-        want = [
-            torch.from_numpy(
-                pil.decode_views(each, image_size=size, fit=fit, resolution=resolution)
-            ).to(device)
-            for each in encoded
-        ]
+        want = [views.to(device) for views in reference(encoded)]
         for mine, theirs in zip(torch.cat(got).int(), torch.cat(want).int(), strict=True):
             difference = (mine - theirs).abs()
             worst = max(worst, int(difference.max()))

@@ -63,6 +63,17 @@ def test_commands_of_shell_blocks_exist(doc):
 
 
 @each_doc
+def test_asvr_commands_of_other_shell_blocks_exist(doc):
+    """Those that need a cluster or files of the reader, behind `srun` or alone."""
+    blocks = re.findall(r"```sh\n(.*?)```", doc.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if "asvr" in words:
+            parse_asvr(words[words.index("asvr") + 1 :])
+
+
+@each_doc
 def test_make_targets_of_shell_blocks_are_run_by_ci(doc):
     """Or in their short form. `asvr` commands are run by tests/world/test_commands.py."""
     ran = set(re.findall(r"^step ([a-z0-9-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))

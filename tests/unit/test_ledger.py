@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_asvr"
 KINDS = {"cpu", "cuda", "nccl", "gloo", "te", "local"}  # compared with, they make a branch
 FOREIGN = {"transformer_engine", "transformer_engine_torch", "apex", "amp_C", "triton"}
-ASKS = {"is_cuda", "is_cpu", "supports_fork", "compute_capability", "is_nccl_available"}
+ASKS = {"is_cuda", "is_cpu", "supports_fork", "compute_capability", "is_nccl_available", "num_gpus"}
+CLASSES = {"CpuPlatform", "CudaPlatform"}
 
 
 def branches(source: str) -> set[str]:
@@ -47,12 +48,14 @@ def _decides(node: ast.AST) -> bool:
         return any(isinstance(x.value, str) and x.value in KINDS for x in held)
     if isinstance(node, ast.Dict):
         return any(isinstance(k, ast.Constant) and k.value in KINDS for k in node.keys)
+    if isinstance(node, ast.Name | ast.alias):
+        return (node.id if isinstance(node, ast.Name) else node.name) in CLASSES
     if isinstance(node, ast.MatchValue):
         return isinstance(node.value, ast.Constant) and node.value.value in KINDS
     if isinstance(node, ast.Attribute):
         text = ast.unparse(node)
         asked = text in ("torch.cuda", "torch.version.cuda", "torch.accelerator")
-        return asked or node.attr in ASKS or text.endswith("device.type")
+        return asked or node.attr in ASKS | CLASSES or text.endswith("device.type")
     if isinstance(node, ast.Call):
         name = ast.unparse(node.func).rpartition(".")[2]
         text = ast.unparse(node.args[0]) if node.args else ""
@@ -99,6 +102,9 @@ def test_platform_branches_stand_in_the_ledger() -> None:
         "{'nccl': 1}[dist.get_backend()]",
         "match kind:\n        case 'cuda': pass",
         "if platform.supports_fork: pass",
+        "mib = 64 if platform.num_gpus else 8",
+        "if isinstance(platform, cuda.CudaPlatform): pass",
+        "from megatron_asvr.platforms.cpu import CpuPlatform",
     ],
 )
 def test_a_planted_branch_is_found(line: str) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import json
+from collections.abc import Callable, Sequence
 
 from megatron_asvr.platforms import select
 from megatron_asvr.platforms.ledger import ROWS
@@ -9,7 +11,11 @@ from megatron_asvr.platforms.ledger import ROWS
 import pytest
 import torch
 
-from megatron_asvr.launch import probes, smoke
+from megatron_asvr.config.load import save
+from megatron_asvr.data.dali.pipeline import ImageDecoder
+from megatron_asvr.launch import probe, probes, probes_of_runs, smoke
+from megatron_asvr.launch.probe import FUNCTIONS
+from tests.run_data import make_files, run_config
 
 SMALL = {
     "gemm_rate": (64,),
@@ -18,8 +24,7 @@ SMALL = {
     "write_speed": (1,),
     "decode": (2,),
 }
-FUNCTIONS = [name for name, probe in smoke.PROBES.items() if probe.settings is None]
-OF_RANKS = {"all_reduce", "all_reduce_nodes"}  # tests/world/test_smoke.py
+OF_RANKS = {"all_reduce", "all_reduce_nodes", "tensor_certificate", "pipeline_certificate"}
 UNFIT = {
     "te_linear": "Transformer Engine needs CUDA",
     "te_attention": "Transformer Engine needs CUDA",
@@ -29,15 +34,15 @@ UNFIT = {
 
 
 def test_every_probe_of_the_ledger_is_known_and_every_other_is_not() -> None:
-    named = [probe for row in ROWS for probe in row.probes]
+    named = [name for row in ROWS for name in row.probes]
     assert sorted(named) == sorted(smoke.PROBES)
-    assert all(callable(getattr(probes, name)) for name in FUNCTIONS)
+    assert {*smoke.PROBES} <= {*FUNCTIONS}
 
 
-@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - OF_RANKS - {*UNFIT}))
+@pytest.mark.parametrize("name", sorted({*smoke.PROBES} - OF_RANKS - {*UNFIT, "token_flips"}))
 def test_a_probe_agrees_with_itself_on_the_cpu(name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = getattr(probes, name)(*SMALL.get(name, ()))
+    found = FUNCTIONS[name](*SMALL.get(name, ()))
     assert found.ok, found
     assert found.measured
     assert found.expected
@@ -54,6 +59,41 @@ def test_a_probe_of_other_numbers_fails(name: str, monkeypatch: pytest.MonkeyPat
     seeds, plain = itertools.count(), probes._numbers
     monkeypatch.setattr(probes, "_numbers", lambda *shape, seed=0: plain(*shape, seed=next(seeds)))
     assert not getattr(probes, name)().ok
+
+
+def test_token_flips_are_those_of_the_runs_images(tmp_path, monkeypatch) -> None:
+    run = run_config(make_files(tmp_path / "files"), tmp_path / "run")
+    asked = dataclasses.replace(run, data=dataclasses.replace(run.data, parity_max_flip=(0.01,)))
+    same = probes_of_runs.token_flips(asked)
+    assert same == probes.Found(
+        ok=True, measured="12 png: 0.00% 0.00% 0.00%", expected="at most 0.01"
+    )
+    plain = ImageDecoder.views
+    monkeypatch.setattr(ImageDecoder, "views", inverted(plain))
+    assert not probes_of_runs.token_flips(asked).ok
+    monkeypatch.setattr(ImageDecoder, "views", inverted(plain))
+    save(run, tmp_path / "run.yaml")
+    probe.main("token_flips", str(tmp_path / "found"), str(tmp_path / "run.yaml"))
+    unasked = json.loads((tmp_path / "found").read_text())
+    assert unasked["ok"]
+    assert "0.00%" not in unasked["measured"]
+    assert unasked["expected"] == "data.parity_max_flip is unset"
+    with pytest.raises(probes.UnfitError, match="no visual loss"):
+        probes_of_runs.token_flips(
+            dataclasses.replace(run, loss=dataclasses.replace(run.loss, visual_weight=0.0))
+        )
+
+
+def inverted(plain: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+    """The first of two decoders gives other pixels than the second."""
+    seen: list[object] = []
+
+    def views(self: object, encoded: Sequence[bytes]) -> list[torch.Tensor]:
+        seen.append(self)
+        found = plain(self, encoded)
+        return [255 - x for x in found] if self is seen[0] else found
+
+    return views
 
 
 def test_numbers_that_are_none_are_not_near() -> None:
@@ -75,14 +115,13 @@ def test_numbers_that_are_none_are_not_near() -> None:
 )
 def test_however_a_probe_ends_its_result_says_so(name: str, state: str, said: str) -> None:
     timeout_s = 1.0 if name == "adam" else 60.0
-    result = smoke.run("a row", name, timeout_s, module="tests.planted_probes")
-    assert (result.state, result.row, result.probe) == (state, "a row", name)
-    assert result.measured.startswith(said)
-    assert bool(result.action) == (state != "PASS")
+    found = smoke.call(name, timeout_s=timeout_s, module="tests.planted_probes")
+    assert found["state"] == state
+    assert found["measured"].startswith(said)
 
 
 def states(monkeypatch: pytest.MonkeyPatch, num_gpus: int, **how: object) -> dict[str, str]:
-    """Of all probes on a machine with so many GPUs; those that would run are RAN."""
+    """Of all probes on a machine with so many GPUs; those that would run fail, as SAID."""
 
     class Machine:
         pass
@@ -90,18 +129,20 @@ def states(monkeypatch: pytest.MonkeyPatch, num_gpus: int, **how: object) -> dic
     Machine.num_gpus = num_gpus
     monkeypatch.setattr(smoke, "select", lambda: (Machine(), "made up"))
 
-    def ran(row: str, name: str, *_: object) -> smoke.Result:
-        return smoke.Result(row=row, probe=name, level="gpu", state="FAIL", measured="RAN")
+    def failed(*_: object, **__: object) -> dict[str, str]:
+        return {"state": "FAIL", "measured": "SAID"}
 
-    monkeypatch.setattr(smoke, "run", ran)
-    monkeypatch.setattr(smoke, "_certificate", ran)
+    monkeypatch.setattr(smoke, "call", failed)
     found = list(smoke.smoke(**how))
     assert len(found) == len(smoke.PROBES)
-    return {r.probe: r.measured if r.state == "FAIL" else r.state for r in found}
+    assert all(result.action for result in found)
+    levels = [list(smoke.LEVELS).index(result.level) for result in found]
+    assert levels == sorted(levels)
+    return {r.probe: r.state for r in found}
 
 
 def ran(found: dict[str, str]) -> set[str]:
-    return {smoke.PROBES[name].level for name, state in found.items() if state == "RAN"}
+    return {smoke.PROBES[name].level for name, state in found.items() if state == "FAIL"}
 
 
 def test_what_is_run_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +151,10 @@ def test_what_is_run_follows_the_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran(states(monkeypatch, 8)) == {"host", "gpu", "node"}
     assert ran(states(monkeypatch, 8, nodes=2)) == {"nodes"}
     assert ran(states(monkeypatch, 0, nodes=2)) == set()
-    assert states(monkeypatch, 8)["tensor_certificate"] == "NOT RUN"
-    assert states(monkeypatch, 8, config="run.yaml")["tensor_certificate"] == "RAN"
+    of_run = {name for name, probe in smoke.PROBES.items() if probe.of_run}
+    for config, state in ((None, "NOT RUN"), ("run.yaml", "FAIL")):
+        found = states(monkeypatch, 8, config=config)
+        assert {found[name] for name in of_run} == {state}
 
 
 def test_results_are_plain_values() -> None:

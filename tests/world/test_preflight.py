@@ -21,6 +21,18 @@ pytestmark = pytest.mark.world
 ODD = 2  # the rank that is not like the others, and so its node
 
 
+class SickRank(Rank):
+    """What its GPU is found to do is made up; how it is asked and told is not."""
+
+    def act(self, word):
+        told = super().act(word)
+        if word["do"] == "probe":
+            told |= {"state": "PASS", "action": "look at its clocks"}
+            if self._here.rank == ODD and word["name"] == "gemm_rate":
+                told |= {"state": "FAIL", "measured": "12 TFLOP/s"}
+        return told
+
+
 class LateRank(Rank):
     def now(self):
         return super().now() + 100.0
@@ -41,6 +53,8 @@ def one_rank(settings, kind, argument):
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, 2**19))
         if kind == "clock":
             make = LateRank
+        if kind == "gpu":
+            make = SickRank
         if kind == "data":
             settings = dataclasses.replace(
                 settings, wish=dataclasses.replace(settings.wish, overrides=(argument,))
@@ -110,6 +124,12 @@ def test_a_clock_that_is_wrong(tmp_path):
     assert text.startswith(("+99.", "+100."))
 
 
+def test_a_gpu_that_is_slow(tmp_path):
+    name, text = only_fault(check(tmp_path, "gpu"))
+    assert name == "probes"
+    assert text == f"gemm_rate (rank {ODD}): 12 TFLOP/s; next: look at its clocks"
+
+
 def test_data_that_one_node_cannot_read(tmp_path):
     files = make_files(tmp_path / "files")
     path = tmp_path / "run.yaml"
@@ -139,8 +159,10 @@ def test_the_command_prints_a_table_and_json_and_fails_with_one_error(tmp_path, 
     assert main(command) == 0
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in table] == [
-        *("ranks", "software", "gpus", "clock", "storage", "data", "bandwidth")
+        *("ranks", "software", "gpus", "probes", "clock", "storage", "data", "bandwidth")
     ]
+    assert table[3].split(maxsplit=3)[1:3] == ["not", "checked"]
+    assert "gemm_rate NOT RUN: 0 of 1 GPUs" in table[3]
     assert main([*command, "--json", "--min-gb-s", "1e9"]) == 1
     printed = capsys.readouterr()
     report = json.loads(printed.out)
