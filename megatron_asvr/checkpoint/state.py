@@ -84,8 +84,8 @@ def parts(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> list[Par
             if param.requires_grad:
                 blocks[param] = _blocks(param, places[name])
                 found += _parts(param.detach(), 0, blocks[param], "", is_shared=False)
-        if (emulator := getattr(chunk, "emulator", None)) is not None:
-            found += [_whole(*kept) for kept in emulator.state()]
+        if (watched := getattr(chunk, "watched", None)) is not None:
+            found += [_whole(*kept) for kept in watched.state()]
     for param, start, state in _optimizer_state(optimizer):
         for kind, numbers in state.items():
             if not _same_memory(numbers, param):

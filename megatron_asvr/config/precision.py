@@ -18,10 +18,11 @@ def check_precision(config: Config) -> None:
         raise ConfigError(
             f"{where}.guard_min_cosine={fp8.guard_min_cosine} must be from -1 (never) to below 1"
         )
-    if fp8.recipe != "none" and fp8.guard_every_steps and not fp8.emulate:
+    if fp8.recipe == "delayed" and fp8.guard_every_steps and not fp8.emulate:
         raise ConfigError(
-            f"{where}.guard_every_steps={fp8.guard_every_steps} compares with emulated products; "
-            "Transformer Engine's cannot be compared one by one. Set it to 0, or emulate=true"
+            f"{where}.guard_every_steps={fp8.guard_every_steps} with recipe=delayed: what the "
+            "guard computes would enter Transformer Engine's history of largest values. Set it to "
+            "0, choose another recipe, or emulate=true"
         )
     if fp8.recipe != "none" and fp8.emulate and config.precision.backend == "te":
         raise ConfigError(

@@ -43,7 +43,7 @@ from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.model.visual_head import VisualHead
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.precision.fp8.emulator import Emulator
+from megatron_asvr.precision.fp8.watched import Watched
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -82,7 +82,7 @@ class AsvrModel(MegatronModule):
         super().__init__(config=own)
         self.run_config = config
         self.groups = groups
-        self.emulator: Emulator | None = None
+        self.watched: Watched | None = None
         is_last = vp_stage in (None, (groups.plan.vpp or 1) - 1)
         self.pre_process = groups.is_first_stage and not vp_stage
         self.post_process = groups.has_text_loss and is_last
@@ -359,7 +359,7 @@ def build_chunks(
     ]
     for chunk in chunks:
         sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
-        chunk.emulator = in_8_bits(chunk, config, groups=groups, tokenizer=tokenizer)
+        chunk.watched = in_8_bits(chunk, config, groups=groups, tokenizer=tokenizer)
     return chunks
 
 

@@ -16,6 +16,7 @@ from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision.fp8.emulator import Emulator
 from megatron_asvr.precision.fp8.policy import Linear, decide, describe
+from megatron_asvr.precision.fp8.watched import Watched
 
 
 def linears(
@@ -64,11 +65,11 @@ def precision_lines(
 
 def in_8_bits(
     chunk: nn.Module, config: Config, *, groups: Groups, tokenizer: VisualTokenizer | None
-) -> Emulator | None:
+) -> Watched | None:
     """Let the linears of a model chunk multiply in 8 bits, as the run says.
 
     Returns:
-        What emulates them; None where Transformer Engine does it, or nobody.
+        Those that do; None without 8 bits.
 
     Args:
         chunk: of the model, with all its parts.
@@ -88,10 +89,9 @@ def in_8_bits(
     decided = decide(linears(config, sizes, width), settings.fp8)
     names = _module_names(chunk)
     if engine == "te":
-        importlib.import_module("megatron_asvr.precision.te").use(
-            chunk, names, decided, settings.fp8.recipe
-        )
-        return None
+        te = importlib.import_module("megatron_asvr.precision.te")
+        found = te.use(chunk, names, decided, settings.fp8)
+        return Watched(found, groups=groups, device=platform.device)
     return Emulator(chunk, names, decided, settings.fp8, groups=groups, device=platform.device)
 
 

@@ -10,8 +10,9 @@ Attention here has no form for independent questions about one image, so the dat
 the image (``train/assemble.py``). Nothing in this file has run yet.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
@@ -26,12 +27,18 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn import functional as F
 from transformer_engine.common.recipe import Float8CurrentScaling
 
 from megatron_asvr.batch import MicroBatch
+from megatron_asvr.config.schema import Fp8Config
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.precision import FUSED_NAMES
+from megatron_asvr.precision.fp8.drift import Drift
+from megatron_asvr.precision.fp8.product import Product as Rounding
+from megatron_asvr.precision.fp8.shadow import Layer, Region, compared
 from megatron_asvr.precision.fp8.shapes import pad_rows
+from megatron_asvr.precision.fp8.watched import Watchable
 from megatron_asvr.precision.routing import use_router
 
 
@@ -106,15 +113,33 @@ class Product:
 
     Args:
         name: of the linear, canonical.
-        recipe: of ``precision.fp8.recipe``.
-        grouped: what multiplies it together with its neighbours.
+        settings: recipe and format.
+        region: of 8 bits, for the guard.
+        together: what multiplies it with its neighbours.
+
+    Attributes:
+        is_on: whether it multiplies in 8 bits; the guard turns it off.
+        drift: while it is set, results are exact, and those in 8 bits are compared with them.
     """
 
-    is_on = True
-
-    def __init__(self, name: str, recipe: str, grouped: "GroupedProduct | None" = None) -> None:
-        self.name, self.recipe, self.grouped = name, recipe, grouped
+    def __init__(
+        self,
+        name: str,
+        settings: Fp8Config,
+        region: Region,
+        together: "GroupedProduct | None" = None,
+    ) -> None:
+        self.name, self.recipe = name, settings.recipe
+        self.is_on = True
+        self.drift: Drift | None = None
+        self._together, self._region = together, region
+        self._rounding = Rounding(name, settings, device=torch.device("cpu"))
         self._linear: te.Linear | None = None
+
+    @property
+    def grouped(self) -> "GroupedProduct | None":
+        """What multiplies it together with its neighbours, while nothing is to be told apart."""
+        return self._together if self.is_on and self.drift is None else None
 
     def __call__(self, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         """The linear's output [M, N].
@@ -123,6 +148,18 @@ class Product:
             x_MK: the input, its rows padded.
             weight_NK: the weight.
         """
+        if self.drift is None:
+            return self._multiply(x_MK, weight_NK)
+
+        def run(x_MK: Tensor, in_8_bits: bool) -> Tensor:
+            if not in_8_bits:
+                return F.linear(x_MK, weight_NK)
+            with self._region():
+                return self._multiply(x_MK, weight_NK)
+
+        return compared(run, x_MK, x_MK, (weight_NK,), self.drift, self._rounding)
+
+    def _multiply(self, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         if self._linear is None:
             outputs, inputs = weight_NK.shape
             self._linear = te.Linear(
@@ -182,7 +219,8 @@ def product(x_MK: Tensor, weight_NK: Tensor, *, in_8_bits: bool) -> Tensor:
         in_8_bits: or in bf16.
     """
     with te.autocast(enabled=in_8_bits, recipe=Float8CurrentScaling()):
-        return Product("probe", "current")(x_MK, weight_NK)
+        settings = Fp8Config(recipe="current")
+        return Product("probe", settings, contextlib.nullcontext)(x_MK, weight_NK)
 
 
 def packed_attention(config: TransformerConfig) -> PackedAttention:
@@ -203,9 +241,9 @@ def use(
     chunk: torch.nn.Module,
     names: Mapping[str, str],
     decided: Mapping[str, str | None],
-    recipe: str,
-) -> None:
-    """Let the linears of a model chunk multiply in 8 bits, but those that are kept out.
+    settings: Fp8Config,
+) -> dict[str, Watchable]:
+    """Let the linears of a model chunk multiply in 8 bits; those that do, by canonical name.
 
     A forward pass of the chunk is one region of 8 bits, so that the largest values of delayed
     scaling are exchanged once, when it ends; megatron-core's own regions lie inside.
@@ -214,37 +252,60 @@ def use(
         chunk: the model chunk; it is changed.
         names: canonical name of each module by its path.
         decided: for each linear the pattern that keeps it out, or None.
-        recipe: of ``precision.fp8.recipe``.
+        settings: recipe and format.
     """
+    region = functools.partial(get_fp8_context, chunk.config)
+    found: dict[str, Watchable] = {}
+
+    def product(name: str, together: GroupedProduct | None = None) -> Product | None:
+        if decided[name] is None:
+            found[name] = Product(name, settings, region, together)
+        return found.get(name)
+
     for path, module in chunk.named_modules():
+        name = names[path]
         if isinstance(module, (te.Linear, te.LayerNormLinear)):
-            if decided.get(names[path]) is not None:
-                module.forward = _kept_out(module.forward)
+            layer = Layer(
+                module,
+                Rounding(name, settings, device=torch.device("cpu")),
+                exactly=functools.partial(_apart, module, te.autocast, enabled=False),
+                in_8_bits=functools.partial(_apart, module, region),
+            )
+            layer.is_on = decided[name] is None
+            if layer.is_on:
+                found[name] = layer
         elif isinstance(getattr(module, "fp8", None), dict):
-            groups: dict[str, GroupedProduct] = {}
+            kernels: dict[str, GroupedProduct] = {}
             for slot in module.fp8:
-                if decided[f"{names[path]}.{slot}"] is None:
-                    matrix = slot.partition(".")[0]
-                    kernel = groups.setdefault(matrix, GroupedProduct(recipe))
-                    module.fp8[slot] = Product(f"{names[path]}.{slot}", recipe, kernel)
-        elif names[path] in decided and decided[names[path]] is None:
-            module.fp8 = Product(names[path], recipe)
-    chunk.forward = _in_8_bits(chunk.forward, chunk.config)
+                matrix = slot.partition(".")[0]
+                kernel = kernels.setdefault(matrix, GroupedProduct(settings.recipe))
+                module.fp8[slot] = product(f"{name}.{slot}", kernel)
+        elif name in decided:
+            module.fp8 = product(name)
+    chunk.forward = _in_8_bits(chunk.forward, region)
+    return found
 
 
-def _kept_out(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def in_full(*args: Any, **kwargs: Any) -> Any:
-        with te.autocast(enabled=False):
-            return forward(*args, **kwargs)
+@contextlib.contextmanager
+def _apart(module: torch.nn.Module, region: Region, **settings: Any) -> Iterator[None]:
+    """A region in which a linear keeps nothing from its last call, nor of a gradient.
 
-    return in_full
+    Told that a micro-batch is the first, it rounds its weight again; and it gives the gradient of
+    its weight instead of adding it up.
+    """
+    before, module.fuse_wgrad_accumulation = module.fuse_wgrad_accumulation, False
+    module.is_first_microbatch = True
+    try:
+        with region(**settings):
+            yield
+    finally:
+        module.fuse_wgrad_accumulation = before
 
 
-def _in_8_bits(forward: Callable[..., Any], config: TransformerConfig) -> Callable[..., Any]:
+def _in_8_bits(forward: Callable[..., Any], region: Region) -> Callable[..., Any]:
     @functools.wraps(forward)
     def inside(*args: Any, **kwargs: Any) -> Any:
-        with get_fp8_context(config):
+        with region():
             return forward(*args, **kwargs)
 
     return inside

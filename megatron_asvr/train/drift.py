@@ -86,7 +86,7 @@ def judge(
         settings: the threshold.
         groups: process groups of the layout.
     """
-    emulators = [chunk.module.emulator for chunk in chunks]
+    watched = [chunk.module.watched for chunk in chunks]
     some = batches[: groups.plan.pp if groups.plan.vpp else 1]  # what virtual stages take at least
     depth = chunks[0].module.num_depths
     with torch.no_grad():
@@ -96,17 +96,17 @@ def judge(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     with contextlib.ExitStack() as stack:
-        watched = [stack.enter_context(emulator.compared()) for emulator in emulators]
+        drifts = [stack.enter_context(linears.compared()) for linears in watched]
         exact = run_schedule(chunks, some, loss, forward_only=False)
     _, in_full = sum_parts(exact, depth=depth, groups=groups)
 
-    rows = {name: _row(drift) for drifts in watched for name, drift in drifts.items()}
+    rows = {name: _row(drift) for share in drifts for name, drift in share.items()}
     shared = gather_objects(rows, group=groups.world)
     rows = {name: row for share in shared for name, row in share.items()}
     least = {name: row["cosine"] for name, row in rows.items() if row["cosine"] is not None}
     moved = sorted(name for name, cosine in least.items() if cosine < settings.guard_min_cosine)
-    for emulator in emulators:
-        emulator.turn_off(moved)
+    for linears in watched:
+        linears.turn_off(moved)
     if groups.rank == 0:
         for name in moved:
             logger.warning(

@@ -155,8 +155,8 @@ def start(config: Config, data: Data, *, begun_s: float, groups: Groups) -> Run:
     if checkpoint is not None:
         load_trained(folder, checkpoint, chunks, optimizer, groups=groups)
         for chunk in chunks:
-            if chunk.emulator is not None:
-                chunk.emulator.turn_off(checkpoint.resume.left_fp8)
+            if chunk.watched is not None:
+                chunk.watched.turn_off(checkpoint.resume.left_fp8)
 
     done = checkpoint.resume if checkpoint is not None else ResumeState()
     done = _leave_out(done, folder, groups)

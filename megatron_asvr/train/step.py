@@ -315,10 +315,10 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    emulators = [x for chunk in chunks if (x := chunk.module.emulator) is not None]
+    watched = [x for chunk in chunks if (x := chunk.module.watched) is not None]
     with contextlib.ExitStack() as stack:
-        for emulator in emulators:
-            stack.enter_context(emulator.recording())
+        for linears in watched:
+            stack.enter_context(linears.recording())
         stack.enter_context(balancing(chunks, batches, loss, groups=groups))
         parts = backward(chunks, batches, loss)
     select()[0].synchronize()  # the sum that follows waits for the device in any case
@@ -346,8 +346,8 @@ def train_step(
         updated, norm, _ = optimizer.step()
     grad_norm = float(norm or 0.0)
     assert updated, "no gradient scaler is configured that could leave out an update"
-    for emulator in emulators:
-        emulator.update()
+    for linears in watched:
+        linears.update()
     return StepResult(
         totals=totals, loss=value, grad_norm=grad_norm, own_s=own_s, wait_s=wait_s, parts=parts
     )

@@ -52,7 +52,7 @@ def test_a_planted_bad_linear_leaves_8_bits_alone_and_training_recovers(recipe: 
         assert values[f"{BAD}.weight_underflow"] > 0.99
         assert values["least_cosine"] == values[f"{BAD}.cosine"] < 0.1
         others = [v for k, v in values.items() if k.endswith(".cosine") and BAD not in k]
-        assert len(others) == len(bench.model.emulator.products) - 1
+        assert len(others) == len(bench.model.watched.products) - 1
         assert min(others) > 0.99
         assert values["loss_fp8"] != values["loss_exact"]
         errors = {"guarded": 0.0, "sick": 0.0}
@@ -72,21 +72,21 @@ def test_looking_changes_no_bit_and_the_same_linears_stay_out_when_told_again() 
         for step in range(2):
             assert watched.step(step).loss == other.step(step).loss
             assert look(watched, run, step).moved == ()
-        weights, scales = other.weights(), {k: x for k, x, _ in other.model.emulator.state()}
+        weights, scales = other.weights(), {k: x for k, x, _ in other.model.watched.state()}
         assert all(torch.equal(x, weights[name]) for name, x in watched.weights().items())
-        for key, x, _ in watched.model.emulator.state():
+        for key, x, _ in watched.model.watched.state():
             assert torch.equal(x, scales[key]), key
-        watched.model.emulator.turn_off([BAD, "of another stage"])
-        off = [n for n, p in watched.model.emulator.products.items() if not p.is_on]
+        watched.model.watched.turn_off([BAD, "of another stage"])
+        off = [n for n, p in watched.model.watched.products.items() if not p.is_on]
         assert off == [BAD]
         values = look(watched, run, 1).values
         assert f"{BAD}.cosine" not in values
         assert math.isfinite(values["loss_fp8"])
 
 
-def test_the_guard_cannot_watch_transformer_engine() -> None:
-    run = run_of("current", precision__fp8__guard_every_steps=5)
-    check_precision(run)
-    te = run_of("current", precision__fp8__guard_every_steps=5, precision__fp8__emulate=False)
-    with pytest.raises(ConfigError, match="guard_every_steps=5"):
-        check_precision(te)
+def test_the_guard_would_enter_transformer_engines_history_and_is_refused_there() -> None:
+    guarded = {"precision__fp8__guard_every_steps": 5}
+    for recipe, emulate in (("delayed", True), ("current", False), ("block", False)):
+        check_precision(run_of(recipe, **guarded, precision__fp8__emulate=emulate))
+    with pytest.raises(ConfigError, match="guard_every_steps=5 with recipe=delayed"):
+        check_precision(run_of("delayed", **guarded, precision__fp8__emulate=False))

@@ -38,7 +38,7 @@ def test_the_list_of_linears_is_that_of_the_built_model(changes: dict[str, objec
     fits = [x for x in listed if not x.name.startswith("visual_head.heads")]
     with one_rank() as groups:
         bench = Bench(run_of("current", **changes), groups)
-        products = bench.model.emulator.products
+        products = bench.model.watched.products
         assert sorted(products) == sorted(x.name for x in fits)
         weights = {n.removesuffix(".weight"): p for n, p in named(bench.chunks)}
         for x in listed:
@@ -149,7 +149,7 @@ def test_the_order_of_micro_batches_moves_delayed_scales_by_nothing() -> None:
         for order in (1, -1):
             bench = Bench(run, groups)
             bench.step(0, step_batches(run, 0, groups)[::order])
-            states.append({key: x.clone() for key, x, _ in bench.model.emulator.state()})
+            states.append({key: x.clone() for key, x, _ in bench.model.watched.state()})
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
         assert any(float(x.max()) > 1 for x in states[0].values())
@@ -168,8 +168,8 @@ def test_a_step_that_is_given_up_leaves_no_trace_in_the_scales() -> None:
             train_step(*parts, step=0, groups=groups, limit=0.0)
         for one in (plain, spiked):
             one.step(0)
-        wanted = {key: x for key, x, _ in plain.model.emulator.state()}
-        got = {key: x for key, x, _ in spiked.model.emulator.state()}
+        wanted = {key: x for key, x, _ in plain.model.watched.state()}
+        got = {key: x for key, x, _ in spiked.model.watched.state()}
         assert [key for key, x in wanted.items() if not torch.equal(x, got[key])] == []
 
 
@@ -184,8 +184,8 @@ def test_a_continued_run_has_the_same_scales_and_weights_bit_for_bit(tmp_path: P
         for one in (bench, again):
             one.step(3)
             one.step(4)
-        wanted = {key: x for key, x, _ in bench.model.emulator.state()}
-        got = {key: x for key, x, _ in again.model.emulator.state()}
+        wanted = {key: x for key, x, _ in bench.model.watched.state()}
+        got = {key: x for key, x, _ in again.model.watched.state()}
         assert [key for key, x in wanted.items() if not torch.equal(x, got[key])] == []
         weights = bench.weights()
         assert all(torch.equal(x, weights[name]) for name, x in again.weights().items())

@@ -28,6 +28,7 @@ from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.parallel import groups as process_groups
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import ParallelPlan
+from megatron_asvr.precision.fp8 import policy
 from tests import asvr_cases, run_cases
 from tests.language_cases import CASES, MIXTURES, one_rank
 from tests.run_cases import Bench
@@ -90,7 +91,7 @@ def build(run: Config, backend: str, groups: Groups) -> AsvrModel:
     tokenizer = asvr_cases.tokenizer()
     with torch.device("meta"):
         model = AsvrModel(run, groups=groups, tokenizer=tokenizer)
-    linears.in_8_bits(model, run, groups=groups, tokenizer=tokenizer)
+    model.watched = linears.in_8_bits(model, run, groups=groups, tokenizer=tokenizer)
     return model
 
 
@@ -219,8 +220,8 @@ def test_what_is_kept_out_of_8_bits_is_and_the_rest_is_not() -> None:
     with one_rank() as groups:
         model = build(config(CASES["llama"], fp8), "te", groups)
     layers = model.language_model.decoder.layers
-    assert "forward" in vars(layers[0].self_attention.linear_qkv)  # a region of its own
-    assert "forward" not in vars(layers[1].self_attention.linear_qkv)
+    assert not layers[0].self_attention.linear_qkv.forward.is_on
+    assert layers[1].self_attention.linear_qkv.forward.is_on
     attention, mlp = model.visual_head.layers[1].attention, model.visual_head.layers[1].mlp
     te = importlib.import_module("megatron_asvr.precision.te")
     assert isinstance(attention.in_proj.fp8, te.Product)
@@ -229,6 +230,26 @@ def test_what_is_kept_out_of_8_bits_is_and_the_rest_is_not() -> None:
     kernels = {product.grouped for product in mlp.fp8.values()}
     assert len(kernels) == 2
     assert all(isinstance(kernel, te.GroupedProduct) for kernel in kernels)
+
+
+def test_the_guard_sees_every_linear_in_8_bits_and_can_turn_each_off() -> None:
+    fp8 = _with_head_out(Fp8Config(recipe="current", exclude=("*.layers.0.self_attention.*",)))
+    with one_rank() as groups:
+        run = config(CASES["llama"], fp8)
+        model = build(run, "te", groups)
+        watched = model.watched
+        decided = policy.decide(linears.linears(run, asvr_cases.SIZES), fp8)
+        assert set(watched.products) == {name for name, kept in decided.items() if kept is None}
+        one = "language_model.decoder.layers.1.mlp.linear_fc1"
+        depth = "visual_head.layers.1.mlp.w1.0"
+        watched.turn_off([one, depth])
+        assert not model.language_model.decoder.layers[1].mlp.linear_fc1.forward.is_on
+        slots = model.visual_head.layers[1].mlp.fp8
+        assert slots["w1.0"].grouped is None
+        assert slots["w1.1"].grouped is not None
+        with watched.compared() as drifts:
+            assert set(drifts) == set(watched.products) - {one, depth}
+            assert slots["w1.1"].grouped is None  # each answers for itself
 
 
 def test_modules_of_transformer_engine_take_weights_that_are_not_theirs() -> None:

@@ -38,7 +38,7 @@ def layout_run(recipes: tuple[str, ...], degrees: dict[str, Any]) -> dict[str, A
         bench = Bench(run, groups)
         losses = [bench.step(0).loss]
         if recipe == "delayed":
-            mine = {key: x.clone() for key, x, _ in bench.model.emulator.state()}
+            mine = {key: x.clone() for key, x, _ in bench.model.watched.state()}
             found["state"] = gather_objects(mine, group=groups.world)
         found[recipe] = [*losses, bench.step(1).loss]
     return found

@@ -1,7 +1,7 @@
 """The products of a model chunk in 8 bits: put into its linears, and kept from step to step."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
@@ -9,18 +9,15 @@ from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process f
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from megatron_asvr.config.schema import Fp8Config
-from megatron_asvr.parallel.collectives import all_reduce_max, sum_in_place
+from megatron_asvr.parallel.collectives import all_reduce_max
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.precision.fp8.drift import Drift
 from megatron_asvr.precision.fp8.product import Product, parallel_linear
+from megatron_asvr.precision.fp8.watched import EXPERT, Watched
 
-_EXPERT = ".local_experts."
 
-
-class Emulator:
+class Emulator(Watched):
     """The products of one model chunk.
 
     A module takes part by having an attribute ``fp8``: None, or a dictionary with an entry for each
@@ -34,10 +31,9 @@ class Emulator:
         settings: recipe and format.
         groups: process groups of the layout.
         device: of the scales.
-
-    Attributes:
-        products: by canonical name.
     """
+
+    products: dict[str, Product]
 
     def __init__(
         self,
@@ -49,8 +45,8 @@ class Emulator:
         groups: Groups,
         device: torch.device,
     ) -> None:
-        self.products: dict[str, Product] = {}
-        self._settings, self._groups = settings, groups
+        super().__init__({}, groups=groups, device=device)
+        self._settings = settings
 
         def product(name: str) -> Product | None:
             if decided[name] is not None:
@@ -90,43 +86,11 @@ class Emulator:
         """
         if self._settings.recipe != "delayed":
             return
-        for group, chosen in self._by_holders():
+        for group, names in self._by_holders():
+            chosen = [self.products[name] for name in names]
             amax = all_reduce_max(torch.stack([p.amax for p in chosen]), group=group)
             for product, largest in zip(chosen, amax, strict=True):
                 product.next_scales(largest)
-
-    @contextlib.contextmanager
-    def compared(self) -> Iterator[dict[str, Drift]]:
-        """Inside, results are exact, and those in 8 bits are compared with them.
-
-        What is given, by name, holds the sums over all ranks of the stage afterwards; these take
-        part together.
-        """
-        drifts: dict[str, Drift] = {}
-        for name, product in self.products.items():
-            if product.is_on:
-                product.drift = drifts[name] = Drift(device=product.scale.device)
-        try:
-            yield drifts
-        finally:
-            for product in self.products.values():
-                product.drift = None
-        for group, chosen in self._by_holders():
-            on = [drifts[p.name] for p in chosen if p.name in drifts]
-            sum_in_place([x for drift in on for x in (drift.products, drift.values)], group=group)
-
-    def turn_off(self, names: Collection[str]) -> None:
-        """Multiply in the base precision from now on; names that are not here are left out."""
-        for name in names:
-            if name in self.products:
-                self.products[name].is_on = False
-
-    def _by_holders(self) -> list[tuple[ProcessGroup, list[Product]]]:
-        """Products, and the ranks that hold a part of their weights or see other samples."""
-        dense = [p for p in self.products.values() if _EXPERT not in p.name]
-        experts = [p for p in self.products.values() if _EXPERT in p.name]
-        both = [(self._groups.tp_cp_dp, dense), (self._groups.expert_dp, experts)]
-        return [(group, chosen) for group, chosen in both if chosen]
 
     def state(self) -> Iterator[tuple[str, Tensor, bool]]:
         """What a checkpoint must hold: names, tensors, and whether this rank is to write them.
@@ -138,6 +102,6 @@ class Emulator:
         groups = self._groups
         is_first = groups.tp_rank == 0 and groups.dp_cp.rank() == 0
         for name, product in self.products.items():
-            writes = groups.expert_dp.rank() == 0 if _EXPERT in name else is_first
+            writes = groups.expert_dp.rank() == 0 if EXPERT in name else is_first
             yield f"fp8.{name}.scale", product.scale, writes
             yield f"fp8.{name}.history", product.history, writes
