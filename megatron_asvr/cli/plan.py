@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the run cannot have this many ranks, or is a mixture of experts.
     """
+    os.environ["ASVR_PLATFORM"] = "cpu"  # a GPU that is there stays unused
     from megatron_asvr.planner.memory import plan_memory
 
     world = args.nodes * args.gpus_per_node
@@ -84,26 +86,26 @@ def _report(
 def _lines(
     config: Config, ranks: "list[RankMemory]", world: int, args: argparse.Namespace, note: str
 ) -> list[str]:
-    from megatron_asvr.planner.activations import largest
-    from megatron_asvr.planner.memory import backend
+    from megatron_asvr.planner.memory import layers_on_gpu
+    from megatron_asvr.planner.rehearsal import largest
 
     shape, t = largest(config), config.train
     room = args.gpu_gb - args.reserve_gb
     lines = [
         f"{world} ranks; micro-batches of {shape.rows} x {shape.length} positions with "
-        f"{shape.images} images, recompute {t.recompute}, layers {backend(config)}; {note}",
+        f"{shape.images} images, recompute {t.recompute}, layers {layers_on_gpu(config)}; {note}",
         "stage ranks layers in-flight     parameters  weights  gradients  optimizer   kept  "
-        "losses  backward   peak (GB)",
+        "forward  backward   peak (GB)",
     ]
     for rank in ranks:
         s = rank.state
-        sizes = (s.weights + s.constants, s.gradients, s.optimizer, rank.layer_activations)
+        sizes = (s.weights + s.constants, s.gradients, s.optimizer, rank.kept)
         weights, gradients, optimizer, kept = (size / GB for size in sizes)
         verdict = "fits" if rank.peak <= room * GB else "TOO MUCH"
         lines.append(
             f"{rank.stage:>5} {rank.ranks:>5} {rank.layers:>6} {rank.in_flight:>9} "
             f"{s.parameters:>14,} {weights:>8.2f} {gradients:>10.2f} {optimizer:>10.2f} "
-            f"{kept:>6.2f} {rank.losses / GB:>7.2f} {rank.backward / GB:>9.2f} "
+            f"{kept:>6.2f} {rank.forward / GB:>8.2f} {rank.backward / GB:>9.2f} "
             f"{rank.peak / GB:>6.2f}  {verdict}"
         )
     lines.append(

@@ -1,15 +1,14 @@
-"""What every rank of a run needs at its peak: state, activations."""
+"""What every rank of a run needs at its peak: state, and micro-batches in flight."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from megatron_asvr.config.layout import data_parallel
 from megatron_asvr.config.schema import Config
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.tokenizer import TokenizerConfig
-from megatron_asvr.planner.activations import Activations, Shape, largest
+from megatron_asvr.planner.rehearsal import Layers, Shape, largest
 from megatron_asvr.planner.shards import Chunk, stages
 from megatron_asvr.planner.state import State, state
 
@@ -24,10 +23,9 @@ class RankMemory:
         layers: of the language model.
         in_flight: micro-batches (of a chunk) whose activations exist at once.
         state: weights, gradients and optimizer.
-        layer_activations: kept by layers, encoder and projector, of all micro-batches in flight.
-        losses: beside these while the losses are computed: what they keep, gradients of output
-            layers, and logits of one chunk; or the encoder's layer that computes.
-        backward: beside these while a layer's backward pass runs; the losses are gone by then.
+        kept: by all micro-batches in flight, from their forward to their backward passes.
+        forward: beside these at the peak of a forward pass, logits included.
+        backward: beside these at the peak of a backward pass.
     """
 
     stage: int
@@ -35,14 +33,14 @@ class RankMemory:
     layers: int
     in_flight: int
     state: State
-    layer_activations: int
-    losses: int
+    kept: int
+    forward: int
     backward: int
 
     @property
     def peak(self) -> int:
         """The most that exists at once."""
-        return self.state.total + self.layer_activations + max(self.losses, self.backward)
+        return self.state.total + self.kept + max(self.forward, self.backward)
 
 
 def plan_memory(
@@ -51,6 +49,7 @@ def plan_memory(
     tokenizer: TokenizerConfig | None,
     *,
     shape: Shape | None = None,
+    layers: Layers | None = None,
 ) -> list[RankMemory]:
     """The peak of every pipeline stage's ranks, in the forward and backward passes of a step.
 
@@ -62,6 +61,7 @@ def plan_memory(
         world: number of ranks.
         tokenizer: what the visual tokenizer quantises; None without a visual loss.
         shape: of the micro-batches; by default the largest.
+        layers: who computes them; by default those of a GPU.
 
     Raises:
         ConfigError: a mixture of experts, whose activations depend on where tokens go.
@@ -73,20 +73,12 @@ def plan_memory(
             "of experts depend on where its tokens go, which no plan knows; plan its dense parts "
             "with another family"
         )
-    kept = Activations(
-        config=config,
-        shape=shape or largest(config),
-        codebook_sizes=tokenizer.codebook_sizes if tokenizer else (),
-        code_width=tokenizer.width if tokenizer else 0,
-        backend=backend(config),
-    )
-    return [
-        _rank(config, world, number, chunks, kept)
-        for number, chunks in enumerate(stages(config, world, tokenizer))
-    ]
+    micro_batch = shape or largest(config), layers or layers_on_gpu(config)
+    every = stages(config, world, tokenizer, micro_batch=micro_batch)
+    return [_rank(config, world, number, chunks) for number, chunks in enumerate(every)]
 
 
-def backend(config: Config) -> Literal["te", "local"]:
+def layers_on_gpu(config: Config) -> Layers:
     """Who computes the layers on a GPU with Transformer Engine; see ``precision``."""
     local = config.precision.backend == "local" or config.precision.fp8.emulate
     return "local" if local or config.train.precision == "fp32" else "te"
@@ -115,51 +107,15 @@ def passes(config: Config, world: int, stage: int) -> Counter[int]:
     return Counter(place // p.pp % chunks for place in range(most))
 
 
-def _rank(
-    config: Config, world: int, stage: int, chunks: Sequence[Chunk], kept: Activations
-) -> RankMemory:
+def _rank(config: Config, world: int, stage: int, chunks: Sequence[Chunk]) -> RankMemory:
     flights = passes(config, world, stage)
-    # What a stage receives from the one before always gets a gradient.
-    grows = stage > 0 or _gradient_reaches(config)
-    messages = 2 * kept.hidden() if config.parallel.pp > 1 else 0
-    layers = losses = waiting = 0
-    once, later = [0], [0]  # what passes while losses are computed, and in the backward pass
-    for number, chunk in enumerate(chunks):
-        times = flights[number]
-        if grows and chunk.layers:
-            layers += times * (chunk.layers * kept.layer() + kept.shared())
-            later.append(kept.backward() + _largest_gradient(chunk))
-        if chunk.images:
-            encoder, beside = kept.encoder()
-            layers += times * (kept.projector() + encoder)
-            once.append(beside)
-        if chunk.text_loss:
-            losses += times * kept.text_loss()
-            waiting += (times - 1) * kept.text_loss()
-            once.append(kept.text_logits() + kept.text_gradient())
-        if chunk.visual_loss:
-            losses += times * kept.visual_head()
-            waiting += (times - 1) * kept.visual_head()
-            once += [kept.visual_logits(), kept.head_gradients()]
-            once += [kept.head_layer()] * config.train.recompute_visual_head
     return RankMemory(
         stage=stage,
         ranks=world // config.parallel.pp,
         layers=sum(chunk.layers for chunk in chunks),
         in_flight=sum(flights.values()),
         state=state(chunks, config, world),
-        layer_activations=layers + messages,
-        losses=losses + max(once),
-        backward=waiting + max(later),
+        kept=sum(flights[number] * chunk.passes.kept for number, chunk in enumerate(chunks)),
+        forward=max(chunk.passes.forward for chunk in chunks),
+        backward=max(chunk.passes.backward for chunk in chunks),
     )
-
-
-def _largest_gradient(chunk: Chunk) -> int:
-    """Of a weight of the layers: it exists for itself before it is added to the others."""
-    inside = (s for s in chunk.shards if s.trained and ".layers." in s.name)
-    return max((s.numbers * s.width for s in inside), default=0)
-
-
-def _gradient_reaches(config: Config) -> bool:
-    """Whether the layers of the language model need a backward pass."""
-    return bool({"language_model", "projector", "vision_encoder"} & set(config.train.trainable))

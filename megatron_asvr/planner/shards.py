@@ -17,7 +17,8 @@ from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.model.sharding import full_shape, is_expert, named
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.groups import Groups, imagined
-from megatron_asvr.parallel.plan import ParallelPlan, make_plan
+from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.planner.rehearsal import Layers, Passes, Shape, rehearse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,7 @@ class Chunk:
         text_loss: it ends in the LM head.
         visual_loss: it ends in the visual head.
         constants: bytes of what is no parameter: codebooks, and an online tokenizer.
+        passes: what a micro-batch needs; None where that was not asked for.
     """
 
     shards: tuple[Shard, ...]
@@ -62,10 +64,16 @@ class Chunk:
     text_loss: bool
     visual_loss: bool
     constants: int
+    passes: Passes | None
 
 
 def stages(
-    config: Config, world: int, tokenizer: TokenizerConfig | None, *, tp_rank: int = 0
+    config: Config,
+    world: int,
+    tokenizer: TokenizerConfig | None,
+    *,
+    tp_rank: int = 0,
+    micro_batch: tuple[Shape, Layers] | None = None,
 ) -> list[list[Chunk]]:
     """The chunks of every pipeline stage, of one tensor-parallel rank.
 
@@ -74,6 +82,7 @@ def stages(
         world: number of ranks.
         tokenizer: what the visual tokenizer quantises; None without a visual loss.
         tp_rank: which rank of the tensor-parallel group.
+        micro_batch: what is to go forward and back through every chunk (see ``rehearse``).
 
     Raises:
         LaunchError: this process is a rank of a job.
@@ -81,34 +90,36 @@ def stages(
     plan = make_plan(config, world, tokenizer.codebook_sizes if tokenizer else ())
     found = []
     for stage in range(plan.pp):
-        with imagined(plan, tp_rank + stage * (world // plan.pp)) as groups, without_memory():
+        with imagined(plan, tp_rank + stage * (world // plan.pp)) as groups:
             assert (groups.pp_rank, groups.tp_rank) == (stage, tp_rank)
-            found.append(_chunks(config, plan, groups, tokenizer))
+            chunks = range(plan.vpp or 1)
+            parts = (config, groups, tokenizer, micro_batch)
+            found.append([_chunk(*parts, number if plan.vpp else None) for number in chunks])
     return found
 
 
-def _chunks(
-    config: Config, plan: ParallelPlan, groups: Groups, tokenizer: TokenizerConfig | None
-) -> list[Chunk]:
-    visual = VisualTokenizer(tokenizer) if tokenizer else None
-    chunks = []
-    for number in range(plan.vpp or 1):
-        place = number if plan.vpp else None
-        model = AsvrModel(config, groups=groups, tokenizer=visual, vp_stage=place)
-        lm, constants = model.language_model, [*model.buffers()]
-        if (online := model.images.tokenizer) is not None:
-            constants += [*online.parameters(), *online.buffers()]
-        chunks.append(
-            Chunk(
-                shards=tuple(_shards(model, groups)),
-                layers=0 if lm is None else len(lm.decoder.layers),
-                images=model.pre_process,
-                text_loss=model.post_process,
-                visual_loss=model.visual_head is not None,
-                constants=sum(x.numel() * x.element_size() for x in constants),
-            )
-        )
-    return chunks
+def _chunk(
+    config: Config,
+    groups: Groups,
+    tokenizer: TokenizerConfig | None,
+    micro_batch: tuple[Shape, Layers] | None,
+    vp_stage: int | None,
+) -> Chunk:
+    with without_memory():
+        visual = VisualTokenizer(tokenizer) if tokenizer else None
+        model = AsvrModel(config, groups=groups, tokenizer=visual, vp_stage=vp_stage)
+    lm, constants = model.language_model, [*model.buffers()]
+    if (online := model.images.tokenizer) is not None:
+        constants += [*online.parameters(), *online.buffers()]
+    return Chunk(
+        shards=tuple(_shards(model, groups)),
+        layers=0 if lm is None else len(lm.decoder.layers),
+        images=model.pre_process,
+        text_loss=model.post_process,
+        visual_loss=model.visual_head is not None,
+        constants=sum(x.numel() * x.element_size() for x in constants),
+        passes=rehearse(model, *micro_batch) if micro_batch else None,
+    )
 
 
 def _shards(model: nn.Module, groups: Groups) -> Iterable[Shard]:

@@ -18,7 +18,18 @@ class RMSNorm(torch.nn.RMSNorm):
         """The norm of ``x``, of its shape and dtype."""
         if x.dtype != torch.float32 or x.device.type != "cpu":
             return super().forward(x)
-        return _Norm.apply(x, self.weight, self.eps)
+        return one_node(x, self.weight, self.eps)
+
+
+def one_node(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``RMSNorm`` as one node of the graph, which keeps ``x`` and an inverse root for each row.
+
+    Args:
+        x: [..., width].
+        weight: [width].
+        eps: added to the mean square.
+    """
+    return _Norm.apply(x, weight, eps)
 
 
 class _Norm(torch.autograd.Function):

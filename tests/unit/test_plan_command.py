@@ -10,21 +10,29 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron_asvr.cli.main import main
 from megatron_asvr.parallel.groups import imagined
 from megatron_asvr.parallel.plan import make_plan
-from megatron_asvr.planner.activations import largest
 from megatron_asvr.planner.memory import passes
+from megatron_asvr.planner.rehearsal import largest
 from tests.run_cases import CODEBOOK_SIZES, config, tokenizer
 
 SEVEN = "slurm/llava_7b/stage2.yaml"
 SEVENTY = "slurm/llama3_70b/stage2.yaml"
+SMALL = (  # tests/unit/test_planner_sizes.py has real sizes
+    *("model.vision.image_size=16", "model.vision.patch_size=8", "model.vision.hidden_size=16"),
+    *("model.vision.num_layers=3", "model.vision.num_heads=2", "model.vision.ffn_hidden_size=24"),
+    *("model.language.hidden_size=64", "model.language.num_heads=8", "data.max_length=64"),
+    *("model.language.num_kv_heads=8", "model.language.ffn_hidden_size=96"),
+    *("model.language.num_layers=4", "model.language.vocab_size=200", "train.micro_batch=1"),
+    *("model.visual_head.width=32", "model.visual_head.num_heads=2"),
+)
 
 
 def report(capsys, *words: str) -> dict:
-    main(["plan", *words, "--json"])
+    main(["plan", *words, *SMALL, "--json"])
     return json.loads(capsys.readouterr().out)
 
 
 def test_the_table_has_a_line_for_every_stage(capsys):
-    assert main(["plan", SEVENTY, "--nodes", "8", "--gpus-per-node", "8"]) == 0
+    assert main(["plan", SEVENTY, "--nodes", "8", "--gpus-per-node", "8", *SMALL]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == ["0", "1", "2", "3"]
     assert all(line.endswith("fits") for line in lines[2:-1])
@@ -32,20 +40,11 @@ def test_the_table_has_a_line_for_every_stage(capsys):
     assert "not measured" in lines[-1]
 
 
-def test_more_ranks_share_the_optimizer_s_state(capsys):
-    few, many = (report(capsys, SEVENTY, "--nodes", nodes) for nodes in ("4", "64"))
-    assert few["ranks"], many["ranks"] == (32, 512)
-    for before, after in zip(few["stages"], many["stages"], strict=True):
-        assert before["state"]["gradients"] == after["state"]["gradients"]
-        # one replica and sixteen; padding aside
-        ratio = before["state"]["optimizer"] / after["state"]["optimizer"]
-        assert ratio == pytest.approx(16, rel=1e-3)
-
-
 def test_what_does_not_fit_is_said_and_fails(capsys):
-    assert main(["plan", SEVEN, "--gpu-gb", "40"]) == 1
+    words = ("--gpu-gb", "9", "--reserve-gb", "9")
+    assert main(["plan", SEVEN, *SMALL, *words]) == 1
     assert "TOO MUCH" in capsys.readouterr().out
-    assert not report(capsys, SEVEN, "--gpu-gb", "40")["fits"]
+    assert not report(capsys, SEVEN, *words)["fits"]
     assert report(capsys, SEVEN)["fits"]
 
 
@@ -54,8 +53,7 @@ def test_recomputation_leaves_less_for_the_backward_pass(capsys):
         report(capsys, SEVEN, f"train.recompute={how}")["stages"][0]
         for how in ("none", "selective", "full")
     )
-    kept = [found["layer_activations"] for found in (none, selective, full)]
-    assert kept == sorted(kept, reverse=True)
+    assert none["kept"] > selective["kept"] > full["kept"]
     assert full["backward"] > none["backward"]  # a layer's activations exist again
 
 
@@ -75,10 +73,7 @@ def test_codes_are_those_of_the_run_s_tokenizer(tmp_path, capsys):
     run = config()
     visual = tokenizer(run.model.vision)
     visual.save(tmp_path)
-    words = [f"model.visual_tokenizer={tmp_path}", "model.vision.image_size=16"]
-    words += ["model.vision.patch_size=8", "model.vision.hidden_size=16"]
-    words += ["model.vision.num_layers=3", "model.vision.num_heads=2"]
-    found = report(capsys, SEVEN, *words, "model.vision.ffn_hidden_size=24")
+    found = report(capsys, SEVEN, f"model.visual_tokenizer={tmp_path}")
     assert found["codes"] == f"codes of {tmp_path}"
     assert found["stages"][0]["state"]["constants"] == 4 * sum(CODEBOOK_SIZES) * visual.width
 

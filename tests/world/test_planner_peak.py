@@ -13,6 +13,7 @@ pytestmark = pytest.mark.world
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {"tp": 1}),
+    "tp2": (2, {"tp": 2, "sp": True}),
     "pp2": (2, {"tp": 1, "pp": 2}),
 }
 

@@ -1,0 +1,244 @@
+"""Bytes that one micro-batch needs, counted while the model's own code runs on fake tensors.
+
+A fake tensor has shape, type and device, and no memory; operations on it give fake tensors. So the
+forward and backward passes of a stage of any size take seconds on one CPU, nothing is computed, and
+every tensor that they would make, autograd would keep, and their end would free is counted by its
+storage. What a kernel uses inside itself is not seen.
+
+A GPU is imagined by two changes: a norm keeps its input and an inverse root for each position, and
+attention over documents, which is Transformer Engine's, takes no mask. Not measured on a GPU.
+"""
+
+import functools
+import gc
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from megatron_asvr.batch import MicroBatch, image_share
+from megatron_asvr.config.schema import Config
+from megatron_asvr.model.asvr import AsvrModel
+from megatron_asvr.model.loss import LossSums, Scales
+from megatron_asvr.precision import norm
+
+_CPU = torch.device("cpu")
+Layers = Literal["te", "local", "cpu"]  # Transformer Engine's, torch's on a GPU, torch's on the CPU
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The largest micro-batch, as one rank sees it.
+
+    Attributes:
+        rows: sequences.
+        length: columns of a row on all context-parallel ranks together.
+        images: views on all ranks.
+        texts: positions of this rank with a text target.
+        codes: positions of this rank with a visual target.
+    """
+
+    rows: int
+    length: int
+    images: int
+    texts: int
+    codes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Passes:
+    """Bytes of one micro-batch on one model chunk.
+
+    Attributes:
+        kept: from the end of the forward pass to the backward pass.
+        forward: beside these, at the peak of the forward pass (logits are there).
+        backward: beside these, at the peak of the backward pass.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+
+
+def largest(config: Config) -> Shape:
+    """The largest micro-batch that a run can have, when a sample shows one picture.
+
+    Without packing every row is as long as ``data.max_length`` allows; a packed row counts as full
+    of pictures, and of text targets too.
+
+    Args:
+        config: the run, checked.
+    """
+    d, cp, rows = config.data, config.parallel.cp, config.train.micro_batch
+    patches, views = config.model.vision.num_patches, config.model.resolution.most_views
+    length = (d.pack_length or d.max_length) if d.packing else d.max_length
+    multiple = (2 * cp if cp > 1 else 1) * (config.parallel.tp if config.parallel.sp else 1)
+    length = -(-length // multiple) * multiple
+    pictures = rows * (max(1, length // (views * patches)) if d.packing else 1)
+    images = pictures * views
+    codes = min(images * patches, rows * length)
+    texts = rows * length if d.packing else rows * length - codes
+    return Shape(rows=rows, length=length, images=images, texts=texts // cp, codes=codes // cp)
+
+
+def rehearse(model: AsvrModel, shape: Shape, layers: Layers) -> Passes:
+    """What a forward and a backward pass of one micro-batch need.
+
+    Args:
+        model: a chunk without memory (``platforms.without_memory``); it becomes one of fake
+            tensors.
+        shape: of the micro-batch.
+        layers: whose memory is counted.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in (model, model.images.tokenizer):
+            if module is not None:
+                module.to_empty(device=_CPU)
+        _prepare(model, layers)
+        count = _Count(model, shape.texts)
+        with count:
+            output, given = _forward(model, shape)
+            held, forward = count.now, count.restart()
+            torch.autograd.backward(output, [torch.ones_like(x) for x in output])
+            backward = count.restart()
+            del output, given
+            gc.collect()
+        kept = held - count.now
+    return Passes(kept=kept, forward=forward - kept, backward=backward - kept)
+
+
+def _prepare(model: AsvrModel, layers: Layers) -> None:
+    """Gradient buffers like those of megatron-core's DistributedDataParallel; a GPU's layers."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.main_grad = torch.empty(parameter.shape, dtype=torch.float32)
+            parameter.register_post_accumulate_grad_hook(_store)
+    if layers == "te" and model.language_model is not None:
+        model.language_model.mask = lambda batch: None
+    for module in model.modules() if layers != "cpu" else ():
+        if isinstance(module, norm.RMSNorm):
+            module.forward = functools.partial(_one_node, module)
+
+
+def _store(parameter: Tensor) -> None:
+    if parameter.grad is not None:  # else it was added where it was computed
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
+
+
+def _one_node(module: norm.RMSNorm, x: Tensor) -> Tensor:
+    return norm.one_node(x, module.weight, module.eps)
+
+
+def _forward(model: AsvrModel, shape: Shape) -> tuple[Sequence[Tensor], MicroBatch]:
+    """What a backward pass starts from, and the micro-batch."""
+    batch = _batch(model, shape)
+    plan, width = model.groups.plan, model.run_config.model.language.hidden_size
+    if not model.pre_process:
+        columns = shape.length // plan.cp // (plan.tp if plan.sp else 1)
+        dtype = model.config.params_dtype
+        given = torch.empty(columns, shape.rows, width, dtype=dtype, requires_grad=True)
+        model.set_input_tensor(given)
+    found = model(batch, scales=Scales(1.0, [1.0] * model.num_depths))
+    output = []
+    for part in found if isinstance(found, tuple) else (found,):
+        is_sums = isinstance(part, LossSums)
+        output += [part.text_sum, part.visual_sum_D] if is_sums else [part]
+    return [x for x in output if x.requires_grad], batch
+
+
+def _batch(model: AsvrModel, shape: Shape) -> MicroBatch:
+    """A micro-batch without contents, with what this stage uses of it."""
+    groups, model_config = model.groups, model.run_config.model
+    rows, columns, cp = shape.rows, shape.length, groups.plan.cp
+    vision, patches = model_config.vision, shape.images * model_config.vision.num_patches
+    first, after = image_share(shape.images, groups.tp_cp.rank(), groups.tp_cp.size())
+    crops = (after - first) * model_config.resolution.num_crops
+    images = model.pre_process or model.images.tokenizer is not None
+
+    def whole(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.int64)
+
+    return MicroBatch(
+        tokens_BS=whole(rows, columns // cp),
+        text_targets_BS=whole(rows, columns // cp),
+        position_ids_BS=whole(rows, columns),
+        document_BS=torch.empty(rows, columns, dtype=torch.int32),
+        branch_BS=torch.empty(rows, columns, dtype=torch.int32),
+        index_BS=whole(rows, columns),
+        image_positions_P=whole(patches // cp),
+        image_patches_P=whole(patches // cp),
+        pixel_values_ICHW=(
+            torch.empty(crops, 3, vision.image_size, vision.image_size) if images else None
+        ),
+        image_share=(first, after),
+        num_images=shape.images,
+        visual_positions_M=whole(shape.codes),
+        visual_patches_M=whole(shape.codes),
+        codes_PD=None if model.images.tokenizer is not None else whole(patches, model.num_depths),
+        newline_positions=whole(0) if model_config.resolution.newline else None,
+        sample_ids=[],
+        context=(groups.cp_rank, cp),
+    )
+
+
+class _Count(TorchDispatchMode):
+    """Bytes of storages that operations inside made and that still exist.
+
+    Args:
+        model: what exists before.
+        texts: how many positions with a text target the model will find.
+    """
+
+    def __init__(self, model: nn.Module, texts: int) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._texts = texts
+        self._known: dict[int, weakref.ref] = {}
+        before = [*model.parameters(), *model.buffers()]
+        for x in [*before, *(p.main_grad for p in before if hasattr(p, "main_grad"))]:
+            self._add(x, 0)
+
+    def restart(self) -> int:
+        """The most bytes since the last restart."""
+        most, self.most = self.most, self.now
+        return most
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return _CPU  # asked more often than all else together
+        if func is torch.ops.aten.nonzero.default:
+            found = args[0].new_empty(self._texts, 1, dtype=torch.int64)
+        else:
+            try:
+                found = func(*args, **(kwargs or {}))
+            except DataDependentOutputException:
+                return True  # the code asks whether two things agree
+        for x in tree_iter(found):
+            if isinstance(x, Tensor):
+                self._add(x, x.untyped_storage().nbytes())
+        return found
+
+    def _add(self, x: Tensor, size: int) -> None:
+        storage = x.untyped_storage()
+        place = id(storage)
+        if place in self._known:
+            return
+
+        def freed(_: weakref.ref) -> None:
+            del self._known[place]
+            self.now -= size
+
+        self._known[place] = weakref.ref(storage, freed)
+        self.now += size
+        self.most = max(self.most, self.now)
