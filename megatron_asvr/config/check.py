@@ -138,6 +138,22 @@ def _check_experts(lm: LanguageConfig) -> None:
     )
 
 
+def _check_overlap(config: Config) -> None:
+    """Refuse what looks at gradients, or drops them, before their sums could have begun."""
+    t = config.train
+    for name, wanted in (
+        ("train.cosine_every_steps", t.cosine_every_steps == 0),
+        ("precision.fp8.guard_every_steps", config.precision.fp8.guard_every_steps == 0),
+        ("train.anomaly.on_nonfinite=skip", t.anomaly.on_nonfinite != "skip"),
+        ("train.anomaly.on_spike=skip", t.anomaly.on_spike != "skip"),
+    ):
+        _require(
+            wanted,
+            f"train.optim.overlap_grad_reduce=true sums gradients during the backward pass, which "
+            f"{name} does not allow; leave one of them out",
+        )
+
+
 def _check_train(config: Config) -> None:
     t = config.train
     _require(
@@ -150,6 +166,13 @@ def _check_train(config: Config) -> None:
     _not_negative(t.watchdog, "train.watchdog", ("hang_s", "slow_share"))
     _positive(t.anomaly, "train.anomaly", ("spike_window", "spike_mads"))
     _not_negative(t.anomaly, "train.anomaly", ("max_events",))
+    if t.optim.overlap_grad_reduce:
+        _check_overlap(config)
+    _require(
+        not t.compile or config.precision.fp8.recipe == "none",
+        f"train.compile=true with precision.fp8.recipe={config.precision.fp8.recipe}: torch cannot "
+        "compile products in 8 bits that others make; set train.compile=false",
+    )
     _require(bool(t.trainable), f"train.trainable is empty; choose from {', '.join(PARTS)}")
     for part in PARTS:
         _require(t.trainable.count(part) < 2, f"train.trainable names {part} twice; name it once")

@@ -300,6 +300,7 @@ class OptimConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0  # global norm, 0 turns clipping off
     distributed: bool = True  # shard optimizer state over data-parallel ranks
+    overlap_grad_reduce: bool = False  # sum gradients while the backward pass goes on
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,6 +339,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     recompute: Literal["none", "selective", "full"] = "none"  # of the language model's layers
     recompute_visual_head: bool = False
+    compile: bool = False  # torch.compile layers of encoder and visual head; no effect on the CPU
     deterministic: bool = False  # the same bits from every start, also on GPUs; slower there
     threads_per_rank: int = 1  # CPU threads; part of a run's identity (it changes rounding)
     eval_every_steps: int = 0  # 0: only at the end, when data.eval is given

@@ -166,6 +166,18 @@ class AsvrModel(MegatronModule):
             return []
         return [x for x in self.vision_encoder.parameters() if x.requires_grad]
 
+    def compile_layers(self) -> None:
+        """Let torch compile what megatron-core does not: layers of the encoder, and of the head.
+
+        One by one, since they are alike: torch then compiles one for all.
+        """
+        if self.pre_process:
+            for layer in self.vision_encoder.encoder.layers:
+                layer.compile()
+        if self.visual_head is not None:
+            for layer in self.visual_head.layers:
+                layer.compile()
+
     def init_std(self, name: str) -> float:
         """Standard deviation that the matrix with this canonical name is initialised with."""
         part, _, rest = name.partition(".")
@@ -360,6 +372,8 @@ def build_chunks(
     for chunk in chunks:
         sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
         chunk.watched = in_8_bits(chunk, config, groups=groups, tokenizer=tokenizer)
+        if config.train.compile:
+            chunk.compile_layers()
     return chunks
 
 

@@ -33,21 +33,27 @@ def wrap(chunks: Sequence[nn.Module], config: OptimConfig) -> list[DistributedDa
 
     The sum is not divided by anything: every loss is already divided by its global count, which
     ``calculate_per_token_loss`` makes megatron-core respect (its gradient_scaling_factor is 1).
-    Nothing overlaps with the backward pass, so the order of collectives does not depend on what a
-    batch holds.
+    With ``overlap_grad_reduce`` a part of the buffers is summed as soon as all its gradients are
+    there, in an order that does not depend on what a batch holds: every trained parameter gets a
+    gradient from every micro-batch.
 
     Args:
         chunks: the bare model of this rank; each has megatron-core's configuration.
-        config: whether optimizer state is sharded.
+        config: whether optimizer state is sharded, and when gradients are summed.
     """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,
+        overlap_grad_reduce=config.overlap_grad_reduce,
         # Non-finite numbers are found by train/step.py, which can name the samples.
         check_for_nan_in_grad=False,
     )
     assert all(chunk.config.calculate_per_token_loss for chunk in chunks)
-    return [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    if config.overlap_grad_reduce:  # after the last micro-batch only
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        wrapped[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def make_optimizer(

@@ -211,8 +211,9 @@ def run_schedule(
     def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator)
         # Known before the sums, so that gradients of output layers need not wait for them.
+        # megatron-core must see every gradient come when it sums them in the meantime.
         scales = None
-        if not forward_only:
+        if not forward_only and not chunk.ddp_config.overlap_grad_reduce:
             scales = scales_of(
                 loss,
                 text_count=batch.num_text_targets,

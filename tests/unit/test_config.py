@@ -91,6 +91,14 @@ def test_preset_loop_is_refused(tmp_path):
         ("train.trainable=[]", ["trainable is empty", "projector"]),
         ("train.trainable=[projector, projector]", ["projector twice"]),
         ("train.cosine_every_steps=-1", ["cosine_every_steps=-1", "negative"]),
+        (
+            "train={optim: {overlap_grad_reduce: true}, cosine_every_steps: 2, steps: 9}",
+            ["overlap_grad_reduce=true", "train.cosine_every_steps does not allow"],
+        ),
+        (
+            "train={optim: {overlap_grad_reduce: true}, anomaly: {on_spike: skip}, steps: 9}",
+            ["overlap_grad_reduce=true", "train.anomaly.on_spike=skip"],
+        ),
         ("model.language.head_dim=33", ["head_dim=33", "even"]),
         ("model.vision.norm_eps=0", ["model.vision.norm_eps=0.0", "positive"]),
         ("data.max_length=5000", ["max_length=5000", "max_positions=4096"]),

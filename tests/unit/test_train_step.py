@@ -49,6 +49,15 @@ def test_gradients_are_those_of_the_global_loss_and_nothing_rescales_them(
             torch.testing.assert_close(got[name], grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_compiled_layers_are_the_same_ones_where_there_is_no_compiler() -> None:
+    with one_rank() as groups:
+        plain, compiled = (Bench(config(train__compile=on), groups) for on in (False, True))
+        layers = [*compiled.model.vision_encoder.encoder.layers, *compiled.model.visual_head.layers]
+        assert all(layer._compiled_call_impl is not None for layer in layers)
+        assert [plain.step(n).loss for n in range(2)] == [compiled.step(n).loss for n in range(2)]
+        assert list(plain.weights()) == list(compiled.weights())
+
+
 def test_official_mode_takes_the_mean_of_each_micro_batch() -> None:
     run = config()
     with one_rank() as groups:

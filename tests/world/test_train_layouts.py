@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_asvr.batch import MicroBatch
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.meta import read_meta
 from megatron_asvr.config.schema import Config
@@ -23,7 +24,9 @@ from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train.step import (
     StepResult,
     agree,
+    backward,
     loss_function,
+    reduce_gradients,
     train_step,
 )
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
@@ -81,11 +84,15 @@ def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
     batches = step_batches(run, 0, groups)
     work = Work(run, None, groups=groups).counts(batches)
     agreement = agree(batches, stop=False, groups=groups, work=work)
-    cosine = gradient_cosine(bench.wrapped, batches, agreement, groups=groups)
+    cosine = None
+    if not run.train.optim.overlap_grad_reduce:
+        cosine = gradient_cosine(bench.wrapped, batches, agreement, groups=groups)
     steps, usage = [bench.step(step) for step in range(5)], CodeUsage(CODEBOOK_SIZES)
     for result in steps:
         usage.add(result.parts)
     check_replicas(bench, groups)
+    if run.train.optim.overlap_grad_reduce:
+        require_early_sums(bench, batches, groups)
     return {
         "codes": usage.values(groups=groups),
         "work": agreement.work,
@@ -95,6 +102,16 @@ def layout_run(degrees: dict[str, Any], changes: dict[str, Any]) -> dict[str, An
         "grads": grads,
         "cosine": cosine,
     }
+
+
+def require_early_sums(bench: Bench, batches: list[MicroBatch], groups: Groups) -> None:
+    """All sums have begun when the backward pass ends."""
+    for chunk in bench.wrapped:
+        chunk.zero_grad_buffer()
+    backward(bench.wrapped, batches, bench.loss(batches))
+    for chunk in bench.wrapped:
+        assert all(group.grad_reduce_handle is not None for group in chunk.bucket_groups)
+    reduce_gradients(bench.wrapped, groups=groups)
 
 
 def check_replicas(bench: Bench, groups: Groups) -> None:
@@ -133,6 +150,14 @@ def same_steps(layout: str, changes: tuple[tuple[str, Any], ...] = ()) -> None:
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "single"])
 def test_every_layout_takes_the_same_steps(layout: str) -> None:
     same_steps(layout)
+
+
+OVERLAP = (("train__optim__overlap_grad_reduce", True),)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "pp2_dp2", "pp2_vpp2"])
+def test_gradients_summed_during_the_backward_pass_take_the_same_steps(layout: str) -> None:
+    same_steps(layout, OVERLAP)
 
 
 TIED = (("model__language__tied_embeddings", True), ("model__language__family", "qwen3"))
