@@ -134,7 +134,7 @@ ROWS = (
             "launch/probes_of_runs.py",
         ),
         platform=("name", "backend", "device", "set_device", "group_device", "num_gpus"),
-        contract="tests/world/test_collectives.py::test_every_rank_agrees",
+        contract="tests/unit/test_contracts.py::test_nccl_gets_no_tensor_of_the_cpu",
         probes=("all_reduce", "tensor_certificate", "all_reduce_nodes"),
     ),
     Row(
@@ -188,7 +188,7 @@ ROWS = (
         cuda="torch's allocator on the device",
         cpu="the process's resident set",
         why="what can run out differs; the plan counts both ways",
-        places=("planner/activations.py", "planner/memory.py::backend"),
+        places=("planner/activations.py", "planner/memory.py"),
         platform=("peak_memory_bytes", "current_device", "factories"),
         contract="tests/unit/test_platforms.py::TestCpu::test_peak_memory_grows_with_use",
         probes=("memory",),
@@ -198,7 +198,7 @@ ROWS = (
         cuda="a copy from the device, then a thread writes",
         cpu="a copy of the memory, then a thread writes",
         why="the device's memory changes in the next step",
-        contract="tests/world/test_failed_saves.py::test_a_full_disk_does_not_stop_the_run",
+        contract="tests/unit/test_contracts.py::test_what_is_saved_in_the_background_may_change",
         probes=("saved_copy", "write_speed"),
     ),
     Row(
@@ -231,7 +231,7 @@ ROWS = (
         cpu="fp32",
         why="bf16 is slow on most CPUs",
         places=("hf/suite/answer.py::answer_dtype",),
-        contract="tests/unit/test_language.py::test_bf16_is_near_fp32",
+        contract="tests/unit/test_contracts.py::test_answers_are_of_the_platforms_type",
         probes=("bf16_product",),
     ),
 )
