@@ -176,11 +176,14 @@ def _judge_probes(report: Report, seen: Seen) -> None:
         if r["state"] == "FAIL"
     }
     passed = Counter(r["probe"] for _, r in found if r["state"] == "PASS")
-    left_out = {
-        f"{r['probe']} NOT RUN: {r['measured']}": None for _, r in found if r["state"] == "NOT RUN"
-    }
-    texts = [f"{probe} on {number} ranks" for probe, number in passed.items()]
-    text = "; ".join([*texts, *left_out]) or "not asked for"
+    left_out: dict[str, list[str]] = {}
+    for name, why in {
+        r["probe"]: r["measured"] for _, r in found if r["state"] == "NOT RUN"
+    }.items():
+        left_out.setdefault(why, []).append(name)
+    texts = [f"{name} on {number} ranks" for name, number in passed.items()]
+    texts += [f"{', '.join(names)} NOT RUN: {why}" for why, names in left_out.items()]
+    text = "; ".join(texts) or "not asked for"
     report.add("probes", text, wrong, state="ok" if passed else "not checked")
 
 

@@ -147,7 +147,7 @@ def run(
     if found["state"] == "FAIL":
         found["action"] = probe.action
     (row,) = (row.name for row in ROWS if name in row.probes)
-    seconds = time.perf_counter() - start
+    seconds = round(time.perf_counter() - start, 1)
     return Result(row=row, probe=name, level=probe.level, seconds=seconds, **found)
 
 

@@ -167,7 +167,7 @@ ROWS = (
     ),
     Row(
         name="compile and graphs",
-        cuda="megatron-core's jit_fuser compiles; no CUDA graphs",
+        cuda="megatron-core's jit_fuser, and with train.compile layers of ours; no CUDA graphs",
         cpu="switched off",
         why="no compiler and no triton on the CPU",
         platform=("no_compiler", "no_triton"),

@@ -162,7 +162,7 @@ def test_the_command_prints_a_table_and_json_and_fails_with_one_error(tmp_path, 
         *("ranks", "software", "gpus", "probes", "clock", "storage", "data", "bandwidth")
     ]
     assert table[3].split(maxsplit=3)[1:3] == ["not", "checked"]
-    assert "gemm_rate NOT RUN: 0 of 1 GPUs" in table[3]
+    assert "pinned_copy, te_linear, gemm_rate NOT RUN: 0 of 1 GPUs" in table[3]
     assert main([*command, "--json", "--min-gb-s", "1e9"]) == 1
     printed = capsys.readouterr()
     report = json.loads(printed.out)
