@@ -60,6 +60,9 @@ class MicroBatch:
             (``target_shift`` is already applied), in this rank's part; NO_POSITION for a zero
             hidden vector.
         visual_patches_M: int64 patch whose codes are predicted there: image * N + patch.
+        visual_scale: what a sum over these positions is multiplied by to stand for all (1 / share
+            where only some were drawn, see data/subsample.py).
+        visual_left_out: positions of this rank that would predict a patch but were not drawn.
         codes_PD: int64 codes of every patch of all images from the cache, or None when the
             tokenizer is online.
         sample_ids: each document's sample, for messages.
@@ -92,6 +95,8 @@ class MicroBatch:
     digest: int = 0
     newline_positions: Tensor | None = None
     features_INF: Tensor | None = None
+    visual_scale: float = 1.0
+    visual_left_out: int = 0
     context: tuple[int, int] = (0, 1)
     text_positions_X: Tensor | None = field(init=False)
 
@@ -113,8 +118,8 @@ class MicroBatch:
 
     @property
     def num_visual_targets(self) -> int:
-        """Positions of this rank with a visual target."""
-        return self.visual_positions_M.numel()
+        """Positions of this rank with a visual target, whether they were drawn or not."""
+        return self.visual_positions_M.numel() + self.visual_left_out
 
 
 def image_share(num_images: int, rank: int, world: int) -> tuple[int, int]:

@@ -293,8 +293,13 @@ def _check_sources(config: Config) -> None:
 def _check_loss(config: Config) -> None:
     loss = config.loss
     _require(loss.visual_weight >= 0, f"loss.visual_weight={loss.visual_weight} must be >= 0")
+    _require(
+        0 < loss.visual_positions <= 1,
+        f"loss.visual_positions={loss.visual_positions} must be above 0 and at most 1 (all)",
+    )
     if loss.mode == "official":
         for key, got, want in (
+            ("loss.visual_positions", loss.visual_positions, 1.0),
             ("loss.target_shift", loss.target_shift, 0),
             ("loss.visual_weight", loss.visual_weight, 1.0),
         ):

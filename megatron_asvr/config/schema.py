@@ -221,6 +221,7 @@ class LossConfig:
     mode: Literal["exact", "official"] = "exact"
     visual_weight: float = 1.0  # 0 is the text-only baseline: head and codes are not built
     target_shift: Literal[0, 1] = 0  # 0: a position predicts its own patch; 1: the next one
+    visual_positions: float = 1.0  # share of an image's positions that train the visual loss
 
 
 TEMPLATES = ("vicuna_v1", "vicuna_short", "plain", "mistral", "llama3", "chatml")

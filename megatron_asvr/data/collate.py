@@ -19,6 +19,7 @@ from megatron_asvr.batch import IGNORE, NO_POSITION, MicroBatch, image_share
 from megatron_asvr.config.schema import Config
 from megatron_asvr.data.pixels import ZERO_KEY
 from megatron_asvr.data.sample import Row, Sample
+from megatron_asvr.data.subsample import drawn
 from megatron_asvr.data.views import NEWLINE
 from megatron_asvr.parallel.context import (
     document_multiple,
@@ -70,12 +71,14 @@ class Document:
         sample_id: the record's id.
         keys: of all views of the row's images, in order (data/views.py).
         place: place of the sample in the global batch, and number of the row among its rows.
+        spot: place of the sample in the concatenation of all steps.
     """
 
     row: Row
     sample_id: str
     keys: Sequence[str]
     place: tuple[int, int] = (0, 0)
+    spot: int = 0
 
     def digest(self) -> int:
         """48 bits of a hash of the row, its images and its place; sums of them never overflow."""
@@ -101,6 +104,8 @@ class Collator:
         row_multiple: rows are padded to a multiple of it.
         view: what this rank sees.
         code_depth: depths of the codes, when they come from the cache.
+        visual_share: of an image's positions that are drawn for the visual loss.
+        seed: of that draw.
     """
 
     num_patches: int
@@ -113,10 +118,18 @@ class Collator:
     row_multiple: int = 1
     view: View = WHOLE
     code_depth: int = 0
+    visual_share: float = 1.0
+    seed: int = 0
 
     @classmethod
     def from_config(
-        cls, config: Config, pad_id: int, *, view: View = WHOLE, code_depth: int = 0
+        cls,
+        config: Config,
+        pad_id: int,
+        *,
+        view: View = WHOLE,
+        code_depth: int = 0,
+        visual_share: float = 1.0,
     ) -> "Collator":
         """The collator of a run."""
         degrees = config.parallel
@@ -135,6 +148,8 @@ class Collator:
             ),
             view=view,
             code_depth=code_depth,
+            visual_share=visual_share,
+            seed=config.run.seed,
         )
 
     def padded_length(self, length: int) -> int:
@@ -201,6 +216,8 @@ class Collator:
             num_images=len(images.keys),
             visual_positions_M=visual[0],
             visual_patches_M=visual[1],
+            visual_left_out=visual[2],
+            visual_scale=1 / self.visual_share,
             codes_PD=self._codes(images.keys, codes),
             sample_ids=[document.sample_id for document in documents],
             image_keys=images.keys,
@@ -233,16 +250,18 @@ class Collator:
         own = stream.own_places(_join(images.newlines))
         return own[own != NO_POSITION]
 
-    def _visual_targets(self, stream: "_Stream", images: "_Images") -> tuple[Tensor, Tensor]:
-        """Flat positions of this rank that predict a patch, and which patch each predicts."""
+    def _visual_targets(self, stream: "_Stream", images: "_Images") -> tuple[Tensor, Tensor, int]:
+        """Flat positions of this rank that predict a patch, which patch, and how many others do."""
         if not self.view.visual_loss:
-            return _join([]), _join([])
+            return _join([]), _join([]), 0
         sources_M = _join(images.sources)
         own_M = stream.own_places(sources_M)
         here_M = own_M != NO_POSITION
         if self.view.cp_rank == 0:  # a target that has lost its position counts all the same
             here_M |= sources_M == NO_POSITION
-        return own_M[here_M], _join(images.targets)[here_M]
+        chosen_M = here_M & _join(images.drawn).bool()
+        left_out = int(here_M.sum() - chosen_M.sum())
+        return own_M[chosen_M], _join(images.targets)[chosen_M], left_out
 
     def _codes(self, keys: Sequence[str], codes: Codes | None) -> Tensor | None:
         if codes is None or not self.view.visual_loss:
@@ -313,6 +332,7 @@ class _Images:
         newlines: positions of newlines in the stream.
         sources: positions in the stream that predict a patch; NO_POSITION for none.
         targets: the patches that they predict.
+        drawn: which of them count.
     """
 
     def __init__(self, collator: Collator) -> None:
@@ -324,19 +344,22 @@ class _Images:
         self.newlines: list[np.ndarray] = []
         self.sources: list[np.ndarray] = []
         self.targets: list[np.ndarray] = []
+        self.drawn: list[np.ndarray] = []
+        self._share, self._seed = collator.visual_share, collator.seed
 
     def add(self, document: Document, place: int) -> None:
         """Add the images of the document that starts at ``place``."""
         row, before = document.row, len(self.keys)
-        for start, layout, seen in zip(
-            row.image_starts, row.layouts, _predicted(row, self._shift), strict=True
-        ):
+        images = zip(row.image_starts, row.layouts, _predicted(row, self._shift), strict=True)
+        for number, (start, layout, seen) in enumerate(images):
             is_patch = layout.patches_L != NEWLINE
             patches = before * self._num_patches + layout.patches_L[is_patch]
             places = start + np.flatnonzero(is_patch)
             if row.counts_images:
                 sources = _in_stream(places - self._shift, row.length, place)
-                self._supervise(sources[seen], patches[seen])
+                one = {"seed": self._seed, "spot": document.spot, "image": number}
+                chosen = drawn(int(seen.sum()), self._share, **one)
+                self._supervise(sources[seen], patches[seen], chosen)
             self._show(_in_stream(places, row.length, place), patches)
             newlines = start + np.flatnonzero(~is_patch)
             self.newlines.append(_in_stream(newlines, row.length, place))
@@ -345,7 +368,7 @@ class _Images:
         if self._official and not row.image_starts:
             patches = before * self._num_patches + np.arange(self._num_patches)
             nowhere = np.full_like(patches, NO_POSITION)
-            self._supervise(nowhere, patches)
+            self._supervise(nowhere, patches, np.ones_like(patches, dtype=bool))
             self._show(nowhere, patches)
             self.keys.append(ZERO_KEY)
 
@@ -353,9 +376,10 @@ class _Images:
         self.positions.append(positions)
         self.patches.append(patches)
 
-    def _supervise(self, sources: np.ndarray, patches: np.ndarray) -> None:
+    def _supervise(self, sources: np.ndarray, patches: np.ndarray, chosen: np.ndarray) -> None:
         self.sources.append(sources)
         self.targets.append(patches)
+        self.drawn.append(chosen)
 
 
 def _predicted(row: Row, shift: int) -> Iterator[np.ndarray]:

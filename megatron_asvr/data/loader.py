@@ -93,6 +93,7 @@ class Loader:
             tokenizer.pad_id,
             view=view,
             code_depth=codes.depth if codes is not None else 0,
+            visual_share=config.loss.visual_positions if split == "train" else 1.0,
         )
         self._planner = Planner(config, codebook_sizes)
         self._store = PixelStore(config, device=device, verify=True)
@@ -353,7 +354,13 @@ class Loader:
             self._tally.sample(numbers[place], sample, lost_first_patches=lost)
         views = self._views(sample, sample.rows[row], spots[place])
         keys = [key for own in views for key in own]
-        return Document(row=sample.rows[row], sample_id=sample.id, keys=keys, place=(place, row))
+        return Document(
+            row=sample.rows[row],
+            sample_id=sample.id,
+            keys=keys,
+            place=(place, row),
+            spot=spots[place],
+        )
 
     def _views(self, sample: Sample, row: Row, spot: int) -> list[list[str]]:
         """Keys of the views of every picture."""

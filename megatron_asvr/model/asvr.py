@@ -296,6 +296,7 @@ class AsvrModel(MegatronModule):
             "visual_count": batch.num_visual_targets,
             "visual_correct_D": visual_correct_D,
             "codes_MD": codes_MD,
+            "visual_scale": batch.visual_scale,
         }
 
     def sharded_state_dict(

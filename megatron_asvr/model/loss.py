@@ -26,11 +26,12 @@ class LossSums:
         text_sum: fp32 scalar with gradient, cross-entropy summed over the text targets.
         text_count: number of text targets.
         text_correct: int64 scalar, text targets with the highest logit (ties count).
-        visual_sum_D: fp32 [D] with gradient, for each depth the sum over the visual targets; [0]
-            in a model without a visual head.
-        visual_count: number of positions with a visual target.
+        visual_sum_D: fp32 [D] with gradient, for each depth the sum over the visual targets that
+            were drawn; [0] in a model without a visual head.
+        visual_count: number of positions with a visual target, drawn or not.
         visual_correct_D: int64 [D], codes with the highest logit (ties count).
         codes_MD: int64 target codes, for the usage statistics; None without a visual head.
+        visual_scale: makes of sums and counts over the drawn targets those over all.
     """
 
     text_sum: Tensor
@@ -40,6 +41,7 @@ class LossSums:
     visual_count: int
     visual_correct_D: Tensor
     codes_MD: Tensor | None
+    visual_scale: float = 1.0
 
     def totals(self) -> Tensor:
         """All sums and counts as one detached fp64 vector [4 + 2 D], to be added up over ranks.
@@ -47,15 +49,9 @@ class LossSums:
         Order: text sum, text count, text correct, visual count, visual sums, visual corrects.
         """
         counts = torch.tensor([self.text_count, self.visual_count], device=self.text_sum.device)
-        parts = [
-            self.text_sum[None],
-            counts[:1],
-            self.text_correct[None],
-            counts[1:],
-            self.visual_sum_D,
-            self.visual_correct_D,
-        ]
-        return torch.cat([part.detach().double() for part in parts])
+        parts = [self.text_sum[None], counts[:1], self.text_correct[None], counts[1:]]
+        drawn = torch.cat([self.visual_sum_D.detach().double(), self.visual_correct_D.double()])
+        return torch.cat([*(part.detach().double() for part in parts), self.visual_scale * drawn])
 
 
 class Scales(NamedTuple):
@@ -71,7 +67,12 @@ class Scales(NamedTuple):
 
 
 def scales_of(
-    loss: Callable[[LossSums], Tensor], *, text_count: int, visual_count: int, depth: int
+    loss: Callable[[LossSums], Tensor],
+    *,
+    text_count: int,
+    visual_count: int,
+    visual_scale: float,
+    depth: int,
 ) -> Scales:
     """The gradients of a loss that is linear in the sums, before these are known.
 
@@ -79,6 +80,7 @@ def scales_of(
         loss: from sums to a scalar.
         text_count: text targets of the micro-batch.
         visual_count: positions of the micro-batch with a visual target.
+        visual_scale: of the micro-batch.
         depth: number of depths.
     """
     with torch.enable_grad():
@@ -93,6 +95,7 @@ def scales_of(
                 visual_count=visual_count,
                 visual_correct_D=torch.zeros(depth, dtype=torch.int64),
                 codes_MD=None,
+                visual_scale=visual_scale,
             )
         )
         text, visual_D = torch.autograd.grad(
@@ -172,7 +175,7 @@ def joint_loss(
     loss = sums.text_sum / max(global_text_count, 1)
     depth = sums.visual_sum_D.numel()
     if depth:
-        scale = visual_weight / (depth * max(global_visual_count, 1))
+        scale = sums.visual_scale * visual_weight / (depth * max(global_visual_count, 1))
         loss = loss + scale * sums.visual_sum_D.sum()
     return loss
 

@@ -129,7 +129,8 @@ def rates(
         position=lm.num_layers * linear * (1 + language + into_lm + repeats[0]),
         pair=lm.num_layers * attention * (1 + 2 * into_lm + repeats[1]),
         label=2.0 * width * lm.vocab_size * (1 + language + into_lm),
-        code=_visual_head(config, codebook_sizes, code_width, into_lm, useful)
+        code=config.loss.visual_positions
+        * _visual_head(config, codebook_sizes, code_width, into_lm, useful)
         if codebook_sizes
         else 0.0,
         num_patches=vision.num_patches,

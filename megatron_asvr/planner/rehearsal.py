@@ -84,8 +84,9 @@ def largest(config: Config) -> Shape:
     length = -(-length // multiple) * multiple
     pictures = rows * (max(1, length // (views * patches)) if d.packing else 1)
     images = pictures * views
-    codes = min(images * patches, rows * length)
-    texts = rows * length if d.packing else rows * length - codes
+    shown = min(images * patches, rows * length)
+    codes = min(shown, int(config.loss.visual_positions * shown) + images)  # data/subsample.py
+    texts = rows * length if d.packing else rows * length - shown
     return Shape(rows=rows, length=length, images=images, texts=texts // cp, codes=codes // cp)
 
 

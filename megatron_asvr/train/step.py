@@ -218,6 +218,7 @@ def run_schedule(
                 loss,
                 text_count=batch.num_text_targets,
                 visual_count=batch.num_visual_targets,
+                visual_scale=batch.visual_scale,
                 depth=chunks[0].module.num_depths,
             )
         output = chunk(to_device(batch), scales=scales)

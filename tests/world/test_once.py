@@ -32,6 +32,7 @@ pytestmark = pytest.mark.world
 FEATURES = {"data__features": "cache", "data__codes_verify_fraction": 1.0}
 ONLINE = {"data__codes": "online"}
 ONE_PASS = "one pass for features and codes: the tokenizer's encoder is the model's"
+DRAWN = {"loss__visual_positions": 0.6}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"parallel__tp": 2}),
     "pp2": (2, {"parallel__pp": 2}),
@@ -87,10 +88,32 @@ def trained(name: str, world: int = 1, **changes: Any) -> tuple[Config, str]:
     return config, (log / "rank_0.log").read_text()
 
 
+def norms(config: Config) -> list[float]:
+    return [line["grad_norm"] for line in lines(config)]
+
+
 @functools.cache
 def plain() -> Config:
     """Codes from the cache, features in every step."""
     return trained("plain")[0]
+
+
+@functools.cache
+def some_positions() -> Config:
+    """The visual loss from 2 or 3 of the 4 positions of every image."""
+    return trained("drawn", **DRAWN)[0]
+
+
+def test_some_positions_give_other_gradients_and_count_all_targets() -> None:
+    drawn, full = lines(some_positions()), lines(plain())
+    for some, every in zip(drawn, full, strict=True):
+        assert some["visual_targets"] == every["visual_targets"]
+        assert some["visual_loss"] != every["visual_loss"]
+        assert some["visual_loss"] == pytest.approx(every["visual_loss"], rel=0.5)
+    # Evaluation takes all positions; only the weights differ after three steps.
+    some, every = lines(some_positions(), "eval"), lines(plain(), "eval")
+    assert some[0]["visual_targets"] == every[0]["visual_targets"]
+    assert drawn[0]["text_loss"] == full[0]["text_loss"]
 
 
 def test_one_pass_gives_the_losses_of_two_to_the_bit() -> None:
@@ -139,8 +162,10 @@ def test_a_trained_encoder_has_no_features_to_cache() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_take_the_same_steps(layout: str) -> None:
     world, degrees = LAYOUTS[layout]
-    runs = {"online": ONLINE, "cached": FEATURES}
+    runs = {"online": ONLINE, "cached": FEATURES, "drawn": DRAWN}
     configs = {name: small(f"{layout}_{name}", **x, **degrees) for name, x in runs.items()}
     run_ranks(train_all, (list(configs.values()),), world, timeout_s=300)
     for name, config in configs.items():
-        assert losses(config) == pytest.approx(losses(plain()), rel=1e-6), name
+        wanted = some_positions() if name == "drawn" else plain()
+        assert losses(config) == pytest.approx(losses(wanted), rel=1e-6), name
+        assert norms(config) == pytest.approx(norms(wanted), rel=1e-6), name
