@@ -96,14 +96,16 @@ test-te: setup  ## build Transformer Engine without a GPU, construct the whole m
 test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may be lost
 	$(BIN)/python -m tools.torture
 
-bench: setup  ## a step against a plain one; packing, DALI against PIL, codes, waiting for data
+bench: setup  ## a step against a plain one, scaling curves; packing, DALI against PIL, codes, waiting
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.curves
 	$(BIN)/python -m benchmarks.packing
 	$(BIN)/python -m benchmarks.codes
 	$(BIN)/python -m benchmarks.images
 
 bench-short: setup  ## the same in seconds
 	$(BIN)/python -m benchmarks.step --short
+	$(BIN)/python -m benchmarks.curves --short --steps 2
 	$(BIN)/python -m benchmarks.packing --batches 1
 	$(BIN)/python -m benchmarks.codes --short
 	$(BIN)/python -m benchmarks.images --short

@@ -193,11 +193,13 @@ def watch_parts(model: AsvrModel, watch: Any) -> None:
     train_steps.reduce_gradients = reduced
 
 
-def micro_batch(load: Workload, batch: list[Sample], codes_PD: Tensor) -> MicroBatch:
-    """The samples as the data pipeline arranges them."""
+def micro_batch(
+    load: Workload, batch: list[Sample], codes_PD: Tensor, *, length: int = 0
+) -> MicroBatch:
+    """The samples as the data pipeline arranges them, in rows of at least ``length`` places."""
     patches = load.model.vision.num_patches
     lengths = [len(s.tokens) + patches * (s.pixels_CHW is not None) for s in batch]
-    shape = (len(batch), max(lengths))
+    shape = (len(batch), max(length, *lengths))
     tokens = torch.zeros(shape, dtype=torch.int64)
     targets = torch.full(shape, IGNORE)
     document = torch.full(shape, -1, dtype=torch.int32)
@@ -212,7 +214,7 @@ def micro_batch(load: Workload, batch: list[Sample], codes_PD: Tensor) -> MicroB
         document[row, :length] = row
         start = row * shape[1] + BEFORE
         places += range(start, start + image)
-    positions = torch.tensor(places)
+    positions = torch.tensor(places, dtype=torch.int64)
     pixels = [sample.pixels_CHW for sample in batch if sample.pixels_CHW is not None]
     return MicroBatch(
         tokens_BS=tokens,
@@ -223,7 +225,7 @@ def micro_batch(load: Workload, batch: list[Sample], codes_PD: Tensor) -> MicroB
         index_BS=torch.arange(shape[1]).repeat(len(batch), 1),
         image_positions_P=positions,
         image_patches_P=torch.arange(len(positions)),
-        pixel_values_ICHW=torch.stack(pixels),
+        pixel_values_ICHW=torch.stack(pixels) if pixels else None,
         image_share=(0, len(pixels)),
         num_images=len(pixels),
         visual_positions_M=positions,

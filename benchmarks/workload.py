@@ -1,6 +1,5 @@
 """What both sides of `benchmarks.step` train: sizes, samples, and the arithmetic they need."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from megatron_asvr.config.schema import (
     VisionConfig,
     VisualHeadConfig,
 )
+from megatron_asvr.parallel.costs import Counts, rates
 
 BEFORE = 8  # tokens in front of an image
 LR = 1e-4
@@ -130,42 +130,21 @@ def samples(load: Workload, step: int) -> list[Sample]:
 def useful_flops(load: Workload, batch: list[Sample]) -> dict[str, float]:
     """Floating point operations of forward and backward pass that no implementation can save.
 
-    Products of matrices, and of queries, keys and values under the causal mask; a product costs
-    two operations for each multiplication, forward once and backward twice, but a frozen part
-    only once. Padding, repeated work and elementwise operations count as nothing.
+    The cost model of a run's log (megatron_asvr/parallel/costs.py), from the samples themselves.
 
     Args:
         load: sizes.
         batch: samples of one step.
     """
-    model, patches = load.model, load.model.vision.num_patches
+    patches = load.model.vision.num_patches
     images = sum(sample.pixels_CHW is not None for sample in batch)
     lengths = [len(s.tokens) + patches * (s.pixels_CHW is not None) for s in batch]
-    labels = sum(int((s.labels != IGNORE).sum()) for s in batch)
-    lm, vision, width = model.language, model.vision, model.visual_head.width
-    depth, rows = len(load.codebook_sizes), images * patches
-    ffn = 3 * lm.hidden_size * lm.ffn_hidden_size
-    layer = 4 * lm.hidden_size**2 + ffn
-    causal = sum(n * (n + 1) for n in lengths) * lm.hidden_size
-    encoder_layer = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.ffn_hidden_size
-    encoder = rows * vision.num_feature_layers * (encoder_layer + 2 * patches * vision.hidden_size)
-    encoder += rows * 3 * vision.patch_size**2 * vision.hidden_size
-    trunk = 4 * width**2 + (depth + 1) * width + 4 * width**2
-    codes = (depth - 1) * vision.hidden_size * width
-    start = lm.hidden_size * width + width**2
-    projector = lm.hidden_size * (vision.hidden_size + lm.hidden_size)
-    return {
-        "encoder": 2.0 * encoder,
-        "language model": 6.0 * (lm.num_layers * (sum(lengths) * layer + causal)),
-        "projector": 6.0 * rows * projector,
-        "LM head": 6.0 * labels * lm.hidden_size * lm.vocab_size,
-        "depth trunk": 6.0
-        * rows
-        * (depth * model.visual_head.num_layers * trunk + start + codes * 2 / 3),
-        "code heads": 6.0 * rows * width * sum(load.codebook_sizes),
-    }
-
-
-def with_codebook(load: Workload, size: int) -> Workload:
-    """The same with other codebooks."""
-    return dataclasses.replace(load, codebook_sizes=(size,) * len(load.codebook_sizes))
+    counts = Counts(
+        images=images,
+        patches=images * patches,
+        positions=sum(lengths),
+        pairs=sum(n * (n + 1) / 2 for n in lengths),
+        labels=sum(int((s.labels != IGNORE).sum()) for s in batch),
+        codes=images * patches,
+    )
+    return rates(load.config("fp32"), load.codebook_sizes, useful=True).parts(counts)
