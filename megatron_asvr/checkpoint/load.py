@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
 
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -18,12 +19,13 @@ from megatron_asvr.checkpoint.identity import check_identity
 from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.checkpoint.read import read
 from megatron_asvr.checkpoint.save import trained_shapes
-from megatron_asvr.checkpoint.state import parts, set_step
+from megatron_asvr.checkpoint.state import parts, set_step, trained_numbers
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.model.sharding import load_shared
 from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.stored import Stored
+from megatron_asvr.precision.fp8.weights import fill
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,11 @@ def load_trained(
     """
     path = folder.step(meta.resume.step)
     _check_shapes(path, meta.trained, trained_shapes(chunks, groups=groups))
-    read(parts(chunks, optimizer), path, group=groups.world)
+    numbers = trained_numbers(chunks)
+    read(parts(chunks, optimizer, numbers), path, group=groups.world)
+    for param, kept in numbers.items():
+        if is_float8tensor(param):
+            fill(param, kept)
     set_step(optimizer, meta.resume.step)
 
 

@@ -6,8 +6,9 @@ another. Layers are stored under their own names (``non_homogeneous_layers``), s
 canonical parameter names; the optimizer's tensors have them behind ``optimizer.state.KIND.``.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
@@ -21,6 +22,7 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, Mega
 from torch import Tensor, nn
 
 from megatron_asvr.checkpoint.index import OPTIMIZER, Shape
+from megatron_asvr.precision.fp8.weights import numbers_of
 
 _METADATA = {"non_homogeneous_layers": True}
 
@@ -70,27 +72,39 @@ class _Block:
         return (1,) * x.prepend_axis_num + tuple(x.local_shape)
 
 
-def parts(chunks: Sequence[nn.Module], optimizer: MegatronOptimizer) -> list[Part]:
+def trained_numbers(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, Tensor]:
+    """The numbers of every trained weight: where they are, or of one in 8 bits a copy."""
+    every = [param for chunk in chunks for param in chunk.parameters() if param.requires_grad]
+    return {param: numbers_of(param) for param in every}
+
+
+def parts(
+    chunks: Sequence[nn.Module],
+    optimizer: MegatronOptimizer,
+    numbers: Mapping[nn.Parameter, Tensor] | None = None,
+) -> list[Part]:
     """All trained weights, scales of products in 8 bits and the optimizer's state on this rank.
 
     Args:
         chunks: the bare model of this rank; each has megatron-core's ``sharded_state_dict``.
         optimizer: made from it; state that is created by its first step is created here.
+        numbers: of ``trained_numbers``, for who wants to write to copies.
     """
+    numbers = trained_numbers(chunks) if numbers is None else numbers
     found, blocks = [], {}
     for chunk in chunks:
         places = chunk.sharded_state_dict(metadata=_METADATA)
         for name, param in chunk.named_parameters():
             if param.requires_grad:
-                blocks[param] = _blocks(param, places[name])
-                found += _parts(param.detach(), 0, blocks[param], "", is_shared=False)
+                blocks[param] = _blocks(numbers[param], places[name])
+                found += _parts(numbers[param], 0, blocks[param], "", is_shared=False)
         if (watched := getattr(chunk, "watched", None)) is not None:
             found += [_whole(*kept) for kept in watched.state()]
     for param, start, state in _optimizer_state(optimizer):
-        for kind, numbers in state.items():
-            if not _same_memory(numbers, param):
+        for kind, share in state.items():
+            if not _same_memory(share, param):
                 prefix = f"{OPTIMIZER}{kind}."
-                found += _parts(numbers, start, blocks[param], prefix, is_shared=True)
+                found += _parts(share, start, blocks[param], prefix, is_shared=True)
     return found
 
 
@@ -100,10 +114,11 @@ def _whole(key: str, numbers: Tensor, is_main: bool) -> Part:
     return Part(key, shape, (0,) * len(shape), numbers, is_main, is_padded=False)
 
 
-def _blocks(param: nn.Parameter, place: ShardedTensor | ShardedTensorFactory) -> list[_Block]:
+def _blocks(numbers: Tensor, place: ShardedTensor | ShardedTensorFactory) -> list[_Block]:
     """Where the numbers of a parameter belong; halves of a packed projection lie apart."""
+    place = dataclasses.replace(place, data=numbers)  # one in 8 bits does not tell its offsets
     made = place.build() if isinstance(place, ShardedTensorFactory) else [place]
-    first = param.detach().storage_offset()
+    first = numbers.storage_offset()
     assert all(x.data.is_contiguous() for x in made)
     return [_Block(x.data.storage_offset() - first, x) for x in made]
 

@@ -364,6 +364,7 @@ class Fp8Config:
     exclude: tuple[
         str, ...
     ] = ()  # modules in train.precision: `language_model.decoder.layers.-1.*`, `*.heads.*`
+    weights: bool = False  # keep weights of the language model's layers in 8 bits, and gather so
     margin: int = 0  # delayed: the largest value is put 2**margin below the format's largest
     history: int = 1024  # delayed: steps (Transformer Engine: uses) whose largest values count
     amax: Literal["max", "most_recent"] = "max"  # delayed: which of the history decides

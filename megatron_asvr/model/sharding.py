@@ -31,6 +31,7 @@ from megatron_asvr.parallel.collectives import broadcast_tensor, gather_equal, g
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.stored import Stored, read_shared
 from megatron_asvr.precision import FUSED_NAMES
+from megatron_asvr.precision.fp8.weights import fill, numbers_of
 
 Modules = nn.Module | Sequence[nn.Module]
 Choice = Callable[[str, nn.Parameter], bool]  # by canonical name and parameter
@@ -224,8 +225,7 @@ def load_weights(
             missing.append(name)
             continue
         _check_shape(name, tuple(full.shape), full_shape(parameter, groups=groups))
-        with torch.no_grad():
-            parameter.copy_(_shard(full, parameter, groups))
+        fill(parameter, _shard(full, parameter, groups))
     if strict:
         _check_missing(missing, number, optional)
     return missing
@@ -272,9 +272,8 @@ def load_shared(
         mine.setdefault(name, []).append(parameter)
     for name, full in read_shared(weights, found, group=groups.world):
         for parameter in mine.get(name, ()):
-            with torch.no_grad():
-                part = full if convert is None else convert(full)
-                parameter.copy_(_shard(part, parameter, groups))
+            part = full if convert is None else convert(full)
+            fill(parameter, _shard(part, parameter, groups))
     return missing
 
 
@@ -313,7 +312,7 @@ def full_state(
     groups: Groups,
     prefix: str = "",
     only: Choice | None = None,
-    of: Callable[[nn.Parameter], Tensor] = Tensor.detach,
+    of: Callable[[nn.Parameter], Tensor] = numbers_of,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (canonical name, full tensor on the CPU) of every parameter, on every rank.
 
@@ -393,8 +392,7 @@ def seeded_init(
         else:
             full = torch.randn(shape, generator=generator_of(f"{seed}:{name}"))
             full *= std(name) if callable(std) else std
-        with torch.no_grad():
-            parameter.copy_(_shard(full, parameter, groups))
+        fill(parameter, _shard(full, parameter, groups))
 
 
 def generator_of(text: str) -> torch.Generator:

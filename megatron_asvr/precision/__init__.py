@@ -107,6 +107,7 @@ def megatron_settings(
     return {
         "fp8": fp8.format,
         "fp8_recipe": _MEGATRON_RECIPES[fp8.recipe],
+        "fp8_param": fp8.weights,
         "fp8_margin": fp8.margin,
         "fp8_amax_history_len": fp8.history,
         "fp8_amax_compute_algo": fp8.amax,

@@ -45,6 +45,7 @@ def wrap(chunks: Sequence[nn.Module], config: OptimConfig) -> list[DistributedDa
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.distributed,
         overlap_grad_reduce=config.overlap_grad_reduce,
+        fp8_param_gather=any(chunk.config.fp8_param for chunk in chunks),
         # Non-finite numbers are found by train/step.py, which can name the samples.
         check_for_nan_in_grad=False,
     )
@@ -78,6 +79,7 @@ def make_optimizer(
         params_dtype=DTYPES[train.precision],
         bf16=train.precision == "bf16",
         use_distributed_optimizer=o.distributed,
+        fp8_recipe=next((c.config.fp8_recipe for c in chunks if c.config.fp8_param), None),
     )
     return get_megatron_optimizer(
         settings, list(chunks), config_overrides={_NO_DECAY: ParamGroupOverride(wd_mult=0.0)}

@@ -17,6 +17,7 @@ from megatron_asvr.config.precision import check_precision
 from megatron_asvr.config.schema import Config, Fp8Config, PrecisionConfig
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.language import transformer_config
+from megatron_asvr.precision.fp8.policy import Linear, decide
 from tests.language_cases import CASES, one_rank
 from tests.run_cases import config
 
@@ -84,6 +85,41 @@ def test_numbers_out_of_range_are_refused(name: str, value: float) -> None:
         check(run)
 
 
+KEPT = {"precision__fp8__recipe": "current", "precision__fp8__weights": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"precision__fp8__recipe": "none"}, "multiplies nothing here"),
+        ({"precision__fp8__emulate": True}, "multiplies nothing here"),
+        ({"precision__fp8__recipe": "mxfp8"}, "does not go with recipe=mxfp8"),
+        ({"train__optim__distributed": False}, "needs train.optim.distributed=true"),
+        ({"train__trainable": ["projector"]}, "would round the language model for good"),
+        ({"precision__fp8__guard_every_steps": 3}, "nothing exact to compare with"),
+    ],
+)
+def test_weights_are_kept_in_8_bits_where_that_can_be_and_refused_where_not(
+    changes: dict[str, object], why: str
+) -> None:
+    fits = {**KEPT, "train__optim__distributed": True}
+    check_precision(config(**fits))
+    with pytest.raises(ConfigError, match=f"precision.fp8.weights=true .*{why}"):
+        check_precision(config(**{**fits, **changes}))
+
+
+def test_what_is_kept_out_of_8_bits_does_not_hold_its_weight_in_them() -> None:
+    names = ["language_model.decoder.layers.0.mlp.linear_fc1", "language_model.output_layer"]
+    linears = [Linear(name, 32, 32) for name in names]
+    for pattern, kept in (("*.output_layer", True), ("*.linear_fc1", False)):
+        settings = Fp8Config(recipe="current", weights=True, exclude=(pattern,))
+        if kept:
+            assert decide(linears, settings)["language_model.output_layer"] == pattern
+            continue
+        with pytest.raises(ConfigError, match="names 1 of them, for example language_model"):
+            decide(linears, settings)
+
+
 def test_gradients_are_added_in_the_products_where_megatron_core_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -118,5 +154,8 @@ def test_megatron_core_is_told_what_the_run_says(monkeypatch: pytest.MonkeyPatch
         Fp8Recipe.blockwise,
         Fp8Recipe.mxfp8,
     }
+    assert told["fp8_param"] is False
+    kept = PrecisionConfig(fp8=Fp8Config(recipe="current", weights=True))
+    assert precision.megatron_settings(Gpu((9, 0)), torch.bfloat16, kept)["fp8_param"] is True
     emulated = asked("current", emulate=True)
     assert precision.megatron_settings(CpuPlatform(), torch.bfloat16, emulated) == {}

@@ -15,6 +15,7 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.precision.fp8.shapes import width_problem
 
 _LAYER = re.compile(r"(.*\.layers\.)(\d+)(\..*)")
+_IN_A_LAYER = "language_model.decoder.layers."
 _SHOWN = 4
 
 
@@ -41,7 +42,8 @@ def decide(linears: Sequence[Linear], settings: Fp8Config) -> dict[str, str | No
         settings: recipe and patterns.
 
     Raises:
-        ConfigError: a pattern fits nothing, or the recipe cannot multiply what is left.
+        ConfigError: a pattern fits nothing or a weight that is kept in 8 bits, or the recipe
+            cannot multiply what is left.
     """
     if settings.recipe == "none":
         return {linear.name: "precision.fp8.recipe=none" for linear in linears}
@@ -60,6 +62,7 @@ def decide(linears: Sequence[Linear], settings: Fp8Config) -> dict[str, str | No
             + (f" (nearest: {near[0]})" if near else "")
             + "; `asvr train ... --dry-run` lists them all"
         )
+    _check_kept_weights(decided, settings)
     _check_widths([x for x in linears if decided[x.name] is None], settings)
     return decided
 
@@ -98,6 +101,16 @@ def _forms(names: Iterable[str]) -> dict[str, list[str]]:
             before, layer, after = found.groups()
             forms[name].append(f"{before}{int(layer) - number[before]}{after}")
     return forms
+
+
+def _check_kept_weights(decided: dict[str, str | None], settings: Fp8Config) -> None:
+    """Refuse to keep out of 8 bits what holds its weight in them."""
+    out = [name for name, pattern in decided.items() if pattern and _IN_A_LAYER in name]
+    if settings.weights and out:
+        raise ConfigError(
+            f"precision.fp8.weights=true keeps the weights of all layers in 8 bits, and "
+            f"precision.fp8.exclude names {len(out)} of them, for example {out[0]}; leave one out"
+        )
 
 
 def _check_widths(linears: Sequence[Linear], settings: Fp8Config) -> None:
