@@ -77,11 +77,15 @@ CLOCKED += ("elapsed_s", "lost_s", "goodput")
 UNEQUAL = (*CLOCKED, "codes_used", "code_perplexity")
 
 
+def all_lines(config: Config) -> list[dict[str, Any]]:
+    """The metrics of a run."""
+    return [json.loads(line) for line in RunFolder(config.run.dir).metrics.open()]
+
+
 def repeatable_lines(config: Config, *left_out: str) -> list[dict[str, Any]]:
     """The metrics of a run, as far as they do not depend on how often it was interrupted."""
-    lines = [json.loads(line) for line in RunFolder(config.run.dir).metrics.open()]
     return [
         {k: v for k, v in line.items() if not k.startswith((*UNEQUAL, *left_out))}
-        for line in lines
+        for line in all_lines(config)
         if line["kind"] != "start"
     ]

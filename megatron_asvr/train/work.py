@@ -46,25 +46,29 @@ class Work:
     ) -> None:
         self._rates, self._groups = useful_rates(config, tokenizer, joined=joined), groups
         self._sliding_window = config.model.language.sliding_window
+        self._drawn_share = config.loss.visual_positions
         self._peak = select()[0].peak_flops(DTYPES[config.train.precision])
 
     def counts(self, batches: Sequence[MicroBatch]) -> list[int]:
-        """This rank's part of a sum over the world: images, patches, pairs, and all places of rows.
+        """This rank's part of sums over the world.
+
+        They are: images, patches, pairs, positions with codes that were drawn, places of all rows.
 
         Args:
             batches: its micro-batches of a step.
         """
-        groups, whole = self._groups, [0, 0, 0]
+        groups, found = self._groups, [0] * 5
         if groups.tp_rank:
-            return [0, *whole]
-        if groups.is_last_stage and groups.cp_rank == 0:
-            whole = [
-                sum(batch.num_images for batch in batches),
-                sum(num_pairs(batch, self._sliding_window) for batch in batches),
-                sum(batch.document_BS.numel() for batch in batches),
-            ]
-        patches = sum(batch.image_positions_P.numel() for batch in batches)
-        return [whole[0], groups.is_first_stage * patches, *whole[1:]]
+            return found
+        if groups.is_first_stage:
+            found[1] = sum(batch.image_positions_P.numel() for batch in batches)
+        if groups.is_last_stage:
+            found[3] = sum(batch.visual_positions_M.numel() for batch in batches)
+        if groups.is_last_stage and groups.cp_rank == 0:  # known to all who share the sequences
+            found[0] = sum(batch.num_images for batch in batches)
+            found[2] = sum(num_pairs(batch, self._sliding_window) for batch in batches)
+            found[4] = sum(batch.document_BS.numel() for batch in batches)
+        return found
 
     def values(self, window: Window) -> dict[str, float]:
         """What a line of metrics says about some steps; all ranks take part.
@@ -72,14 +76,14 @@ class Work:
         Args:
             window: the steps.
         """
-        images, patches, pairs, slots = window.work
+        images, patches, pairs, drawn, slots = window.work
         counts = Counts(
             images=images,
             patches=patches,
             positions=window.num_tokens,
             pairs=pairs,
             labels=window.totals[1],
-            codes=window.totals[3],
+            codes=drawn / self._drawn_share,  # the rate is that of a share of them
         )
         parts = self._rates.parts(counts)
         ranks = self._groups.world.size()

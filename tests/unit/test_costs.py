@@ -1,5 +1,7 @@
 """The cost model against the operations that torch counts in a real step."""
 
+import dataclasses
+
 from megatron_asvr.platforms import mcore  # noqa: F401
 
 import pytest
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_asvr.parallel.costs import Counts, rates, tokenizer_cost
 from megatron_asvr.train.step import backward
+from megatron_asvr.train.work import Work
 from tests.language_cases import one_rank
 from tests.run_cases import CODEBOOK_SIZES, LENGTH, Bench, config, micro_batch, tokenizer
 
@@ -29,6 +32,10 @@ def added(total_shape, a_shape, b_shape, *_, out_shape=None, **__):
 def counted(bench):
     """Products of a step's forward and backward pass, attention as single ones."""
     batches = [micro_batch(bench.run, 1, images=(2, 1))]
+    if (share := bench.run.loss.visual_positions) < 1:
+        drawn = slice(None, None, round(1 / share))
+        batches[0].visual_positions_M = batches[0].visual_positions_M[drawn]
+        batches[0].visual_patches_M = batches[0].visual_patches_M[drawn]
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added})
     for chunk in bench.wrapped:
         chunk.zero_grad_buffer()
@@ -46,7 +53,7 @@ def dense(batch):
         positions=ROWS * LENGTH,
         pairs=ROWS * LENGTH**2,
         labels=batch.num_text_targets,
-        codes=batch.num_visual_targets,
+        codes=batch.visual_positions_M.numel(),
     )
 
 
@@ -55,7 +62,8 @@ def unmasked_depths(run, batch):
     head, depth = run.model.visual_head, len(CODEBOOK_SIZES)
     passes = 3 + run.train.recompute_visual_head
     pairs = depth * (depth - 1) / 2
-    return passes * 4 * head.width * head.num_layers * pairs * batch.num_visual_targets
+    rows = batch.visual_positions_M.numel()
+    return passes * 4 * head.width * head.num_layers * pairs * rows
 
 
 VARIANTS = {
@@ -83,6 +91,19 @@ def test_the_rates_are_the_products_of_a_step(variant):
         "recomputed": {"language_model", "visual_head"},
         "attention recomputed": {"language_model"},
     }.get(variant, set())
+
+
+def test_positions_that_are_not_drawn_cost_the_visual_head_nothing():
+    run = config(loss__visual_positions=0.5)
+    with one_rank() as groups:
+        bench = Bench(run, groups)
+        found, batch = counted(bench)
+        counting = Work(run, tokenizer(run.model.vision), groups=groups)
+        *_, drawn, _ = counting.counts([batch])
+    assert drawn == IMAGES * run.model.vision.num_patches / 2
+    all_positions = dataclasses.replace(dense(batch), codes=2 * drawn)
+    parts = rates(run, CODEBOOK_SIZES).parts(all_positions)
+    assert sum(parts.values()) + unmasked_depths(run, batch) == found
 
 
 def test_a_mixture_multiplies_its_chosen_experts():

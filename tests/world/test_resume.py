@@ -26,7 +26,7 @@ from megatron_asvr.errors import LaunchError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.train import loop
 from megatron_asvr.train.loop import train
-from tests.run_data import make_files, repeatable_lines, run_config
+from tests.run_data import all_lines, make_files, repeatable_lines, run_config
 
 pytestmark = pytest.mark.world
 
@@ -220,3 +220,10 @@ def test_killed_it_goes_on_in_another_layout(first: str, second: str) -> None:
         seen |= losses.keys()
         assert {k: mine[k] for k in losses} == pytest.approx(losses, rel=1e-6), mine["step"]
     assert seen == {"loss", "text_loss", "visual_loss"}
+    timed = [line for line in all_lines(config) if line["kind"] in ("start", "train")]
+    assert [line["elapsed_s"] for line in timed] == sorted(line["elapsed_s"] for line in timed)
+    assert all(0 <= line["goodput"] < 1 for line in timed)
+    lost = [line["lost_s"] for line in timed]  # what the first start logged at step 4
+    again = [line["kind"] for line in timed].index("start", 1)
+    assert not any(lost[:again])
+    assert set(lost[again:]) == {max(lost)} != {0.0}
