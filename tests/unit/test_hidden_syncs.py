@@ -11,16 +11,7 @@ from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.train.step import agree, loss_function, to_device, train_step
 from tests.language_cases import one_rank
 from tests.run_cases import Bench, config, micro_batch
-from tests.syncs import Waits
-
-# A step's, whatever number of micro-batches it has.
-KNOWN = {
-    "train/step.py:sum_parts": 2,  # the loss is wanted, then read from the host's copy
-    "train/step.py:train_step": 2,  # a copy of it is looked at; time is taken where it waits anyway
-    "megatron/core/utils.py:local_multi_tensor_l2_norm": 1,  # the CPU's form of a kernel
-    "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32": 1,  # the norm is wanted
-}
-HOST = "model/loss.py:scales_of"  # its tensors are made on the host, and stay there
+from tests.syncs import KNOWN, Waits
 
 
 def waits(number: int, **changes: object) -> Counter[str]:
@@ -34,7 +25,6 @@ def waits(number: int, **changes: object) -> Counter[str]:
         bench.step(0)
         with Waits() as found:
             train_step(bench.wrapped, bench.optimizer, batches, loss, step=1, groups=groups)
-    assert found.places.pop(HOST) == 2 * number
     return found.places
 
 
@@ -71,6 +61,7 @@ QUESTIONS = {
     "numpy": lambda x: x.numpy(),
     "nonzero": lambda x: x.nonzero(),
     "mask": lambda x: x[x > 0],
+    "masked": lambda x: x.index_put_((x > 0,), torch.ones(3)),
     "equal": lambda x: torch.equal(x, x),
     "unique": lambda x: x.unique(),
     "repeats": lambda x: x.repeat_interleave(x.long()),
@@ -90,6 +81,7 @@ def test_arithmetic_asks_nothing() -> None:
     with Waits() as found:
         (x * x)[torch.tensor([0, 2])].sum().backward()
         x.detach().to(torch.bfloat16).masked_fill(x > 0, 1.0)
+        x.detach().clone()[x > 0] = 0.0
     assert not found.places
 
 
