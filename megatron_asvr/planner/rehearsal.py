@@ -12,7 +12,6 @@ attention over documents, which is Transformer Engine's, takes no mask. Not meas
 import functools
 import gc
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,33 +93,42 @@ def rehearse(model: AsvrModel, shape: Shape, layers: Layers) -> Passes:
     """What a forward and a backward pass of one micro-batch need.
 
     Args:
-        model: a chunk without memory (``platforms.without_memory``); it becomes one of fake
-            tensors.
+        model: a chunk without memory (``platforms.without_memory``).
         shape: of the micro-batch.
         layers: whose memory is counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (model, model.images.tokenizer):
-            if module is not None:
-                module.to_empty(device=_CPU)
-        _prepare(model, layers)
-        count = _Count(model, shape.texts)
-        with count:
-            output, given = _forward(model, shape)
+        to_fake(model, layers)
+        with Count(model) as count:
+            batch = micro_batch(model, shape)
+            output = _outputs(model(batch, scales=Scales(1.0, [1.0] * model.num_depths)))
             held, forward = count.now, count.restart()
             torch.autograd.backward(output, [torch.ones_like(x) for x in output])
             backward = count.restart()
-            del output, given
+            del output, batch
+            model.set_input_tensor(None)
             gc.collect()
-        kept = held - count.now
+    kept = held - count.now
     return Passes(kept=kept, forward=forward - kept, backward=backward - kept)
 
 
-def _prepare(model: AsvrModel, layers: Layers) -> None:
-    """Gradient buffers like those of megatron-core's DistributedDataParallel; a GPU's layers."""
+def to_fake(model: AsvrModel, layers: Layers, device: torch.device = _CPU) -> None:
+    """Make fake tensors of a chunk's parameters, as a rank holds them when training begins.
+
+    There are gradient buffers like those of megatron-core's DistributedDataParallel, and the parts
+    of a GPU's layers that keep less. For use inside a ``FakeTensorMode``.
+
+    Args:
+        model: a chunk without memory; it is changed.
+        layers: whose memory is counted.
+        device: of the fake tensors; an operation that mixes devices raises.
+    """
+    for module in (model, model.images.tokenizer):
+        if module is not None:
+            module.to_empty(device=device)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.main_grad = torch.empty(parameter.shape, dtype=torch.float32)
+            parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
             parameter.register_post_accumulate_grad_hook(_store)
     if layers == "te" and model.language_model is not None:
         model.language_model.mask = lambda batch: None
@@ -139,70 +147,77 @@ def _one_node(module: norm.RMSNorm, x: Tensor) -> Tensor:
     return norm.one_node(x, module.weight, module.eps)
 
 
-def _forward(model: AsvrModel, shape: Shape) -> tuple[Sequence[Tensor], MicroBatch]:
-    """What a backward pass starts from, and the micro-batch."""
-    batch = _batch(model, shape)
-    plan, width = model.groups.plan, model.run_config.model.language.hidden_size
-    if not model.pre_process:
-        columns = shape.length // plan.cp // (plan.tp if plan.sp else 1)
-        dtype = model.config.params_dtype
-        given = torch.empty(columns, shape.rows, width, dtype=dtype, requires_grad=True)
-        model.set_input_tensor(given)
-    found = model(batch, scales=Scales(1.0, [1.0] * model.num_depths))
+def _outputs(found: Any) -> list[Tensor]:
+    """What a backward pass starts from, of what a chunk gives."""
     output = []
     for part in found if isinstance(found, tuple) else (found,):
         is_sums = isinstance(part, LossSums)
         output += [part.text_sum, part.visual_sum_D] if is_sums else [part]
-    return [x for x in output if x.requires_grad], batch
+    return [x for x in output if x.requires_grad]
 
 
-def _batch(model: AsvrModel, shape: Shape) -> MicroBatch:
-    """A micro-batch without contents, with what this stage uses of it."""
+def micro_batch(model: AsvrModel, shape: Shape, device: torch.device = _CPU) -> MicroBatch:
+    """A micro-batch without contents; a later stage has received its hidden states.
+
+    Args:
+        model: of ``to_fake``.
+        shape: of the micro-batch.
+        device: of its tensors.
+    """
     groups, model_config = model.groups, model.run_config.model
-    rows, columns, cp = shape.rows, shape.length, groups.plan.cp
+    plan, rows, columns = groups.plan, shape.rows, shape.length
     vision, patches = model_config.vision, shape.images * model_config.vision.num_patches
-    first, after = image_share(shape.images, groups.tp_cp.rank(), groups.tp_cp.size())
-    crops = (after - first) * model_config.resolution.num_crops
-    images = model.pre_process or model.images.tokenizer is not None
+    share = image_share(shape.images, groups.tp_cp.rank(), groups.tp_cp.size())
+    crops = (share[1] - share[0]) * model_config.resolution.num_crops
+    codes = model.images.tokenizer is None
 
-    def whole(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.int64)
+    def empty(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=device)
 
-    return MicroBatch(
-        tokens_BS=whole(rows, columns // cp),
-        text_targets_BS=whole(rows, columns // cp),
-        position_ids_BS=whole(rows, columns),
-        document_BS=torch.empty(rows, columns, dtype=torch.int32),
-        branch_BS=torch.empty(rows, columns, dtype=torch.int32),
-        index_BS=whole(rows, columns),
-        image_positions_P=whole(patches // cp),
-        image_patches_P=whole(patches // cp),
-        pixel_values_ICHW=(
-            torch.empty(crops, 3, vision.image_size, vision.image_size) if images else None
-        ),
-        image_share=(first, after),
+    def pixels() -> Tensor:
+        return empty(crops, 3, vision.image_size, vision.image_size, dtype=torch.float32)
+
+    if not model.pre_process:
+        own = columns // plan.cp // (plan.tp if plan.sp else 1)
+        hidden = empty(
+            own, rows, model_config.language.hidden_size, dtype=model.config.params_dtype
+        )
+        model.set_input_tensor(hidden.requires_grad_())
+    batch = MicroBatch(
+        tokens_BS=empty(rows, columns // plan.cp),
+        text_targets_BS=None,
+        position_ids_BS=empty(rows, columns),
+        document_BS=empty(rows, columns, dtype=torch.int32),
+        branch_BS=empty(rows, columns, dtype=torch.int32),
+        index_BS=empty(rows, columns),
+        image_positions_P=empty(patches // plan.cp),
+        image_patches_P=empty(patches // plan.cp),
+        pixel_values_ICHW=pixels() if model.pre_process or not codes else None,
+        image_share=share,
         num_images=shape.images,
-        visual_positions_M=whole(shape.codes),
-        visual_patches_M=whole(shape.codes),
-        codes_PD=None if model.images.tokenizer is not None else whole(patches, model.num_depths),
-        newline_positions=whole(0) if model_config.resolution.newline else None,
+        visual_positions_M=empty(shape.codes),
+        visual_patches_M=empty(shape.codes),
+        codes_PD=empty(patches, model.num_depths) if codes else None,
+        newline_positions=empty(0) if model_config.resolution.newline else None,
         sample_ids=[],
-        context=(groups.cp_rank, cp),
+        context=(groups.cp_rank, plan.cp),
     )
+    # Without contents, targets cannot be looked for.
+    batch.text_targets_BS = empty(rows, columns // plan.cp)
+    batch.text_positions_X = empty(shape.texts)
+    return batch
 
 
-class _Count(TorchDispatchMode):
+class Count(TorchDispatchMode):
     """Bytes of storages that operations inside made and that still exist.
 
     Args:
         model: what exists before.
-        texts: how many positions with a text target the model will find.
     """
 
-    def __init__(self, model: nn.Module, texts: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.now = self.most = 0
-        self._texts = texts
         self._known: dict[int, weakref.ref] = {}
         before = [*model.parameters(), *model.buffers()]
         for x in [*before, *(p.main_grad for p in before if hasattr(p, "main_grad"))]:
@@ -217,14 +232,11 @@ class _Count(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is torch.ops.prim.device.default:
-            return _CPU  # asked more often than all else together
-        if func is torch.ops.aten.nonzero.default:
-            found = args[0].new_empty(self._texts, 1, dtype=torch.int64)
-        else:
-            try:
-                found = func(*args, **(kwargs or {}))
-            except DataDependentOutputException:
-                return True  # the code asks whether two things agree
+            return args[0].fake_device  # asked more often than all else together
+        try:
+            found = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            return True  # the code asks whether two things agree
         for x in tree_iter(found):
             if isinstance(x, Tensor):
                 self._add(x, x.untyped_storage().nbytes())
