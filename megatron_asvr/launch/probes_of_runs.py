@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_asvr.config.schema import Config, ParallelConfig
 from megatron_asvr.data.decode import Decoder
 from megatron_asvr.data.sources import Sources
+from megatron_asvr.errors import ConfigError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.launch.preflight import all_reduce_gb_s
 from megatron_asvr.launch.probes import CPU, Found, UnfitError
@@ -63,7 +64,10 @@ def _certified(config: Config, **degrees: int) -> Found:
         shrink=True,
         prepare=True,
     )
-    verdict = certify(request, run_ranks).verdict
+    try:
+        verdict = certify(request, run_ranks).verdict
+    except ConfigError as error:  # the run has no such layout, or lacks its inputs
+        raise UnfitError(str(error)) from None
     furthest = max(verdict.rows, key=lambda row: row.difference / row.bound if row.bound else 0)
     layout = ",".join(f"{name}={degree}" for name, degree in degrees.items())
     told = f"{layout}: {furthest.name} differs most, by {furthest.difference:.1e}"

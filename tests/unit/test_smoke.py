@@ -84,6 +84,12 @@ def test_token_flips_are_those_of_the_runs_images(tmp_path, monkeypatch) -> None
         )
 
 
+def test_a_layout_that_a_run_cannot_have_is_no_failure(tmp_path) -> None:
+    run = run_config(tmp_path, tmp_path / "run", model__language__num_layers=1)
+    with pytest.raises(probes.UnfitError, match=r"parallel\.pp=2"):
+        probes_of_runs.pipeline_certificate(run)
+
+
 def inverted(plain: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
     """The first of two decoders gives other pixels than the second."""
     seen: list[object] = []
