@@ -31,10 +31,10 @@ WITHIN = 0.1  # of the measured peak
 
 
 def quick_start(sizes: dict[str, int], degrees: dict[str, Any]) -> Config:
-    """Stage 2 of the quick start with some other sizes, in micro-batches of two samples."""
+    """Stage 2 of the quick start with some other sizes; a step has two of its micro-batches."""
     words = [f"{name}={value}" for name, value in sizes.items()]
     words += [f"parallel.{name}={value}" for name, value in degrees.items()]
-    words += ["train.global_batch=8", "train.micro_batch=2", "train.steps=4"]
+    words += ["train.global_batch=16", "train.steps=4"]
     return load("examples/quickstart/stage2.yaml", words)
 
 
@@ -52,7 +52,10 @@ def as_large(run: Config) -> Iterator[None]:
 def batches(run: Config) -> list[MicroBatch]:
     """The micro-batches of a step, all of one shape."""
     number = run.train.global_batch // run.train.micro_batch
-    return [run_cases.micro_batch(run, seed, images=(1, 1)) for seed in range(number)]
+    return [
+        run_cases.micro_batch(run, seed, images=(1,) * run.train.micro_batch)
+        for seed in range(number)
+    ]
 
 
 def planned(sizes: dict[str, int], degrees: dict[str, Any], world: int) -> list[int]:
