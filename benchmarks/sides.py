@@ -139,7 +139,7 @@ def ours(
     optimizer = make_optimizer(wrapped, config.train)
 
     def step(number: int) -> list[float]:
-        batches = [micro_batch(load, samples(load, number), codes[str(number)])]
+        batches = [packed(micro_batch(load, samples(load, number), codes[str(number)]))]
         agreement = agree(batches, stop=False, groups=groups)
         loss = loss_function(config.loss, agreement, num_micro_batches=1)
         result = train_step(wrapped, optimizer, batches, loss, step=number, groups=groups)
@@ -232,6 +232,20 @@ def micro_batch(
         visual_patches_M=torch.arange(len(positions)),
         codes_PD=codes_PD,
         sample_ids=[str(row) for row in range(len(batch))],
+    )
+
+
+def packed(batch: MicroBatch) -> MicroBatch:
+    """The same documents in one row without padding, as ``data.packing`` arranges them."""
+    is_real_BS = batch.document_BS >= 0
+    places = is_real_BS.flatten().cumsum(0) - 1
+    rows = ("tokens_BS", "text_targets_BS", "position_ids_BS", "document_BS", "branch_BS")
+    flat = ("image_positions_P", "visual_positions_M")
+    return dataclasses.replace(
+        batch,
+        **{name: getattr(batch, name)[is_real_BS][None] for name in rows},
+        **{name: places[getattr(batch, name)] for name in flat},
+        index_BS=torch.arange(int(is_real_BS.sum()))[None],
     )
 
 

@@ -19,6 +19,7 @@ exact, and nothing is computed twice. Gradients of weights are then stored in th
 Source: arXiv 2506.09040, section 3, as its official code computes it (commit ea87c3e).
 """
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -39,13 +40,15 @@ from megatron_asvr.model.quantize import Codebooks
 from megatron_asvr.model.sharding import mark
 from megatron_asvr.precision.fp8.product import Product, grouped_linear, linear
 from megatron_asvr.precision.norm import RMSNorm
+from megatron_asvr.precision.products import into_buffers, multiply_each
+from megatron_asvr.precision.remake import kept_whole, remade, remember
 
 logger = logging.getLogger(__name__)
 
 MASKED_LOGIT = -1e30  # of a padding codeword: its probability and gradient are exactly 0
 WIDTH = "model.visual_head.width"
-PART_BYTES = 2**28  # of activations that wait for their part's backward pass
-KEPT = 16  # activations [D, M, E] that a layer keeps: measured 12, without torch's temporary ones
+PART_BYTES = 2**27  # of activations that wait for their part's backward pass
+KEPT = 10  # activations [D, M, E] that a layer keeps: measured 8, without passing ones
 
 
 class Affine(nn.Module):
@@ -89,9 +92,9 @@ class DepthAttention(nn.Module):
 
     def forward(self, x_DME: Tensor) -> Tensor:
         """Attended vectors [D, M, E], the same on every rank."""
-        x_DME = enter(x_DME, self.tp)
-        weight, bias = self.in_proj.weight.flatten(0, 1), self.in_proj.bias.flatten()
-        packed = linear(x_DME, weight, bias, self.in_proj.fp8)
+        to = self.in_proj
+        with remade(x_DME):
+            packed = linear(enter(x_DME, self.tp), to.weight, to.bias, to.fp8)
         # [D, M, 3, heads, head width] -> three of [M, heads, D, head width]
         split = packed.unflatten(-1, (3, self.num_heads, -1)).permute(2, 1, 3, 0, 4)
         attended = F.scaled_dot_product_attention(*split.unbind(0), is_causal=True)
@@ -131,17 +134,19 @@ class DepthMLP(nn.Module):
 
     def forward(self, x_DME: Tensor) -> Tensor:
         """``x`` plus its transform, [D, M, E], the same on every rank."""
-        inner = F.gelu(self._multiply(enter(x_DME, self.tp), "w1"))
-        if self.tp is None and not any(self.fp8.values()):
-            return torch.baddbmm(x_DME, inner, self.w2.transpose(1, 2))
-        return x_DME + leave(self._multiply(inner, "w2"), self.tp)
+        with remade(x_DME):
+            outer = self._multiply(enter(x_DME, self.tp), "w1")
+        kept = outer.detach()
+        inner = remember(F.gelu(outer), lambda: F.gelu(kept))
+        with remade(inner):
+            return x_DME + leave(self._multiply(inner, "w2"), self.tp)
 
     def _multiply(self, x_DMK: Tensor, name: str) -> Tensor:
         """Each depth's ``x`` times its own matrix, [D, M, N]."""
         weight_DNK = getattr(self, name)
         products = [self.fp8[f"{name}.{depth}"] for depth in range(len(weight_DNK))]
         if not any(products):
-            return torch.bmm(x_DMK, weight_DNK.transpose(1, 2))
+            return multiply_each(x_DMK, weight_DNK)
         return grouped_linear(x_DMK, weight_DNK, products)
 
 
@@ -259,8 +264,9 @@ class VisualHead(nn.Module):
         for rows in self._parts(hidden_MH):
             self.rows = rows
             part_MH = hidden_MH[rows].detach().requires_grad_(hidden_MH.requires_grad)
-            part_sum_D, part_top_D = self._loss(part_MH, codes_MD[rows], scales_D)
-            part_sum_D.backward(part_sum_D.new_tensor(scales_D))
+            with into_buffers():  # also of the layers that are computed again
+                part_sum_D, part_top_D = self._loss(part_MH, codes_MD[rows], scales_D)
+                part_sum_D.backward(part_sum_D.new_tensor(scales_D))
             if part_MH.grad is not None:
                 grad_MH[rows] = part_MH.grad
             sum_D += part_sum_D.detach()
@@ -309,7 +315,8 @@ class VisualHead(nn.Module):
         x_DME = torch.cat([start_ME[None], codes_DME])
         for layer in self.layers:
             if self.recompute:
-                x_DME = checkpoint(layer, x_DME, use_reentrant=False, preserve_rng_state=False)
+                again = functools.partial(_whole, layer)
+                x_DME = checkpoint(again, x_DME, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_DME = layer(x_DME)
         return enter(self.norm(x_DME), self.tp)
@@ -348,6 +355,11 @@ class VisualHead(nn.Module):
                 with torch.no_grad():
                     logits_MK[:, max(0, real) :].fill_(MASKED_LOGIT)
         return logits_MK
+
+
+def _whole(layer: DepthLayer, x_DME: Tensor) -> Tensor:
+    with kept_whole():
+        return layer(x_DME)
 
 
 class _Known(torch.autograd.Function):

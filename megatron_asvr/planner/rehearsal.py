@@ -5,10 +5,12 @@ forward and backward passes of a stage of any size take seconds on one CPU, noth
 every tensor that they would make, autograd would keep, and their end would free is counted by its
 storage. What a kernel uses inside itself is not seen.
 
-A GPU is imagined by two changes: a norm keeps its input and an inverse root for each position, and
-attention over documents, which is Transformer Engine's, takes no mask. Not measured on a GPU.
+Rows count as one document each. A GPU is imagined by changes: a norm keeps its input and an inverse
+root for each position, a linear its input; Transformer Engine's layers rotate and gate by
+megatron-core's code, and their attention never takes a mask. Not measured on a GPU.
 """
 
+import contextlib
 import functools
 import gc
 import weakref
@@ -28,6 +30,8 @@ from megatron_asvr.config.schema import Config
 from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.model.loss import LossSums, Scales
 from megatron_asvr.precision import norm
+from megatron_asvr.precision.local import GatedMLP, LocalSelfAttention, dense_rule
+from megatron_asvr.precision.remake import kept_whole
 
 _CPU = torch.device("cpu")
 Layers = Literal["te", "local", "cpu"]  # Transformer Engine's, torch's on a GPU, torch's on the CPU
@@ -99,7 +103,7 @@ def rehearse(model: AsvrModel, shape: Shape, layers: Layers) -> Passes:
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         to_fake(model, layers)
-        with Count(model) as count:
+        with Count(model) as count, contextlib.nullcontext() if layers == "cpu" else kept_whole():
             batch = micro_batch(model, shape)
             output = _outputs(model(batch, scales=Scales(1.0, [1.0] * model.num_depths)))
             held, forward = count.now, count.restart()
@@ -130,11 +134,20 @@ def to_fake(model: AsvrModel, layers: Layers, device: torch.device = _CPU) -> No
         if parameter.requires_grad:
             parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
             parameter.register_post_accumulate_grad_hook(_store)
-    if layers == "te" and model.language_model is not None:
-        model.language_model.mask = lambda batch: None
-    for module in model.modules() if layers != "cpu" else ():
-        if isinstance(module, norm.RMSNorm):
+    if model.language_model is not None:
+        model.language_model.mask = functools.partial(_mask, model, layers)
+    for module in model.modules():
+        if layers != "cpu" and isinstance(module, norm.RMSNorm):
             module.forward = functools.partial(_one_node, module)
+        if layers == "te" and isinstance(module, (LocalSelfAttention, GatedMLP)):
+            module.forward = functools.partial(type(module).__base__.forward, module)
+
+
+def _mask(model: AsvrModel, layers: Layers, batch: MicroBatch) -> Tensor | None:
+    """None, which is causal, unless torch's layers need a mask for documents of whole rows."""
+    window, length = model.run_config.model.language.sliding_window, batch.document_BS.shape[1]
+    fits = batch.context[1] == 1 and (window is None or window >= length)
+    return None if layers == "te" or fits else dense_rule(batch, sliding_window=window)
 
 
 def _store(parameter: Tensor) -> None:

@@ -95,12 +95,17 @@ class FusedAdam(torch.optim.Optimizer):
             )
 
     def _moments(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """First and second moments (fp32) of the parameters, created as zeros when new."""
-        for p in params:
-            state = self.state[p]
-            if "exp_avg" not in state:
-                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+        """First and second moments (fp32) of the parameters, created as zeros when new.
+
+        They are parts of one piece of memory: between the activations of the first step, small
+        pieces would stay and leave gaps for ever (docs/performance.md).
+        """
+        new = [p for p in params if "exp_avg" not in self.state[p]]
+        sizes = [p.numel() for p in new]
+        for name in ("exp_avg", "exp_avg_sq") if new else ():
+            memory = torch.zeros(sum(sizes), dtype=torch.float32, device=new[0].device)
+            for p, moment in zip(new, memory.split(sizes), strict=True):
+                self.state[p][name] = moment.view(p.shape)
         states = [self.state[p] for p in params]
         return [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
 

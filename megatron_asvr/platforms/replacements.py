@@ -125,6 +125,47 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
+def in_place_updates() -> None:
+    """Gradients are clipped where they are, and weights that are their own masters not copied.
+
+    megatron-core's stand-in for apex multiplies into new memory and copies back, and its optimizer
+    copies every fp32 weight over itself. No shim either; docs/performance.md has the cost.
+    """
+    clip_grads = importlib.import_module("megatron.core.optimizer.clip_grads")
+    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    clip_grads.multi_tensor_scale_impl = _scale
+    optimizer = distributed.DistributedOptimizer
+    copy = optimizer._copy_main_params_to_model_params
+
+    @functools.wraps(copy)
+    def copied(self: Any) -> None:
+        if self.is_stub_optimizer or not _are_masters(self):
+            copy(self)
+
+    optimizer._copy_main_params_to_model_params = copied
+
+
+def _scale(
+    chunk_size: int, noop_flag: torch.Tensor, lists: list[list[torch.Tensor]], scale: float
+) -> None:
+    """``multi_tensor_scale`` of apex where both lists are the same tensors."""
+    given, results = lists
+    assert all(a is b for a, b in zip(given, results, strict=True))
+    torch._foreach_mul_(results, scale)
+
+
+def _are_masters(optimizer: Any) -> bool:
+    """Whether all that a distributed optimizer updates are views of the model's own weights."""
+    if any(optimizer.shard_fp32_from_float16_groups):
+        return False
+    pairs = zip(optimizer.shard_fp32_groups, optimizer.model_fp32_groups, strict=True)
+    return all(
+        shard.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        for shards, weights in pairs
+        for shard, weight in zip(shards, weights, strict=True)
+    )
+
+
 _PR_SET_PDEATHSIG = 1
 
 

@@ -144,9 +144,10 @@ def install_before_import() -> None:
 def install_after_import() -> None:
     """Install the shims of stage ``after``, and what saves time only; idempotent."""
     _install("after")
-    if "lone_collectives" not in _installed:
-        replacements.lone_collectives()
-        _installed.add("lone_collectives")
+    for install in (replacements.lone_collectives, replacements.in_place_updates):
+        if install.__name__ not in _installed:
+            install()
+            _installed.add(install.__name__)
 
 
 def _install(stage: str) -> None:

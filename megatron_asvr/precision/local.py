@@ -2,8 +2,10 @@
 
 megatron-core's own "local" layers refuse sequence parallelism (transformer/torch_norm.py:47) and
 know one causal mask for all rows, on one rank. Here are a norm that works under sequence
-parallelism, and an attention core that takes one dense mask per row, which is what independent
-questions about one image and packed documents need, and that knows context parallelism.
+parallelism, and an attention core that computes documents one by one, or takes one dense mask per
+row, which is what independent questions about one image need, and that knows context parallelism.
+Rotation and the gated activation are one node of the graph each, and what a linear keeps of them
+is made again for the backward pass (docs/performance.md has the cost of both).
 """
 
 from typing import Any
@@ -13,6 +15,9 @@ from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process f
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +26,8 @@ from torch import Tensor
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.parallel.collectives import gather_columns
 from megatron_asvr.precision import norm
+from megatron_asvr.precision.nodes import gated, rotated
+from megatron_asvr.precision.remake import remade
 from megatron_asvr.precision.routing import use_router
 
 
@@ -44,12 +51,74 @@ class RMSNorm(norm.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+class LocalSelfAttention(SelfAttention):
+    """megatron-core's, with queries, keys and values rotated and told apart in one node."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor, *, rotary_pos_emb: Tensor, **_: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output of the layer's attention [S, B, H], and its bias.
+
+        Args:
+            hidden_states: [S, B, H], after the norm.
+            attention_mask: from ``attention_rule``.
+            rotary_pos_emb: angles [S, B, 1, C] in radians.
+        """
+        groups = self.num_query_groups_per_partition
+        each = self.num_attention_heads_per_partition // groups  # queries of a group
+        angle_SBC = rotary_pos_emb.squeeze(2)
+        with remade(hidden_states):
+            mixed, _ = self.linear_qkv(hidden_states)
+        mixed_SBGNC = mixed.view(*mixed.shape[:2], groups, each + 2, -1)
+        if self.config.qk_layernorm:
+            query, key, value = mixed_SBGNC.split((each, 1, 1), -2)
+            query, _ = rotated(self.q_layernorm(query), angle_SBC, sizes=(each, 0))
+            key, _ = rotated(self.k_layernorm(key), angle_SBC, sizes=(1, 0))
+        else:
+            query, key, value = rotated(mixed_SBGNC, angle_SBC, sizes=(each, 1, 1))
+        three = (query.flatten(2, 3), key.squeeze(3), value.squeeze(3))
+        if self.checkpoint_core_attention and self.training:
+            attended = self._checkpointed_attention_forward(*three, attention_mask)
+        else:
+            attended = self.core_attention(*three, attention_mask)
+        return self.linear_proj(attended)
+
+
+class GatedMLP(MLP):
+    """megatron-core's, with the gated activation in one node; for layers without experts.
+
+    Args:
+        config: gives the sizes.
+        pg_collection: holds the tensor-parallel group; megatron-core 0.16 has only the global one.
+    """
+
+    def __init__(self, config: TransformerConfig, pg_collection: Any = None, **_: Any) -> None:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(
+            config,
+            linears,
+            ffn_hidden_size=config.ffn_hidden_size,
+            tp_group=getattr(pg_collection, "tp", None),
+        )
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """Output [S, B, H], and its bias.
+
+        Args:
+            hidden_states: [S, B, H], after the norm.
+        """
+        with remade(hidden_states):
+            both, _ = self.linear_fc1(hidden_states)
+        inner = gated(both)
+        with remade(inner):
+            return self.linear_fc2(inner)
+
+
 class DenseAttention(MegatronModule):
-    """Softmax attention under a dense mask; a core attention of megatron-core's SelfAttention.
+    """Softmax attention of documents or under a dense mask; a core attention of SelfAttention.
 
     Grouped queries are supported. Under context parallelism the keys and values of all ranks are
-    gathered, in rank order; the mask's last axis is in that order. Packed documents are a matter of
-    the mask.
+    gathered, in rank order; the mask's last axis is in that order.
 
     Args:
         config: gives dropout, head width and the parallel degrees.
@@ -89,31 +158,52 @@ class DenseAttention(MegatronModule):
             query_SBAC: queries, rotated; C is the width of a head.
             key_SBGC: keys, rotated; G divides A.
             value_SBGC: values.
-            attention_mask: [B or 1, 1, S, columns of all ranks]; bool with True = hidden, as
-                megatron-core has it, or floating point to be added to the scores. None is plain
-                causal.
+            attention_mask: of ``attention_rule``: lengths of documents, int64 [B, n]; or
+                [B or 1, 1, S, columns of all ranks], bool with True = hidden, or floating point to
+                be added to the scores. None is plain causal.
         """
+        if attention_mask is not None and attention_mask.dtype == torch.int64:
+            return self._documents((query_SBAC, key_SBGC, value_SBGC), attention_mask)
         if self.cp is not None:
             both = gather_columns(torch.cat([key_SBGC, value_SBGC], -1), group=self.cp)
             key_SBGC, value_SBGC = both.chunk(2, -1)
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             attention_mask = ~attention_mask  # torch's convention: True = may attend
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBAC, key_SBGC, value_SBGC))
-        out_BASC = F.scaled_dot_product_attention(
+        three = (x.permute(1, 2, 0, 3) for x in (query_SBAC, key_SBGC, value_SBGC))
+        return self._attend(*three, attention_mask).permute(2, 0, 1, 3).flatten(2)
+
+    def _documents(self, three: tuple[Tensor, Tensor, Tensor], lengths_Bn: Tensor) -> Tensor:
+        """Every document of every row alone: none sees another, and half of its pairs are left."""
+        rows = []
+        for row, lengths in enumerate(lengths_Bn.tolist()):
+            parts = (x[:, row].split([n for n in lengths if n]) for x in three)
+            outs = [
+                self._attend(*(x.transpose(0, 1)[None] for x in document), None)[0].transpose(0, 1)
+                for document in zip(*parts, strict=True)
+            ]
+            rows.append(torch.cat(outs) if len(outs) > 1 else outs[0])
+        return torch.stack(rows, 1).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, A, S, C] from tensors of that shape; without a mask causal."""
+        return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
             scale=self.scale,
             enable_gqa=key.shape[1] != query.shape[1],
         )
-        return out_BASC.permute(2, 0, 1, 3).flatten(2)
 
 
 def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
-    """Which keys are hidden from which of this rank's queries: bool [B, 1, Q, S], True = hidden.
+    """Who sees whom: lengths of documents where that says it all, otherwise a dense mask.
+
+    Lengths, int64 [B, n] with zeros at the end, add up to the columns of a row: documents lie one
+    after the other, padding like one more, and a position sees those before it. Dense: which keys
+    are hidden from which of this rank's queries, bool [B, 1, Q, S], True = hidden.
 
     The rule is that of ``batch.MicroBatch``. A sliding window counts rotary positions, not
     indices, so every branch has its full window. No position is hidden from itself, padding
@@ -123,6 +213,15 @@ def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
         batch: Q of the S columns of its rows are this rank's.
         sliding_window: positions that a token sees, itself included; None is all.
     """
+    if batch.context[1] == 1 and not batch.branch_BS.any():
+        lengths_Bn = _document_lengths(batch.document_BS)
+        if sliding_window is None or lengths_Bn.max() <= sliding_window:
+            return lengths_Bn
+    return dense_rule(batch, sliding_window=sliding_window)
+
+
+def dense_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
+    """The dense mask of ``attention_rule``, with the same arguments."""
 
     def pairs(x_BS: Tensor) -> tuple[Tensor, Tensor]:
         return batch.own(x_BS)[:, :, None], x_BS[:, None, :]
@@ -139,6 +238,12 @@ def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
     return ~seen_BQS[:, None]
 
 
+def _document_lengths(document_BS: Tensor) -> Tensor:
+    """Lengths of the runs of one number in each row, int64 [B, n] with zeros at the end."""
+    runs = [torch.unique_consecutive(row, return_counts=True)[1] for row in document_BS]
+    return torch.nn.utils.rnn.pad_sequence(runs, batch_first=True)
+
+
 def layer_spec(*, qk_norm: bool, num_experts: int | None) -> ModuleSpec:
     """One transformer layer of megatron-core with the parts of this module.
 
@@ -149,9 +254,12 @@ def layer_spec(*, qk_norm: bool, num_experts: int | None) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         normalization="RMSNorm", qk_layernorm=qk_norm, num_experts=num_experts
     )
+    parts = spec.submodules
     if num_experts is not None:
         use_router(spec)
-    parts = spec.submodules
+    else:
+        parts.mlp = GatedMLP
+    parts.self_attention.module = LocalSelfAttention
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     # megatron-core renames the norms to Transformer Engine's fused names; checkpoints keep ours.
     parts.sharded_state_dict_keys_map = {}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_asvr.precision.remake import remember
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension, as in torch."""
@@ -18,7 +20,9 @@ class RMSNorm(torch.nn.RMSNorm):
         """The norm of ``x``, of its shape and dtype."""
         if x.dtype != torch.float32 or x.device.type != "cpu":
             return super().forward(x)
-        return one_node(x, self.weight, self.eps)
+        y, inverse = _Norm.apply(x, self.weight, self.eps)
+        kept, weight = x.detach(), self.weight.detach()
+        return remember(y, lambda: (kept * inverse).mul_(weight))
 
 
 def one_node(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,20 +33,21 @@ def one_node(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [width].
         eps: added to the mean square.
     """
-    return _Norm.apply(x, weight, eps)
+    return _Norm.apply(x, weight, eps)[0]
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight)
+        ctx.mark_non_differentiable(inverse)
+        return (x * inverse).mul_(weight), inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         width = x.shape[-1]
         x_MN, grad_MN = x.reshape(-1, width), grad.reshape(-1, width)

@@ -95,3 +95,11 @@ def test_a_parameter_without_a_gradient_stays():
     assert torch.equal(q, torch.ones(3))
     assert not torch.equal(p, torch.ones(3))
     assert q not in optimizer.state
+
+
+def test_moments_are_parts_of_one_piece_of_memory():
+    params, optimizer = steps(lambda p: FusedAdam(p, **SETTINGS))
+    for name in ("exp_avg", "exp_avg_sq"):
+        moments = [optimizer.state[p][name] for p in params]
+        assert len({x.untyped_storage().data_ptr() for x in moments}) == 1
+        assert [x.shape for x in moments] == [p.shape for p in params]

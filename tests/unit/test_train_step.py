@@ -6,6 +6,7 @@ from megatron_asvr.platforms import mcore  # noqa: F401
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from megatron_asvr.config.schema import LossConfig
 from megatron_asvr.errors import AsvrError
@@ -88,6 +89,22 @@ def test_only_trained_parts_move_and_a_text_batch_trains_nothing_in_stage_one() 
         result = train_step(bench.wrapped, bench.optimizer, text, loss, step=2, groups=groups)
         assert result.grad_norm == 0.0
         assert result.loss > 0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_copied_only_from_masters_of_their_own(precision) -> None:
+    """In fp32 the optimizer updates the model's weights themselves (platforms/replacements.py)."""
+    run = config(train__precision=precision)
+    with one_rank() as groups:
+        bench = Bench(run, groups)
+        bench.step(0)  # the first step's rate is 0: the warm-up starts there
+        before = bench.weights()
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+            bench.step(1)
+        name = "language_model.output_layer.weight"
+        assert not torch.equal(before[name], bench.weights()[name])
+        copies = [e.input_shapes[0] for e in found.events() if e.name == "aten::copy_"]
+        assert ([before[name].numel()] in copies) == (precision == "bf16")
 
 
 def test_a_loss_that_is_not_finite_names_rank_step_and_samples() -> None:

@@ -19,13 +19,13 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
-from torch.nn import functional as F
 
 from megatron_asvr.config.schema import Fp8Config
 from megatron_asvr.precision.fp8 import quantize
 from megatron_asvr.precision.fp8.drift import Drift
 from megatron_asvr.precision.fp8.quantize import BLOCK, E4M3, E5M2, ROLES, Quantized, Role
 from megatron_asvr.precision.fp8.shapes import check_product, pad_rows
+from megatron_asvr.precision.products import multiply
 
 Axis = Literal[0, 1]
 Operand = tuple[Tensor, Role, Axis]  # the axis that is summed over
@@ -129,12 +129,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product | No
 
     Args:
         x: [..., K]; leading dimensions are free, and may hold nothing.
-        weight: [N, K].
-        bias: [N], or None; it is added in the type of ``x``.
+        weight: [..., K], whose leading dimensions have N rows together.
+        bias: N numbers, or None; they are added in the type of ``x``.
         product: of this linear; None multiplies in the type of ``x``.
     """
     if product is None or not product.is_on or not x.numel():
-        return F.linear(x, weight, bias)
+        return multiply(x, weight, bias)
+    weight, bias = weight.flatten(0, -2), None if bias is None else bias.flatten()
     rows = x.shape[:-1].numel()
     padded_MK = pad_rows(x.reshape(rows, -1), product.recipe)
     check_product(product.recipe, padded_MK, weight, name=product.name)

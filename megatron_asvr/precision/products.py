@@ -1,0 +1,81 @@
+"""Products with weights whose gradients are added to their buffers in the product itself.
+
+megatron-core gives trained weights an fp32 buffer, ``main_grad``, to which gradients of all
+micro-batches, and of all parts of the visual head's positions, are added. Torch computes a gradient
+into new memory, copies it where it comes out transposed, and adds it in a pass of its own. The
+arithmetic is the same; what is not fp32 takes torch's way.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_stores = False  # inside of into_buffers
+
+
+@contextlib.contextmanager
+def into_buffers() -> Iterator[None]:
+    """Inside, what is multiplied adds gradients to ``main_grad`` of its weights, and gives none."""
+    global _stores
+    before, _stores = _stores, True
+    try:
+        yield
+    finally:
+        _stores = before
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias``: [..., N].
+
+    Args:
+        x: [..., K]; leading dimensions are free.
+        weight: [..., K], whose leading dimensions have N rows together.
+        bias: as many numbers, or None.
+    """
+    weight_NK, bias_N = weight.flatten(0, -2), None if bias is None else bias.flatten()
+    if not _stored(weight):
+        return F.linear(x, weight_NK, bias_N)
+    x_1MK, bias_1N = x.flatten(0, -2)[None], None if bias_N is None else bias_N[None]
+    y_1MN = _Multiply.apply(x_1MK, weight_NK[None], bias_1N, weight.main_grad)
+    return y_1MN.view(*x.shape[:-1], len(weight_NK))
+
+
+def multiply_each(x_DMK: Tensor, weight_DNK: Tensor) -> Tensor:
+    """Each depth's ``x`` times its own matrix, [D, M, N].
+
+    Args:
+        x_DMK: inputs.
+        weight_DNK: weights.
+    """
+    if not _stored(weight_DNK):
+        return torch.bmm(x_DMK, weight_DNK.mT)
+    return _Multiply.apply(x_DMK, weight_DNK, None, weight_DNK.main_grad)
+
+
+def _stored(weight: Tensor) -> bool:
+    return _stores and weight.requires_grad and weight.dtype == torch.float32
+
+
+class _Multiply(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_DMK: Tensor, weight_DNK: Tensor, bias_DN: Tensor | None, main_grad: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x_DMK, weight_DNK)
+        ctx.main_grad = main_grad
+        y_DMN = torch.bmm(x_DMK, weight_DNK.mT)
+        return y_DMN if bias_DN is None else y_DMN.add_(bias_DN[:, None])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_DMN: Tensor) -> tuple[Tensor | None, ...]:
+        x_DMK, weight_DNK = ctx.saved_tensors
+        grad_x = torch.bmm(grad_DMN, weight_DNK) if ctx.needs_input_grad[0] else None
+        ctx.main_grad.view_as(weight_DNK).baddbmm_(grad_DMN.mT, x_DMK)
+        grad_bias = grad_DMN.sum(1) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, None
