@@ -127,8 +127,10 @@ def report(rows: list[dict[str, Any]]) -> None:
     if not found:
         return
     tensor, data, stages = (found[name] for name in ("tp2", "dp2", "pp2"))
-    for kind in ("wall_s", "busiest_cpu_s"):
-        bound = found["1"][kind] / 2 / (1 - stages["idle"])
+    # A stage that waits takes no CPU time: only the largest one's share of the work counts there.
+    shares = {"wall_s": 1 / (1 - stages["idle"]), "busiest_cpu_s": stages["imbalance"]}
+    for kind, factor in shares.items():
+        bound = found["1"][kind] / 2 * factor
         print(
             f"{kind}: TP2 {tensor[kind]:.2f}, DP2 {data[kind]:.2f} "
             f"(speed of TP2 over DP2 {data[kind] / tensor[kind]:.2f}); "

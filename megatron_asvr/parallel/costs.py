@@ -200,7 +200,5 @@ def _visual_head(
     linear = head.num_layers * 2.0 * depth * 8 * e * e
     attention = head.num_layers * 4.0 * e * depth * (depth + 1) / 2
     again = backward and config.train.recompute_visual_head and not useful
-    # torch stops before a layer's last product, a quarter of all, whose result nothing needs again.
-    layers = linear * (1 + trained + backward + 0.75 * again)
-    layers += attention * (1 + 2 * backward + again)
+    layers = linear * (1 + trained + backward + again) + attention * (1 + 2 * backward + again)
     return start + codes + layers + 2.0 * e * sum(sizes) * (1 + trained + backward)

@@ -1,6 +1,7 @@
 """The cost model against the operations that torch counts in a real step."""
 
 import dataclasses
+import math
 
 from megatron_asvr.platforms import mcore  # noqa: F401
 
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_asvr.parallel.costs import Counts, rates, tokenizer_cost
+from megatron_asvr.precision.local import attention_rule
 from megatron_asvr.train.step import backward
 from megatron_asvr.train.work import Work
 from tests.language_cases import one_rank
@@ -25,8 +27,8 @@ IMAGES, ROWS = 3, 2
 
 
 def added(total_shape, a_shape, b_shape, *_, out_shape=None, **__):
-    """Operations of ``addmm_``, which torch's counter does not know."""
-    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+    """Operations of ``addmm_`` and ``baddbmm_``, which torch's counter does not know."""
+    return 2 * math.prod(a_shape) * b_shape[-1]
 
 
 def counted(bench):
@@ -36,7 +38,8 @@ def counted(bench):
         drawn = slice(None, None, round(1 / share))
         batches[0].visual_positions_M = batches[0].visual_positions_M[drawn]
         batches[0].visual_patches_M = batches[0].visual_patches_M[drawn]
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added})
+    unknown = dict.fromkeys([torch.ops.aten.addmm_, torch.ops.aten.baddbmm_], added)
+    counter = FlopCounterMode(display=False, custom_mapping=unknown)
     for chunk in bench.wrapped:
         chunk.zero_grad_buffer()
     loss = bench.loss(batches)
@@ -46,12 +49,13 @@ def counted(bench):
 
 
 def dense(batch):
-    """What the CPU's kernels work on: every pair of every row, padding included."""
+    """What the CPU's kernels work on: all pairs of every document, padding like one more."""
+    lengths = [n for row in attention_rule(batch, sliding_window=None).tolist() for n in row]
     return Counts(
         images=batch.num_images,
         patches=batch.image_positions_P.numel(),
         positions=ROWS * LENGTH,
-        pairs=ROWS * LENGTH**2,
+        pairs=sum(n * n for n in lengths),
         labels=batch.num_text_targets,
         codes=batch.visual_positions_M.numel(),
     )

@@ -13,7 +13,7 @@ import torch
 
 from megatron_asvr.checkpoint.meta import ResumeState
 from megatron_asvr.parallel.costs import Counts
-from megatron_asvr.precision.local import attention_rule
+from megatron_asvr.precision.local import dense_rule
 from megatron_asvr.train import metrics
 from megatron_asvr.train.metrics import Window
 from megatron_asvr.train.step import agree
@@ -27,7 +27,7 @@ from tests.run_cases import Bench, config, step_batches, tokenizer
 @pytest.mark.parametrize("kind", ["images", "no_images"])
 def test_pairs_are_those_that_the_attention_mask_lets_through(kind, sliding_window):
     batch = asvr_cases.micro_batch(kind)
-    seen_BQS = ~attention_rule(batch, sliding_window=sliding_window)[:, 0]
+    seen_BQS = ~dense_rule(batch, sliding_window=sliding_window)[:, 0]
     wanted = seen_BQS[batch.document_BS >= 0].sum()
     assert num_pairs(batch, sliding_window) == wanted > 0
 
