@@ -73,6 +73,16 @@ ROWS = (
         probes=("norm",),
     ),
     Row(
+        name="inputs of linears",
+        cuda="kept for the backward pass",
+        cpu="made again there from what is kept anyway, where one pass over memory does it",
+        why="compilers know no such hooks",
+        places=("precision/remake.py::remember",),
+        contract="tests/unit/test_nodes.py"
+        "::test_a_linear_behind_a_norm_keeps_nothing_and_computes_the_same_bits",
+        probes=("norm",),
+    ),
+    Row(
         name="attention",
         cuda="documents end to end, fused (Transformer Engine); questions repeat their image",
         cpu="a dense mask; questions share their image",
