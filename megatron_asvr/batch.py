@@ -7,6 +7,7 @@ attention rule is two integers per position. The model only computes.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 IGNORE = -100  # a position of text_targets_BS without a target
@@ -72,6 +73,8 @@ class MicroBatch:
         context: this rank's place among those that share the sequences, and their number.
         text_positions_X: int64 flat position of each text target, found where the batch is made: on
             a GPU the host would wait for their number.
+        document_lengths_Bn: int64, of ``host_lengths``, on the host also where the rest is on a
+            GPU; None where nobody asked before.
     """
 
     tokens_BS: Tensor | None
@@ -99,11 +102,23 @@ class MicroBatch:
     visual_left_out: int = 0
     context: tuple[int, int] = (0, 1)
     text_positions_X: Tensor | None = field(init=False)
+    document_lengths_Bn: Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.text_positions_X = None
         if self.text_targets_BS is not None:
             self.text_positions_X = (self.text_targets_BS.flatten() != IGNORE).nonzero().squeeze(1)
+
+    def host_lengths(self) -> Tensor:
+        """Lengths of documents, padding like one more, int64 [B, n] with zeros at the end.
+
+        They add up to the columns of a row. Empty, [0], where lengths do not say who sees whom:
+        with branches, or where a rank has some of the columns only.
+        """
+        if self.context[1] > 1 or self.branch_BS.any():
+            return torch.empty(0, dtype=torch.int64)
+        runs = [_runs(row) for row in self.document_BS]
+        return torch.nn.utils.rnn.pad_sequence(runs, batch_first=True)
 
     def own(self, x_BS: Tensor) -> Tensor:
         """This rank's columns of something that is given for all positions."""
@@ -120,6 +135,11 @@ class MicroBatch:
     def num_visual_targets(self) -> int:
         """Positions of this rank with a visual target, whether they were drawn or not."""
         return self.visual_positions_M.numel() + self.visual_left_out
+
+
+def _runs(row_S: Tensor) -> Tensor:
+    """How often each number follows itself."""
+    return torch.unique_consecutive(row_S, return_counts=True)[1]
 
 
 def image_share(num_images: int, rank: int, world: int) -> tuple[int, int]:

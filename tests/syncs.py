@@ -27,8 +27,12 @@ WAITS = {
 # Of tensors; those that no operator tells of.
 METHODS = {"tolist", "numpy", "cpu", "__array__"}
 THEIRS = "megatron/core/"
-# Their tensors are made on the host and stay there: gradients of a loss, states of generators.
-HOST = {"model/loss.py:scales_of", "megatron/core/tensor_parallel/random.py:fork"}
+# Their tensors are made on the host and stay there: gradients of a loss, states of generators,
+# lengths of documents.
+HOST = {
+    *("model/loss.py:scales_of", "megatron/core/tensor_parallel/random.py:fork"),
+    *("batch.py:host_lengths", "batch.py:_runs", "precision/local.py:_documents"),
+}
 # What a step asks, whatever its number of micro-batches.
 KNOWN = {
     "train/step.py:sum_parts": 2,  # the loss is wanted, then read from the host's copy

@@ -213,10 +213,10 @@ def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
         batch: Q of the S columns of its rows are this rank's.
         sliding_window: positions that a token sees, itself included; None is all.
     """
-    if batch.context[1] == 1 and not batch.branch_BS.any():
-        lengths_Bn = _document_lengths(batch.document_BS)
-        if sliding_window is None or lengths_Bn.max() <= sliding_window:
-            return lengths_Bn
+    known_Bn = batch.document_lengths_Bn
+    lengths_Bn = batch.host_lengths() if known_Bn is None else known_Bn
+    if len(lengths_Bn) and (sliding_window is None or lengths_Bn.max() <= sliding_window):
+        return lengths_Bn
     return dense_rule(batch, sliding_window=sliding_window)
 
 
@@ -236,12 +236,6 @@ def dense_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:
     query, key = pairs(batch.index_BS)
     seen_BQS &= query >= key
     return ~seen_BQS[:, None]
-
-
-def _document_lengths(document_BS: Tensor) -> Tensor:
-    """Lengths of the runs of one number in each row, int64 [B, n] with zeros at the end."""
-    runs = [torch.unique_consecutive(row, return_counts=True)[1] for row in document_BS]
-    return torch.nn.utils.rnn.pad_sequence(runs, batch_first=True)
 
 
 def layer_spec(*, qk_norm: bool, num_experts: int | None) -> ModuleSpec:

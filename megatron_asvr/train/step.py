@@ -265,6 +265,7 @@ def to_device(batch: MicroBatch) -> MicroBatch:
     for field in dataclasses.fields(batch):
         if isinstance(x := getattr(batch, field.name), Tensor):
             setattr(moved, field.name, platform.bring(x))
+    moved.document_lengths_Bn = batch.host_lengths()
     return moved
 
 
