@@ -26,6 +26,8 @@ _MEGATRON_RECIPES = {
 }
 # Smallest compute capability whose tensor cores know a recipe: Ada, Hopper, Blackwell.
 _CAPABLE = {"delayed": (8, 9), "current": (8, 9), "block": (9, 0), "mxfp8": (10, 0)}
+# From here on Transformer Engine 2.20.2 refuses a recipe again (pytorch/quantization.py:150).
+_TOO_NEW = {"mxfp8": (12, 0)}
 
 # Transformer Engine holds a norm inside the linear after it; checkpoints keep the unfused names.
 FUSED_NAMES = {
@@ -83,8 +85,10 @@ def select_fp8(
     if backend != "te":
         raise ConfigError(f"{asked}: {reason}; {way_out}")
     has, needs = platform.compute_capability, _CAPABLE[fp8.recipe]
-    if has is None or has < needs:
-        raise ConfigError(f"{asked}: it needs compute capability {needs}, got {has}; {way_out}")
+    below = _TOO_NEW.get(fp8.recipe)
+    if has is None or has < needs or (below is not None and has >= below):
+        range_of = f"{needs}" if below is None else f"{needs} and below {below}"
+        raise ConfigError(f"{asked}: it needs compute capability {range_of}, got {has}; {way_out}")
     return "te", f"{fp8.recipe} scaling in Transformer Engine"
 
 
@@ -193,8 +197,9 @@ def attention_rule(
 ) -> torch.Tensor:
     """Who attends to whom, as the attention of ``backend`` takes it through the layers.
 
-    ``local``: a dense mask, bool [B, 1, S / context-parallel degree, S], True = hidden. ``te``:
-    int32 [documents + 1], where documents end, with their padding.
+    ``local``: lengths of documents, int64 [B, n], where they say it all, else a dense mask, bool
+    [B, 1, S / context-parallel degree, S], True = hidden. ``te``: int32 [documents + 1], where
+    documents end, with their padding.
 
     Args:
         batch: the micro-batch.

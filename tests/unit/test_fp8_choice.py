@@ -1,6 +1,7 @@
 """Who computes the layers and who multiplies in 8 bits: a choice with a reason, or a refusal."""
 
 import dataclasses
+import sys
 
 from megatron_asvr.platforms import apex, mcore  # noqa: F401
 from megatron_asvr.platforms.cpu import CpuPlatform
@@ -39,12 +40,18 @@ class Gpu(CpuPlatform):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_8_bits_are_refused_where_nothing_can_do_them_and_emulated_where_told(recipe: str) -> None:
+def test_8_bits_are_refused_where_nothing_can_do_them_and_emulated_where_told(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"needs CUDA.*emulate=true"):
         precision.select_fp8(CpuPlatform(), torch.bfloat16, asked(recipe))
-    # The GPU is there, Transformer Engine is not (or has no kernels for fp32).
-    with pytest.raises(ConfigError, match=r"cannot be imported|fp32 kernel"):
+    with pytest.raises(ConfigError, match=r"no fp32 kernel.*emulate=true"):
         precision.select_fp8(Gpu((10, 0)), torch.float32, asked(recipe))
+    # The GPU is there, Transformer Engine is not: in bf16 alone layers would be the local ones.
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
+    assert precision.select_backend(Gpu((10, 0)), torch.bfloat16)[0] == "local"
+    with pytest.raises(ConfigError, match=r"cannot be imported.*emulate=true"):
+        precision.select_fp8(Gpu((10, 0)), torch.bfloat16, asked(recipe))
     settings = asked(recipe, emulate=True)
     assert precision.select_fp8(CpuPlatform(), torch.float32, settings)[0] == "emulated"
     assert precision.select_backend(Gpu((10, 0)), torch.bfloat16, settings)[0] == "local"
@@ -63,6 +70,11 @@ def test_each_recipe_needs_its_generation_of_tensor_cores(
     older = {(8, 9): (8, 0), (9, 0): (8, 9), (10, 0): (9, 0)}[capability]
     with pytest.raises(ConfigError, match="compute capability"):
         precision.select_fp8(Gpu(older), torch.bfloat16, asked(recipe))
+    if recipe == "mxfp8":
+        with pytest.raises(ConfigError, match=r"below \(12, 0\), got \(12, 0\)"):
+            precision.select_fp8(Gpu((12, 0)), torch.bfloat16, asked(recipe))
+    else:
+        assert precision.select_fp8(Gpu((12, 0)), torch.bfloat16, asked(recipe))[0] == "te"
 
 
 def test_the_backend_can_be_named_and_is_refused_where_it_is_not() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_asvr.config.schema import Fp8Config
 from megatron_asvr.errors import AsvrError
-from megatron_asvr.precision.fp8.drift import Drift, cosines, shares
+from megatron_asvr.precision.fp8.drift import KINDS, Drift, cosines, shares
 from megatron_asvr.precision.fp8.product import Product, linear
 from megatron_asvr.precision.fp8.shapes import ROWS, check_product, pad_rows, width_problem
 from tests.fp8_cases import RECIPES, by_definition
@@ -153,3 +153,14 @@ def test_drift_is_that_of_one_linear_and_sees_lost_and_clamped_values() -> None:
     cosine = torch.nn.functional.cosine_similarity(want.flatten(), exact.flatten(), dim=0)
     assert cosines(product.drift.products)[0] == pytest.approx(float(cosine), rel=1e-6)
     assert cosines(product.drift.products)[2] > 0.99  # the weight's gradient does not read it
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_8_bits_make_infinite_is_no_agreement(bad: float) -> None:
+    exact, rounded = torch.ones(4, 4), torch.ones(4, 4)
+    rounded[1, 2] = bad
+    drift, other = Drift(device=torch.device("cpu")), Drift(device=torch.device("cpu"))
+    drift.compare(KINDS[0], exact, rounded)
+    other.compare(KINDS[0], rounded, exact)  # nothing exact to compare with
+    assert cosines(drift.products) == [0.0, None, None]
+    assert cosines(other.products) == [None, None, None]

@@ -4,6 +4,8 @@ Compared on the same operands, a linear answers for itself alone: what its neigh
 count. Numbers are sums, so that those of several ranks and micro-batches can be added up.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,25 @@ class Drift:
         self.values = torch.zeros(len(ROLES), 3, dtype=torch.float64, device=device)
 
     def compare(self, kind: str, exact: Tensor, rounded: Tensor) -> None:
-        """Add a product and what became of it."""
+        """Add a product and what became of it.
+
+        Args:
+            kind: one of ``KINDS``.
+            exact: any shape and floating type.
+            rounded: of the same shape, from operands in 8 bits.
+        """
         x, y = exact.double(), rounded.double()
         sums = [(x * y).sum(), (x * x).sum(), (y * y).sum()]
         self.products[KINDS.index(kind)] += torch.stack(sums)
 
     def count(self, role: Role, x_RC: Tensor, made: Quantized) -> None:
-        """Add a matrix and what became of it."""
+        """Add a matrix and what became of it.
+
+        Args:
+            role: one of ``ROLES``.
+            x_RC: the matrix, any floating type.
+            made: the same in 8 bits.
+        """
         stands_for = made.dequantized.abs()
         magnitude, some = x_RC.detach().abs(), x_RC != 0
         most = stands_for.new_tensor(torch.finfo(made.data_RC.dtype).max)
@@ -46,19 +60,21 @@ class Drift:
 
 
 def cosines(products: Tensor) -> list[float | None]:
-    """Cosine of each of ``KINDS``; None where there was nothing but zeros.
+    """Cosine of each of ``KINDS``; None where there was nothing to compare with: zeros, inf or NaN.
 
-    Where everything became zero it is 0.
+    Where all that was rounded became zero, or some of it inf or NaN, it is 0.
 
     Args:
         products: ``Drift.products``, summed.
     """
     found: list[float | None] = []
     for dot, exact, rounded in products.tolist():
-        if not exact:
+        if not exact or not math.isfinite(exact):
             found.append(None)
+        elif not rounded or not math.isfinite(dot) or not math.isfinite(rounded):
+            found.append(0.0)
         else:
-            found.append(dot / (exact * rounded) ** 0.5 if rounded else 0.0)
+            found.append(dot / (exact * rounded) ** 0.5)
     return found
 
 
