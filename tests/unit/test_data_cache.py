@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from megatron_asvr.data.pixels import BLANK_KEY, ZERO_KEY
 from megatron_asvr.data.views import stored_key
 from megatron_asvr.errors import DataError
 from megatron_asvr.model.vision import SiglipEncoder
+from megatron_asvr.train.caches import _missing
 from tests.unit.data_corpus import config
 
 SIZES = (64, 16, 300)
@@ -260,3 +262,16 @@ def test_what_decides_a_feature_names_its_cache():
     with torch.no_grad():
         encoder.encoder.layers[1].mlp.fc2.bias[0] += 1e-6
     assert encoder.fingerprint() != before
+
+
+def test_what_has_no_room_is_refused_before_anything_is_encoded(tmp_path, monkeypatch):
+    opened = FeatureCache(tmp_path, FACTS, num_patches=5, width=4, dtype=torch.float32)
+    opened.folder.mkdir(parents=True)
+    room = SimpleNamespace(free=3 * opened.row_bytes)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: room)
+    assert _missing([opened], KEYS, True) == {"feature": KEYS}
+    room.free -= 1
+    with pytest.raises(
+        DataError, match=r"feature cache .* lacks 3 images, .*data\.features=online"
+    ):
+        _missing([opened], KEYS, True)
