@@ -6,7 +6,7 @@ optimizer/optimizer.py (which copies there are); tests/unit/test_planner_state.p
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -55,7 +55,11 @@ def state(chunks: Sequence[Chunk], config: Config, world: int, *, replica: int =
         replica: place among the ranks that share the optimizer's state (of experts: the first).
     """
     p, distributed = config.parallel, config.train.optim.distributed
-    same = data_parallel(p, world) * p.cp
+    dp = data_parallel(p, world)
+    same = dp * p.cp
+    # megatron-core has several buckets on the first stage only.
+    several = config.train.optim.overlap_grad_reduce and chunks[0].images
+    most = bucket_size(dp) if several else math.inf
     frozen = [s for chunk in chunks for s in chunk.shards if not s.trained]
     weights = sum(s.numbers * s.width for s in frozen)
     gradients = optimizer = 0
@@ -63,7 +67,7 @@ def state(chunks: Sequence[Chunk], config: Config, world: int, *, replica: int =
         ranks = same * p.tp // p.ep if shards[0].is_expert else same
         here = 0 if shards[0].is_expert else replica
         share = (ranks, here) if distributed else (1, 0)
-        size, owned = _buffer(shards, *share, padded=distributed)
+        size, owned = _buffer(_buckets(shards, most), *share, padded=distributed)
         width = shards[0].width
         weights += size * width
         gradients += size * FP32
@@ -92,10 +96,12 @@ def _kind(shard: Shard) -> tuple[bool, int]:
     return shard.is_expert, shard.width
 
 
-def _buffer(shards: Sequence[Shard], ranks: int, replica: int, *, padded: bool) -> tuple[int, int]:
+def _buffer(
+    buckets: Iterable[list[Shard]], ranks: int, replica: int, *, padded: bool
+) -> tuple[int, int]:
     """Elements of a buffer, and how many of its parameters' elements one of ``ranks`` updates."""
     size = owned = 0
-    for bucket in _buckets(shards) if padded else [list(shards)]:
+    for bucket in buckets:
         spans, end = [], 0
         for shard in bucket:
             start = _up(end, PARAMETER_STARTS) if padded else end
@@ -108,10 +114,30 @@ def _buffer(shards: Sequence[Shard], ranks: int, replica: int, *, padded: bool) 
     return size, owned
 
 
-def _buckets(shards: Sequence[Shard]) -> Iterator[list[Shard]]:
-    """Parameters that are reduced together, last ones first: all, but a tied weight is alone."""
-    for _, bucket in groupby(reversed(shards), key=lambda s: s.is_shared and s.name):
-        yield list(bucket)
+def bucket_size(dp: int) -> int:
+    """Elements after which a bucket ends, where gradients are summed during the backward pass.
+
+    Args:
+        dp: data-parallel degree.
+    """
+    return max(40_000_000, 1_000_000 * dp)
+
+
+def _buckets(shards: Sequence[Shard], most: float) -> Iterator[list[Shard]]:
+    """Parameters that are reduced together, last ones first; a tied weight is alone."""
+    bucket: list[Shard] = []
+    end = 0
+    for shard in reversed(shards):
+        if shard.is_shared and bucket:
+            yield bucket
+            bucket, end = [], 0
+        bucket.append(shard)
+        end = _up(end, PARAMETER_STARTS) + shard.numbers
+        if shard.is_shared or end >= most:
+            yield bucket
+            bucket, end = [], 0
+    if bucket:
+        yield bucket
 
 
 def _up(number: int, multiple: int) -> int:

@@ -11,6 +11,7 @@ from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.model.tokenizer import TokenizerConfig
 from megatron_asvr.parallel.groups import imagined
 from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.planner import state as planned_state
 from megatron_asvr.planner.parameters import count_parameters
 from megatron_asvr.planner.shards import stages, whole
 from megatron_asvr.planner.state import state
@@ -33,8 +34,10 @@ LAYOUTS = {
     "cp2": (4, {"parallel__cp": 2}),
     "tied": (4, {"parallel__pp": 2, "model__language__tied_embeddings": True}),
     "stage1": (2, {"train__trainable": ["projector", "visual_head"]}),
+    "overlap": (4, {"train__optim__overlap_grad_reduce": True, "parallel__pp": 2}),
     "encoder": (2, {"train__trainable": ["vision_encoder"]}),
 }
+BUCKET = 2000  # elements
 WAYS = [("bf16", True), ("fp32", True), ("bf16", False), ("fp32", False)]
 
 
@@ -65,6 +68,10 @@ def of_megatron(run, world: int, rank: int) -> tuple[int, int, int]:
 def test_bytes_are_those_of_megatron_s_buffers(layout, precision, distributed, monkeypatch):
     without = functools.partial(optim.get_megatron_optimizer, use_gloo_process_groups=False)
     monkeypatch.setattr(optim, "get_megatron_optimizer", without)  # gloo cannot be imagined
+    # Small buckets, as this model is small.
+    settings = functools.partial(optim.DistributedDataParallelConfig, bucket_size=BUCKET)
+    monkeypatch.setattr(optim, "DistributedDataParallelConfig", settings)
+    monkeypatch.setattr(planned_state, "bucket_size", lambda dp: BUCKET)
     world, changes = LAYOUTS[layout]
     run = config(**changes, train__precision=precision, train__optim__distributed=distributed)
     for stage, chunks in enumerate(stages(run, world, quantised(run))):
