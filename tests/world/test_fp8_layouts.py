@@ -14,6 +14,7 @@ from megatron_asvr.parallel.groups import initialize
 from megatron_asvr.parallel.plan import make_plan
 from tests.fp8_cases import RECIPES, run_of
 from tests.run_cases import CODEBOOK_SIZES, Bench
+from tests.unit.test_fp8_shadow import assert_same, verdicts
 
 pytestmark = pytest.mark.world
 
@@ -95,3 +96,16 @@ def test_losses_are_near_those_of_one_process_and_scales_are_shared(
                 assert torch.equal(x, wanted[key]), key
     if layout != "pp2":
         assert all(torch.equal(x, states[1][key]) for key, x in states[0].items())
+
+
+def guarded(degrees: dict[str, Any]) -> list[Any]:
+    run = run_of("block", **degrees)
+    groups = initialize(make_plan(run, dist.get_world_size(), CODEBOOK_SIZES))
+    return verdicts(run, groups)
+
+
+def test_the_guard_from_outside_computes_split_linears_again_in_the_same_order() -> None:
+    """Their collectives are called once more in the backward pass, on all ranks."""
+    inside, outside = run_ranks(guarded, ({**LAYOUTS["tp2_sp"], "train__recompute": "full"},), 2)
+    # Inside, cosines are those of each rank's part of a sum, and shares those of whole operands.
+    assert_same(inside, outside, within=2e-3, shares=False)
