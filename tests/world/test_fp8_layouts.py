@@ -79,9 +79,8 @@ def split() -> dict[str, Any]:
 def test_losses_are_near_those_of_one_process_and_scales_are_shared(
     layout: str, single: dict[str, Any], split: dict[str, Any]
 ) -> None:
-    recipes = RECIPES if LAYOUTS[layout].get("parallel__tp") else ("delayed", "block")
-    got = split if layout == "tp2" else run_ranks(layout_run, (recipes, LAYOUTS[layout]), 2)
-    for recipe in recipes:
+    got = split if layout == "tp2" else run_ranks(layout_run, (RECIPES, LAYOUTS[layout]), 2)
+    for recipe in RECIPES:
         assert got[recipe] == pytest.approx(single[recipe], rel=WITHIN), recipe
         if layout == "tp2_sp":  # what is gathered has the largest value of the whole
             assert got[recipe] == pytest.approx(split[recipe], rel=1e-5), recipe
