@@ -73,5 +73,8 @@ class Platform(Protocol):
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Operations per second of dense products, by the data sheet; None where there is none."""
 
+    def release_memory(self) -> None:
+        """Give back what was freed and is kept for later; for once, before training begins."""
+
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: of the device, or of this process on the CPU."""

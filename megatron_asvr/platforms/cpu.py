@@ -92,6 +92,12 @@ class CpuPlatform:
     def peak_flops(self, dtype: torch.dtype) -> None:
         """None: no data sheet says what a core gets of its CPU; benchmarks measure it."""
 
+    def release_memory(self) -> None:
+        """Of glibc; other C libraries keep what they like."""
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
     def peak_memory_bytes(self) -> int:
         """Highest resident set of this process so far."""
         with open("/proc/self/status", encoding="ascii", errors="replace") as file:

@@ -83,6 +83,10 @@ class CudaPlatform:
         """Of a GPU that ``peaks.py`` knows."""
         return peak_flops(torch.cuda.get_device_name(), dtype)
 
+    def release_memory(self) -> None:
+        """Of torch's allocator."""
+        torch.cuda.empty_cache()
+
     def peak_memory_bytes(self) -> int:
         """Highest memory that torch's allocator reserved on this GPU."""
         return torch.cuda.max_memory_reserved()

@@ -27,7 +27,7 @@ from megatron_asvr.batch import MicroBatch
 from megatron_asvr.parallel.collectives import gather_columns
 from megatron_asvr.precision import norm
 from megatron_asvr.precision.nodes import gated, rotated
-from megatron_asvr.precision.remake import remade
+from megatron_asvr.precision.remake import remade, remember
 from megatron_asvr.precision.routing import use_router
 
 
@@ -81,7 +81,8 @@ class LocalSelfAttention(SelfAttention):
             attended = self._checkpointed_attention_forward(*three, attention_mask)
         else:
             attended = self.core_attention(*three, attention_mask)
-        return self.linear_proj(attended)
+        with remade(attended):
+            return self.linear_proj(attended)
 
 
 class GatedMLP(MLP):
@@ -174,15 +175,16 @@ class DenseAttention(MegatronModule):
 
     def _documents(self, three: tuple[Tensor, Tensor, Tensor], lengths_Bn: Tensor) -> Tensor:
         """Every document of every row alone: none sees another, and half of its pairs are left."""
-        rows = []
+        rows: list[list[Tensor]] = []
         for row, lengths in enumerate(lengths_Bn.tolist()):
             parts = (x[:, row].split([n for n in lengths if n]) for x in three)
-            outs = [
-                self._attend(*(x.transpose(0, 1)[None] for x in document), None)[0].transpose(0, 1)
-                for document in zip(*parts, strict=True)
-            ]
-            rows.append(torch.cat(outs) if len(outs) > 1 else outs[0])
-        return torch.stack(rows, 1).flatten(2)
+            documents = (
+                [x.transpose(0, 1)[None] for x in document] for document in zip(*parts, strict=True)
+            )
+            outs = [self._attend(*document, None)[0].transpose(0, 1) for document in documents]
+            rows.append(outs)
+        kept = [[out.detach() for out in outs] for outs in rows]  # by attention itself
+        return remember(_joined(rows), lambda: _joined(kept))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """[B, A, S, C] from tensors of that shape; without a mask causal."""
@@ -196,6 +198,11 @@ class DenseAttention(MegatronModule):
             scale=self.scale,
             enable_gqa=key.shape[1] != query.shape[1],
         )
+
+
+def _joined(rows: list[list[Tensor]]) -> Tensor:
+    """[S, B, A * C] from each row's documents, [its columns, A, C]."""
+    return torch.stack([torch.cat(outs) for outs in rows], 1).flatten(2)
 
 
 def attention_rule(batch: MicroBatch, *, sliding_window: int | None) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process)
+from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import (
@@ -51,6 +51,7 @@ def wrap(chunks: Sequence[nn.Module], config: OptimConfig) -> list[DistributedDa
     )
     assert all(chunk.config.calculate_per_token_loss for chunk in chunks)
     wrapped = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in chunks]
+    select()[0].release_memory()  # the weights were elsewhere before they came into the buffers
     if config.overlap_grad_reduce:  # after the last micro-batch only
         no_sync = [chunk.no_sync for chunk in wrapped]
         wrapped[0].config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
