@@ -199,7 +199,7 @@ ROWS = (
         cpu="the process's resident set",
         why="what can run out differs; the plan counts both ways",
         places=("planner/memory.py", "planner/rehearsal.py"),
-        platform=("peak_memory_bytes", "current_device", "factories"),
+        platform=("peak_memory_bytes", "release_memory", "current_device", "factories"),
         contract="tests/unit/test_platforms.py::TestCpu::test_peak_memory_grows_with_use",
         probes=("memory",),
     ),
