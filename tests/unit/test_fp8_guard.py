@@ -23,7 +23,9 @@ def plant(bench: Bench) -> None:
     layer = bench.model.language_model.decoder.layers[1]
     with torch.no_grad():
         layer.pre_mlp_layernorm.weight[3] = 0.0
-        layer.mlp.linear_fc1.weight[:, 3] = 3e5
+        layer.mlp.linear_fc1.weight.mul_(4.0)  # so that the loss shows whether it is there
+        layer.mlp.linear_fc2.weight.mul_(4.0)
+        layer.mlp.linear_fc1.weight[:, 3] = 3e6
 
 
 def look(bench: Bench, run: Config, step: int) -> Verdict:
@@ -33,8 +35,8 @@ def look(bench: Bench, run: Config, step: int) -> Verdict:
 
 
 def frozen(recipe: str) -> Config:
-    """Nothing of the language model trains, so that what is planted stays."""
-    return run_of(recipe, train__trainable=["projector", "visual_head"])
+    """Nothing of the language model trains, so that what is planted stays; the rest slowly."""
+    return run_of(recipe, train__trainable=["projector", "visual_head"], train__optim__lr=1e-4)
 
 
 @pytest.mark.parametrize("recipe", ["current", "delayed"])
@@ -56,13 +58,13 @@ def test_a_planted_bad_linear_leaves_8_bits_alone_and_training_recovers(recipe: 
         assert min(others) > 0.99
         assert values["loss_fp8"] != values["loss_exact"]
         errors = {"guarded": 0.0, "sick": 0.0}
-        for step in (1, 2):
+        for step in range(1, 5):
             wanted = full.step(step).loss
             for name, one in (("guarded", bench), ("sick", sick)):
                 errors[name] = max(errors[name], abs(one.step(step).loss / wanted - 1))
-        assert look(bench, run, 2).moved == ()
-        assert errors["guarded"] < errors["sick"]
-        assert errors["guarded"] < 5e-3
+        assert look(bench, run, 4).moved == ()
+        assert errors["guarded"] < 5e-3  # measured 2e-3
+        assert errors["sick"] > 1.5e-2  # measured 2.1e-2
 
 
 def test_looking_changes_no_bit_and_the_same_linears_stay_out_when_told_again() -> None:
