@@ -40,6 +40,7 @@ from megatron_asvr.parallel import groups
 from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.precision import fuse_gradients, select_backend, select_fp8
 from megatron_asvr.precision.local import DenseAttention, RMSNorm
+from megatron_asvr.precision.remake import remade
 
 CPU = torch.device("cpu")
 FP32, BF16 = 1e-5, 2e-2  # largest difference, of the largest value; of that type's rounding
@@ -105,6 +106,20 @@ def norm() -> Found:
         return torch.cat([y, gradient])
 
     return _on_both(run, FP32)
+
+
+def remade_input() -> Found:
+    """Gradients of a linear behind a norm, whose input is kept here and made again on the CPU."""
+    config = transformer_config(LanguageConfig(), ParallelPlan(), torch.float32)
+
+    def run(device: torch.device) -> Tensor:
+        x, w = (_numbers(32, 256, seed=s).to(device).requires_grad_() for s in (1, 2))
+        y = RMSNorm(config, 256).to(device)(x)
+        with remade(y):
+            z = F.linear(y, w)
+        return torch.cat(torch.autograd.grad((z**2).sum(), [x, w]))
+
+    return _on_both(run, 1e-4)  # GPUs may add up in another order
 
 
 def _streams(length: int) -> list[Tensor]:

@@ -52,6 +52,7 @@ PROBES = {
     "import_megatron": Probe(level="gpu", action="compare `asvr env`"),
     "memory": Probe(level="gpu", action="end what else runs on the GPU (nvidia-smi)"),
     "norm": Probe(level="gpu", action=_TORCH),
+    "remade_input": Probe(level="gpu", action=_TORCH),
     "attention": Probe(level="gpu", action=_TORCH),
     "bf16_product": Probe(level="gpu", action=_TORCH),
     "loss": Probe(level="gpu", action=_TORCH),

@@ -22,7 +22,7 @@ class Row:
             a ``file`` for all of it.
         platform: members of ``base.Platform`` and names of ``shims.SHIMS`` that belong to it.
         contract: test on the CPU, ``file::test``.
-        probes: of ``launch/probes.py``.
+        probes: of ``launch/probes.py``; none stands in two rows.
         ran: when the probes last ran and on what.
     """
 
@@ -80,7 +80,7 @@ ROWS = (
         places=("precision/remake.py::remember",),
         contract="tests/unit/test_nodes.py"
         "::test_a_linear_behind_a_norm_keeps_nothing_and_computes_the_same_bits",
-        probes=("norm",),
+        probes=("remade_input",),
     ),
     Row(
         name="attention",

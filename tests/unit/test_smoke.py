@@ -54,7 +54,7 @@ def test_without_what_it_looks_at_a_probe_says_so(name: str) -> None:
         getattr(probes, name)()
 
 
-@pytest.mark.parametrize("name", ["norm", "attention", "loss", "adam"])
+@pytest.mark.parametrize("name", ["norm", "remade_input", "attention", "loss", "adam"])
 def test_a_probe_of_other_numbers_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seeds, plain = itertools.count(), probes._numbers
     monkeypatch.setattr(probes, "_numbers", lambda *shape, seed=0: plain(*shape, seed=next(seeds)))
