@@ -135,13 +135,15 @@ def _hidden(lengths: tuple[int, ...]) -> Tensor:
 
 
 def attention() -> Found:
-    """The dense attention under a mask of two documents."""
+    """The local attention of two documents, one by one and under a mask."""
     lengths = (48, 80)
     config = transformer_config(LanguageConfig(), ParallelPlan(), torch.float32)
 
     def run(device: torch.device) -> Tensor:
         q, k, v = (x.to(device) for x in _streams(sum(lengths)))
-        return DenseAttention(config, 1)(q, k, v, _hidden(lengths).to(device))
+        local = DenseAttention(config, 1)
+        rules = (torch.tensor([lengths]), _hidden(lengths).to(device))
+        return torch.cat([local(q, k, v, rule) for rule in rules])
 
     return _on_both(run, 1e-4)  # GPUs may add up in another order
 

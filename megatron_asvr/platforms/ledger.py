@@ -20,7 +20,7 @@ class Row:
         why: reason for the difference.
         places: where the code decides, below megatron_asvr: ``file::function``, ``file::class``, or
             a ``file`` for all of it.
-        platform: members of ``base.Platform`` and names of ``shims.SHIMS`` that belong to it.
+        platform: members of ``base.Platform``, names of ``shims.SHIMS`` and ``shims.SAVINGS``.
         contract: test on the CPU, ``file::test``.
         probes: of ``launch/probes.py``; none stands in two rows.
         ran: when the probes last ran and on what.
@@ -85,7 +85,7 @@ ROWS = (
     Row(
         name="attention",
         cuda="documents end to end, fused (Transformer Engine); questions repeat their image",
-        cpu="a dense mask; questions share their image",
+        cpu="documents one by one; a dense mask where questions share their image",
         why="the fused kernels know documents, but no mask between questions",
         places=(
             "precision/__init__.py::check_attention",
@@ -123,16 +123,16 @@ ROWS = (
     Row(
         name="optimizer",
         cuda="FusedAdam of Transformer Engine or apex, else torch's",
-        cpu="a FusedAdam of our own with the same state",
+        cpu="a FusedAdam of our own with the same state; clips in place, copies no fp32 weight",
         why="megatron-core looks for an extension",
-        platform=("fused_adam",),
+        platform=("fused_adam", "in_place_updates"),
         contract="tests/unit/test_platforms_adam.py::test_the_steps_are_torchs",
         probes=("adam",),
     ),
     Row(
         name="collectives",
         cuda="NCCL, group bound to the rank's device; CUDA tensors only",
-        cpu="gloo; CPU tensors only",
+        cpu="gloo; CPU tensors only; a group of one rank copies nothing",
         why="each backend has its device",
         places=(
             "parallel/collectives.py::<module>",
@@ -143,7 +143,10 @@ ROWS = (
             "launch/smoke.py::missing",
             "launch/probes_of_runs.py",
         ),
-        platform=("name", "backend", "device", "set_device", "group_device", "num_gpus"),
+        platform=(
+            *("name", "backend", "device", "set_device", "group_device", "num_gpus"),
+            "lone_collectives",
+        ),
         contract="tests/unit/test_contracts.py::test_nccl_gets_no_tensor_of_the_cpu",
         probes=("all_reduce", "tensor_certificate", "all_reduce_nodes"),
     ),

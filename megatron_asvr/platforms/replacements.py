@@ -93,10 +93,10 @@ def fused_adam() -> None:
     With torch's AdamW, whose step is a tensor per parameter, the state of a distributed optimizer
     cannot be loaded back.
     """
-    optimizer = importlib.import_module("megatron.core.optimizer")
+    optimizers = importlib.import_module("megatron.core.optimizer")
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    optimizer.Adam = FusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
+    optimizers.Adam = FusedAdam
+    optimizers.USING_PYTORCH_OPTIMIZER = False
     distributed.Adam = FusedAdam
     distributed.HAVE_APEX_OR_TE = True
     distributed.USING_APEX_OPTIMIZER = True

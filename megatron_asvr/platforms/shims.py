@@ -124,6 +124,9 @@ SHIMS = (
     ),
 )
 
+SAVINGS = (replacements.lone_collectives, replacements.in_place_updates)
+"""What saves time only: without it everything works."""
+
 _installed: set[str] = set()
 
 
@@ -144,7 +147,7 @@ def install_before_import() -> None:
 def install_after_import() -> None:
     """Install the shims of stage ``after``, and what saves time only; idempotent."""
     _install("after")
-    for install in (replacements.lone_collectives, replacements.in_place_updates):
+    for install in SAVINGS:
         if install.__name__ not in _installed:
             install()
             _installed.add(install.__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_asvr.platforms import ledger
 from megatron_asvr.platforms.base import Platform
-from megatron_asvr.platforms.shims import SHIMS
+from megatron_asvr.platforms.shims import SAVINGS, SHIMS
 
 import pytest
 
@@ -115,8 +115,9 @@ def test_a_planted_branch_is_found(line: str) -> None:
 def test_every_shim_and_question_to_a_platform_has_one_row() -> None:
     asked = {name for name in vars(Platform) if not name.startswith("_")}
     asked |= set(Platform.__annotations__)
+    savings = {install.__name__ for install in SAVINGS}
     named = [name for row in ledger.ROWS for name in row.platform]
-    assert sorted(named) == sorted(asked | {shim.name for shim in SHIMS})
+    assert sorted(named) == sorted(asked | {shim.name for shim in SHIMS} | savings)
 
 
 def test_every_contract_is_a_test() -> None:
