@@ -2,8 +2,8 @@
 
 A run may only be continued as itself. Settings that change neither the mathematics nor the
 rounding (where to log, how often to save) may differ between two starts; the layout of the ranks
-may differ too, since a checkpoint does not depend on it, but then the continuation is equal only
-up to rounding, which is logged.
+and who multiplies (``engine``) may differ too, since a checkpoint does not depend on them, but then
+the continuation is equal only up to rounding, which is logged.
 """
 
 import hashlib
@@ -50,6 +50,9 @@ _FREE = {
 # Files count by their content, not by where they lie.
 _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}
 _LAYOUT = "parallel."
+# Who multiplies, and in how many bits weights lie between steps: equal up to rounding.
+_ENGINE = ("precision.backend", "precision.fp8.emulate", "precision.fp8.weights")
+_NO_FACT = _FREE | _BY_CONTENT | {*_ENGINE}
 _PLAIN = SourceConfig(path="")
 TEXT_TOKENIZER = "model.text_tokenizer (content)"  # names of their fingerprints in an identity
 VISUAL_TOKENIZER = "model.visual_tokenizer (content)"
@@ -90,14 +93,26 @@ def _settings(config: Config) -> dict[str, Any]:
     return {
         key: json.loads(json.dumps(value))
         for key, value in flatten(config).items()
-        if key not in _FREE | _BY_CONTENT and not key.startswith(_LAYOUT)
+        if key not in _NO_FACT and not key.startswith(_LAYOUT)
     }
+
+
+def engine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of who multiplies, by name, of a configuration of plain values."""
+    found = flatten(Config())
+    for name in _ENGINE:
+        value: Any = config
+        for key in name.split("."):
+            value = value.get(key, {})
+        found[name] = found[name] if value == {} else value
+    return {name: found[name] for name in _ENGINE}
 
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
     """Return when a run may continue from a checkpoint.
 
-    A setting that the checkpoint's version did not have counts as its default.
+    A setting that the checkpoint's version did not have counts as its default, one that is
+    no fact any more not at all.
 
     Args:
         saved: the checkpoint's identity.
@@ -110,7 +125,7 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: s
     default = _settings(Config())
     changed = [
         f"{key}: checkpoint has {before!r}, this run has {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
+        for key in sorted((saved.keys() | now.keys()) - _NO_FACT)
         if (before := saved.get(key, default.get(key))) != now.get(key)
     ]
     if changed:

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_asvr.checkpoint.folder import RunFolder
 from megatron_asvr.checkpoint.frozen import frozen_damage, open_frozen
-from megatron_asvr.checkpoint.identity import check_identity
+from megatron_asvr.checkpoint.identity import check_identity, engine
 from megatron_asvr.checkpoint.meta import Meta, damage, read_meta
 from megatron_asvr.checkpoint.read import read
 from megatron_asvr.checkpoint.save import trained_shapes
@@ -25,6 +25,7 @@ from megatron_asvr.model.sharding import load_shared
 from megatron_asvr.parallel.collectives import gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.stored import Stored
+from megatron_asvr.precision.fp8.emulator import STATE
 from megatron_asvr.precision.fp8.weights import fill
 
 
@@ -169,11 +170,19 @@ def load_trained(
     path = folder.step(meta.resume.step)
     _check_shapes(path, meta.trained, trained_shapes(chunks, groups=groups))
     numbers = trained_numbers(chunks)
-    read(parts(chunks, optimizer, numbers), path, group=groups.world)
+    held = parts(chunks, optimizer, numbers)
+    if not has_scales(meta):
+        held = [part for part in held if not part.key.startswith(STATE)]
+    read(held, path, group=groups.world)
     for param, kept in numbers.items():
         if is_float8tensor(param):
             fill(param, kept)
     set_step(optimizer, meta.resume.step)
+
+
+def has_scales(meta: Meta) -> bool:
+    """Whether a checkpoint was written by the emulation, with all that its products know."""
+    return bool(engine(meta.config)["precision.fp8.emulate"])
 
 
 def _check_shapes(

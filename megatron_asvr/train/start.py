@@ -16,11 +16,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_asvr.checkpoint.folder import RunFolder
-from megatron_asvr.checkpoint.identity import identity
+from megatron_asvr.checkpoint.identity import engine, identity
 from megatron_asvr.checkpoint.load import (
     Resume,
     damaged_frozen,
     find_resume,
+    has_scales,
     load_frozen,
     load_trained,
     require_same_run,
@@ -187,28 +188,40 @@ def start(config: Config, data: Data, *, begun_s: float, groups: Groups) -> Run:
             save_config(config, path)
     _announce(run, origins)
     if checkpoint is not None and groups.rank == 0:
-        _announce_layout(config, checkpoint.layout, layout(groups))
+        _announce_changes(config, checkpoint, groups)
     return run
 
 
-def _announce_layout(config: Config, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Log what is different when a run goes on with another layout, and what is not."""
-    changes = [
-        f"{name} {now[name]} instead of {before.get(name)}"
-        for name in now
-        if now[name] != before.get(name)
-    ]
-    if changes:
+def _announce_changes(config: Config, checkpoint: Meta, groups: Groups) -> None:
+    """Log what is different when a run goes on in another layout or engine, and what is not."""
+    now = layout(groups)
+    if changes := _changes(checkpoint.layout, now):
         t = config.train
         logger.warning(
             "it goes on with another layout: %s. The global batch (%d samples, micro-batches of %d "
             "on each of %d replicas) and the order of samples are the same; results equal the "
             "undisturbed run up to rounding",
-            ", ".join(changes),
+            changes,
             t.global_batch,
             t.micro_batch,
             now["dp"],
         )
+    if changes := _changes(engine(checkpoint.config), engine(to_dict(config))):
+        logger.warning(
+            "it goes on with other products: %s. Results equal the undisturbed run up to rounding",
+            changes,
+        )
+    fp8 = config.precision.fp8
+    if fp8.recipe == "delayed" and not (fp8.emulate and has_scales(checkpoint)):
+        logger.warning(
+            "largest values of earlier steps are kept where 8 bits are emulated before and after: "
+            "delayed scaling collects them anew"
+        )
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    differ = [name for name in now if now[name] != before.get(name)]
+    return ", ".join(f"{name} {now[name]} instead of {before.get(name)}" for name in differ)
 
 
 def _write_bad_samples(folder: RunFolder, data: Data, attempt: int) -> None:
@@ -314,12 +327,6 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
     trained = sum(math.prod(shape) for shape in shapes.values())
     logger.info("%d parameters trained: %s", trained, ", ".join(run.config.train.trainable))
     dp = run.groups.plan.dp
-    fp8 = run.config.precision.fp8
-    if run.done.step and fp8.recipe == "delayed" and not fp8.emulate:
-        logger.warning(
-            "Transformer Engine's largest values of earlier uses are no part of a checkpoint: "
-            "delayed scaling collects them anew"
-        )
     if dp > 1 and run.done.step < run.total_steps:
         logger.info("%s", run.data.train.imbalance(run.done.step).describe(dp))
     logger.info("%d of %d steps done", run.done.step, run.total_steps)

@@ -298,6 +298,9 @@ def test_identity_names_what_changed(tmp_path: Path) -> None:
     check_identity(old, json.loads(json.dumps(facts())), where="here")
     # Neither the numbers nor their rounding depend on these.
     check_identity(old, facts(train__save_every_steps=7, run__dir="x", parallel__tp=2), where="-")
+    engine = facts(precision__backend="te", precision__fp8={"emulate": True, "weights": True})
+    check_identity(old, engine, where="-")
+    check_identity({**old, "precision.backend": "te"}, facts(), where="written when it was a fact")
     for change, message in (
         ({"run__seed": 4}, "run.seed: checkpoint has 3, this run has 4"),
         (
@@ -305,6 +308,7 @@ def test_identity_names_what_changed(tmp_path: Path) -> None:
             "train.threads_per_rank: checkpoint has 1, this run has 2",
         ),
         ({"train__global_batch": 8}, "train.global_batch"),
+        ({"precision__fp8__recipe": "block"}, "precision.fp8.recipe"),
         ({"model__vision__num_layers": 4}, "model.vision.num_layers"),
         ({"train__trainable": ["projector"]}, "train.trainable"),
     ):

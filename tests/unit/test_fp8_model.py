@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_asvr.checkpoint.load import find_resume
+from megatron_asvr.checkpoint.state import parts
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load
 from megatron_asvr.config.schema import Config, Fp8Config
@@ -16,6 +17,7 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.model.linears import linears, precision_lines
 from megatron_asvr.model.sharding import named
 from megatron_asvr.parallel.plan import make_plan
+from megatron_asvr.precision.fp8.emulator import STATE
 from megatron_asvr.precision.fp8.policy import decide, describe
 from megatron_asvr.train.inference import _plain
 from megatron_asvr.train.step import AnomalyError, train_step
@@ -189,6 +191,32 @@ def test_a_continued_run_has_the_same_scales_and_weights_bit_for_bit(tmp_path: P
         assert [key for key, x in wanted.items() if not torch.equal(x, got[key])] == []
         weights = bench.weights()
         assert all(torch.equal(x, weights[name]) for name, x in again.weights().items())
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("none", "delayed"), ("delayed", "none")])
+def test_a_checkpoint_fits_whoever_multiplies(writer: str, reader: str, tmp_path: Path) -> None:
+    """Without the emulation there are no scales of ours to load, as on Transformer Engine."""
+    write, again = run_of(writer), run_of(reader)
+    with one_rank() as groups:
+        bench, place = Bench(write, groups), folder(tmp_path)
+        bench.step(0)
+        save(bench, place, 1)
+        wanted = {
+            (part.key, part.offset): part.memory for part in parts(bench.chunks, bench.optimizer)
+        }
+        other = Bench(again, groups, resume=(place, find_resume(place, IDENTITY).meta))
+        got = {
+            (part.key, part.offset): part.memory.clone()
+            for part in parts(other.chunks, other.optimizer)
+        }
+        own = got.keys() ^ wanted.keys()
+        assert own
+        assert all(key.startswith(STATE) for key, _ in own)
+        assert all(torch.equal(got[key], wanted[key]) for key in got.keys() - own)
+        if reader == "delayed":
+            fresh = {key: x for key, x, _ in Bench(again, groups).model.watched.state()}
+            assert all(torch.equal(got[key, offset], fresh[key]) for key, offset in own)
+        assert other.step(1).loss == pytest.approx(bench.step(1).loss, rel=5e-3)
 
 
 def test_answers_are_not_in_8_bits() -> None:

@@ -1,5 +1,6 @@
 """A whole run in 8 bits: its guard's records, and a continuation with the same bits."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.world
 
 
 def test_what_the_guard_decides_is_kept_and_a_continued_run_has_the_same_bits(
-    tmp_path: Path,
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     files = make_files(tmp_path / "files")
     config = run_config(
@@ -56,8 +57,14 @@ def test_what_the_guard_decides_is_kept_and_a_continued_run_has_the_same_bits(
     _, held = read_run(tmp_path / "run")
     weights = {name: held(name) for name in held.stored}
     shutil.rmtree(folder.step(4))
+    assert "it goes on with" not in capfd.readouterr().err
+    named = dataclasses.replace(config.precision, backend="local")
+    config = dataclasses.replace(config, precision=named)
     again = run_ranks(train, (config,), 1, timeout_s=240)
     assert again["continued_from"] == 2
+    told = capfd.readouterr().err
+    assert "it goes on with other products: precision.backend local instead of auto." in told
+    assert "collects them anew" not in told
     assert read_meta(folder.step(4)).resume.left_fp8 == left
     _, held = read_run(tmp_path / "run")
     assert all(torch.equal(held(name), x) for name, x in weights.items())

@@ -16,6 +16,8 @@ from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision.fp8.product import Product, parallel_linear
 from megatron_asvr.precision.fp8.watched import EXPERT, Watched
 
+STATE = "fp8."  # begins the names of what a checkpoint holds of products
+
 
 class Emulator(Watched):
     """The products of one model chunk.
@@ -103,5 +105,5 @@ class Emulator(Watched):
         is_first = groups.tp_rank == 0 and groups.dp_cp.rank() == 0
         for name, product in self.products.items():
             writes = groups.expert_dp.rank() == 0 if EXPERT in name else is_first
-            yield f"fp8.{name}.scale", product.scale, writes
-            yield f"fp8.{name}.history", product.history, writes
+            yield f"{STATE}{name}.scale", product.scale, writes
+            yield f"{STATE}{name}.history", product.history, writes
