@@ -57,12 +57,14 @@ def test_what_the_guard_decides_is_kept_and_a_continued_run_has_the_same_bits(
     _, held = read_run(tmp_path / "run")
     weights = {name: held(name) for name in held.stored}
     shutil.rmtree(folder.step(4))
-    assert "it goes on with" not in capfd.readouterr().err
+    told = "".join(capfd.readouterr())
+    assert "0 of 4 steps done" in told
+    assert "it goes on with" not in told
     named = dataclasses.replace(config.precision, backend="local")
     config = dataclasses.replace(config, precision=named)
     again = run_ranks(train, (config,), 1, timeout_s=240)
     assert again["continued_from"] == 2
-    told = capfd.readouterr().err
+    told = "".join(capfd.readouterr())
     assert "it goes on with other products: precision.backend local instead of auto." in told
     assert "collects them anew" not in told
     assert read_meta(folder.step(4)).resume.left_fp8 == left
