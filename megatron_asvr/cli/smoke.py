@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_asvr.cli.common import positive
+from megatron_asvr.config.load import load
 from megatron_asvr.errors import LaunchError
 
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
     """Print a line for every probe; the ranks but the first keep silent.
 
     Raises:
+        ConfigError: of the run.
         LaunchError: a probe failed, or ranks of one node run the command together.
     """
     from megatron_asvr.platforms import select
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     from megatron_asvr.launch.rank import place
     from megatron_asvr.launch.smoke import smoke
 
+    if args.config is not None:
+        load(args.config)  # before probes that take minutes
     here, nodes = place(), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     if here is not None and here.world_size > 1 and nodes == 1:
         raise LaunchError(

@@ -36,6 +36,13 @@ def test_a_failed_probe_is_the_commands_error(monkeypatch, capsys) -> None:
     assert "these probes failed: write_speed" in told.err
 
 
+def test_a_run_that_is_not_there_is_told_before_the_first_probe(capsys) -> None:
+    assert main(["gpu-smoke", "nowhere.yaml"]) == 1
+    told = capsys.readouterr()
+    assert not told.out
+    assert "nowhere.yaml" in told.err
+
+
 def test_ranks_of_one_node_are_refused(monkeypatch, capsys) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
