@@ -17,8 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "megatron_asvr"
 KINDS = {"cpu", "cuda", "nccl", "gloo", "te", "local"}  # compared with, they make a branch
 FOREIGN = {"transformer_engine", "transformer_engine_torch", "apex", "amp_C", "triton"}
-ASKS = {"is_cuda", "is_cpu", "supports_fork", "compute_capability", "is_nccl_available", "num_gpus"}
+ASKS = {
+    *("is_cuda", "is_cpu", "get_device", "get_device_type", "is_nccl_available"),
+    *("supports_fork", "compute_capability", "num_gpus"),
+}
 CLASSES = {"CpuPlatform", "CudaPlatform"}
+MODULES = {"cuda", "accelerator", "torch.cuda", "torch.accelerator"}
 
 
 def branches(source: str) -> set[str]:
@@ -48,8 +52,10 @@ def _decides(node: ast.AST) -> bool:
         return any(isinstance(x.value, str) and x.value in KINDS for x in held)
     if isinstance(node, ast.Dict):
         return any(isinstance(k, ast.Constant) and k.value in KINDS for k in node.keys)
-    if isinstance(node, ast.Name | ast.alias):
-        return (node.id if isinstance(node, ast.Name) else node.name) in CLASSES
+    if isinstance(node, ast.Name):
+        return node.id in CLASSES
+    if isinstance(node, ast.alias):
+        return node.name in CLASSES | MODULES
     if isinstance(node, ast.MatchValue):
         return isinstance(node.value, ast.Constant) and node.value.value in KINDS
     if isinstance(node, ast.Attribute):
@@ -91,6 +97,9 @@ def test_platform_branches_stand_in_the_ledger() -> None:
         "if 'cpu' != platform.name: pass",
         "if x.is_cuda: pass",
         "torch.cuda.synchronize()",
+        "from torch import cuda as c; c.synchronize()",
+        "import torch.cuda as c; c.synchronize()",
+        "if x.get_device() >= 0: pass",
         "if x.device.type == kind: pass",
         "if device == torch.device('cuda'): pass",
         "if str(device).startswith('x') or device in ('cuda', 'xpu'): pass",
