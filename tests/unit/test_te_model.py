@@ -8,12 +8,14 @@ import dataclasses
 import importlib
 import importlib.util
 import re
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron)
 from megatron_asvr.platforms.cpu import CpuPlatform
+from megatron_asvr.platforms.deterministic import VARIABLES
 
 import pytest
 import torch
@@ -366,3 +368,17 @@ def test_what_megatron_core_takes_from_the_compiled_library_is_there() -> None:
 def test_the_backend_is_chosen_with_a_reason() -> None:
     chosen = precision.select_backend(NoGpu("meta"), torch.bfloat16)
     assert chosen == ("te", "CUDA with Transformer Engine")
+
+
+READERS = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "transformer_engine/**/*.py",
+    "CUBLAS_WORKSPACE_CONFIG": "torch/lib/libtorch_cuda.so",  # cuBLAS hides its names
+    "NCCL_ALGO": "nvidia/nccl/lib/libnccl.so.*",
+    "NCCL_NVLS_ENABLE": "nvidia/nccl/lib/libnccl.so.*",
+}
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_a_library_reads_the_variable_that_is_set_for_it(name: str) -> None:
+    site = Path(sysconfig.get_paths()["purelib"])
+    assert any(name.encode() in file.read_bytes() for file in site.glob(READERS[name]))
