@@ -14,7 +14,7 @@ from megatron_asvr.data.sources import Sources
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.launch.local import run_ranks
 from megatron_asvr.launch.preflight import all_reduce_gb_s
-from megatron_asvr.launch.probes import CPU, Found, UnfitError
+from megatron_asvr.launch.probes import CPU, LEAST_SHARE, Found, UnfitError
 from megatron_asvr.launch.rank import init_rank, leave_group
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.train.certify import Request, certify
@@ -26,9 +26,15 @@ FLIP_IMAGES = 64  # whose tokens are compared
 
 def all_reduce() -> Found:
     """Bandwidth between the GPUs of this node."""
-    count = max(2, select()[0].num_gpus)
+    platform = select()[0]
+    count = max(2, platform.num_gpus)
     speed = run_ranks(_bandwidth, (), count, timeout_s=120.0)
-    return Found(ok=speed > 0, measured=f"{speed:.1f} GB/s of {count} ranks", expected="right sums")
+    link = platform.link_gb_s() or 0
+    return Found(
+        ok=speed >= LEAST_SHARE * link,
+        measured=f"{speed:.1f} GB/s of {count} ranks",
+        expected=f"right sums, {LEAST_SHARE:.0%} of {link:g} (data sheet; 0: unknown)",
+    )
 
 
 def all_reduce_nodes() -> Found:
@@ -41,7 +47,9 @@ def all_reduce_nodes() -> Found:
 
 
 def _bandwidth() -> float:
-    return all_reduce_gb_s(select()[0], dist.get_world_size())
+    platform = select()[0]
+    mib = 512 if platform.num_gpus else None  # short messages do not fill NVLink
+    return all_reduce_gb_s(platform, dist.get_world_size(), mib)
 
 
 def tensor_certificate(config: Config) -> Found:

@@ -73,6 +73,9 @@ class Platform(Protocol):
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Operations per second of dense products, by the data sheet; None where there is none."""
 
+    def link_gb_s(self) -> float | None:
+        """GB/s to the node's other devices, by the data sheet; None where there is none."""
+
     def release_memory(self) -> None:
         """Give back what was freed and is kept for later; for once, before training begins."""
 

@@ -92,6 +92,9 @@ class CpuPlatform:
     def peak_flops(self, dtype: torch.dtype) -> None:
         """None: no data sheet says what a core gets of its CPU; benchmarks measure it."""
 
+    def link_gb_s(self) -> None:
+        """None: ranks of one machine share its memory."""
+
     def release_memory(self) -> None:
         """Of glibc; other C libraries keep what they like."""
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from megatron_asvr.platforms import apex
 from megatron_asvr.platforms import deterministic as switches
-from megatron_asvr.platforms.peaks import peak_flops
+from megatron_asvr.platforms.peaks import link_gb_s, peak_flops
 
 import torch
 from torch import Tensor
@@ -82,6 +82,10 @@ class CudaPlatform:
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Of a GPU that ``peaks.py`` knows."""
         return peak_flops(torch.cuda.get_device_name(), dtype)
+
+    def link_gb_s(self) -> float | None:
+        """Of a GPU that ``peaks.py`` knows."""
+        return link_gb_s(torch.cuda.get_device_name())
 
     def release_memory(self) -> None:
         """Of torch's allocator."""

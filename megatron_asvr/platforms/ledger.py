@@ -144,7 +144,7 @@ ROWS = (
             "launch/probes_of_runs.py",
         ),
         platform=(
-            *("name", "backend", "device", "set_device", "group_device", "num_gpus"),
+            *("name", "backend", "device", "set_device", "group_device", "num_gpus", "link_gb_s"),
             "lone_collectives",
         ),
         contract="tests/unit/test_contracts.py::test_nccl_gets_no_tensor_of_the_cpu",

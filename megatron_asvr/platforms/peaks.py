@@ -1,6 +1,7 @@
-"""Products of dense matrices that a GPU can do in a second, by its data sheet.
+"""What a GPU can do in a second, by its data sheet: products of dense matrices, and NVLink.
 
-They are what a run's log takes its share of (MFU). 8-bit runs are held against bf16's rate.
+A run's log takes its share of the products (MFU; 8-bit runs are held against bf16's rate), a
+smoke holds what it measures against both.
 
 Source: NVIDIA's data sheets (A100 80GB, H100, H200, L40S, HGX B200), without sparsity; fp32 without
 TF32, which torch does not use by itself.
@@ -32,3 +33,17 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
         if part in name:
             return bf16 if dtype == torch.bfloat16 else fp32
     return None
+
+
+# GB/s that a GPU sends over NVLink where all of a node's are connected: half of the data sheets'
+# sum of both directions.
+_LINKS = {"A100-SXM": 300.0, "H100 80GB HBM3": 450.0, "H200": 450.0, "B200": 900.0}
+
+
+def link_gb_s(name: str) -> float | None:
+    """GB/s to the other GPUs of a node, or None for a GPU that is not known to have NVLink to all.
+
+    Args:
+        name: product name, as ``torch.cuda.get_device_name`` gives it.
+    """
+    return next((speed for part, speed in _LINKS.items() if part in name), None)

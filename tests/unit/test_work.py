@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from megatron_asvr.platforms import mcore  # noqa: F401
-from megatron_asvr.platforms.peaks import peak_flops
+from megatron_asvr.platforms.peaks import link_gb_s, peak_flops
 
 import pytest
 import torch
@@ -92,6 +92,8 @@ def test_peaks_are_found_by_product_name():
     assert peak_flops("NVIDIA H100 80GB HBM3", torch.bfloat16) == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
     assert peak_flops("NVIDIA GeForce GTX 1080", torch.bfloat16) is None
+    assert link_gb_s("NVIDIA H100 80GB HBM3") == 450
+    assert link_gb_s("NVIDIA H100 PCIe") is None
 
 
 def test_what_came_after_a_checkpoint_is_lost_however_often_it_is_gone_back_to(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 import json
 
+from megatron_asvr.platforms.cpu import CpuPlatform
+
 import pytest
 
 from megatron_asvr.cli.main import main
@@ -50,10 +52,14 @@ def test_ranks_of_one_node_are_refused(monkeypatch, capsys) -> None:
     assert "torchrun started 2 ranks; start `asvr gpu-smoke` once" in capsys.readouterr().err
 
 
-def test_two_ranks_measure_what_they_send() -> None:
+def test_two_ranks_measure_what_they_send(monkeypatch) -> None:
     found = probes_of_runs.all_reduce()
     assert found.ok
     assert found.measured.endswith("GB/s of 2 ranks")
+    monkeypatch.setattr(CpuPlatform, "link_gb_s", lambda self: 1e6)
+    found = probes_of_runs.all_reduce()
+    assert not found.ok
+    assert "40% of 1e+06" in found.expected
 
 
 def test_a_layout_is_certified(tmp_path) -> None:
