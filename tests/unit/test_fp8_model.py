@@ -20,6 +20,7 @@ from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.precision.fp8.emulator import STATE
 from megatron_asvr.precision.fp8.policy import decide, describe
 from megatron_asvr.train.inference import _plain
+from megatron_asvr.train.start import _announce_changes
 from megatron_asvr.train.step import AnomalyError, train_step
 from tests.fp8_cases import HEADS, RECIPES, run_of
 from tests.language_cases import one_rank
@@ -194,7 +195,9 @@ def test_a_continued_run_has_the_same_scales_and_weights_bit_for_bit(tmp_path: P
 
 
 @pytest.mark.parametrize(("writer", "reader"), [("none", "delayed"), ("delayed", "none")])
-def test_a_checkpoint_fits_whoever_multiplies(writer: str, reader: str, tmp_path: Path) -> None:
+def test_a_checkpoint_fits_whoever_multiplies(
+    writer: str, reader: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Without the emulation there are no scales of ours to load, as on Transformer Engine."""
     write, again = run_of(writer), run_of(reader)
     with one_rank() as groups:
@@ -204,7 +207,17 @@ def test_a_checkpoint_fits_whoever_multiplies(writer: str, reader: str, tmp_path
         wanted = {
             (part.key, part.offset): part.memory for part in parts(bench.chunks, bench.optimizer)
         }
-        other = Bench(again, groups, resume=(place, find_resume(place, IDENTITY).meta))
+        meta = find_resume(place, IDENTITY).meta
+        with caplog.at_level("WARNING"):
+            _announce_changes(write, meta, groups)
+        assert "it goes on with" not in caplog.text
+        with caplog.at_level("WARNING"):
+            _announce_changes(again, meta, groups)
+        emulated = (reader == "delayed", writer == "delayed")
+        told = "other products: precision.fp8.emulate {} instead of {}.".format(*emulated)
+        assert told in caplog.text
+        assert ("collects them anew" in caplog.text) == (reader == "delayed")
+        other = Bench(again, groups, resume=(place, meta))
         got = {
             (part.key, part.offset): part.memory.clone()
             for part in parts(other.chunks, other.optimizer)

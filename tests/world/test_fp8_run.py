@@ -24,7 +24,7 @@ pytestmark = pytest.mark.world
 
 
 def test_what_the_guard_decides_is_kept_and_a_continued_run_has_the_same_bits(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
 ) -> None:
     files = make_files(tmp_path / "files")
     config = run_config(
@@ -57,16 +57,10 @@ def test_what_the_guard_decides_is_kept_and_a_continued_run_has_the_same_bits(
     _, held = read_run(tmp_path / "run")
     weights = {name: held(name) for name in held.stored}
     shutil.rmtree(folder.step(4))
-    told = "".join(capfd.readouterr())
-    assert "0 of 4 steps done" in told
-    assert "it goes on with" not in told
     named = dataclasses.replace(config.precision, backend="local")
     config = dataclasses.replace(config, precision=named)
     again = run_ranks(train, (config,), 1, timeout_s=240)
     assert again["continued_from"] == 2
-    told = "".join(capfd.readouterr())
-    assert "it goes on with other products: precision.backend local instead of auto." in told
-    assert "collects them anew" not in told
     assert read_meta(folder.step(4)).resume.left_fp8 == left
     _, held = read_run(tmp_path / "run")
     assert all(torch.equal(held(name), x) for name, x in weights.items())
