@@ -85,7 +85,7 @@ def started(configs: list[Config], folders: list[Path]) -> list[tuple[Counter[st
         with opens(folders) as mine:
             groups = make_groups(config)
             with contextlib.closing(open_data(config, groups=groups)) as data:
-                chunks = start(config, data, groups=groups).chunks
+                chunks = start(config, data, begun_s=0.0, groups=groups).chunks
         digest = hashlib.sha256()
         for name, x in full_state(chunks, groups=groups):
             digest.update(name.encode() + x.contiguous().view(torch.uint8).numpy().tobytes())
