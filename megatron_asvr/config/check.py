@@ -154,6 +154,21 @@ def _check_overlap(config: Config) -> None:
         )
 
 
+def _check_graphs(config: Config) -> None:
+    """Refuse a recording that would hold nothing, or of what needs a backward pass."""
+    data, way_out = config.data, "set train.cuda_graphs=false"
+    _require(
+        "vision_encoder" not in config.train.trainable,
+        "train.cuda_graphs=true records an encoder without its backward pass, but train.trainable "
+        f"names vision_encoder; freeze it, or {way_out}",
+    )
+    _require(
+        data.features == "online",
+        "train.cuda_graphs=true records the encoder, but with data.features=cache no step runs it; "
+        + way_out,
+    )
+
+
 def _check_train(config: Config) -> None:
     t = config.train
     _require(
@@ -173,6 +188,8 @@ def _check_train(config: Config) -> None:
         f"train.compile=true with precision.fp8.recipe={config.precision.fp8.recipe}: torch cannot "
         "compile products in 8 bits that others make; set train.compile=false",
     )
+    if t.cuda_graphs:
+        _check_graphs(config)
     _require(bool(t.trainable), f"train.trainable is empty; choose from {', '.join(PARTS)}")
     for part in PARTS:
         _require(t.trainable.count(part) < 2, f"train.trainable names {part} twice; name it once")

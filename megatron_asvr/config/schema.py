@@ -341,6 +341,7 @@ class TrainConfig:
     recompute: Literal["none", "selective", "full"] = "none"  # of the language model's layers
     recompute_visual_head: bool = False
     compile: bool = False  # torch.compile layers of encoder and visual head; no effect on the CPU
+    cuda_graphs: bool = False  # record a frozen encoder as CUDA graphs; no effect on the CPU
     deterministic: bool = False  # the same bits from every start, also on GPUs; slower there
     threads_per_rank: int = 1  # CPU threads; part of a run's identity (it changes rounding)
     eval_every_steps: int = 0  # 0: only at the end, when data.eval is given

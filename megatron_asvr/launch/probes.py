@@ -26,16 +26,13 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_asvr.checkpoint.write import HashingFile
-from megatron_asvr.config.schema import (
-    Fp8Config,
-    LanguageConfig,
-    PrecisionConfig,
-)
+from megatron_asvr.config.schema import Fp8Config, LanguageConfig, PrecisionConfig, VisionConfig
 from megatron_asvr.data.dali.pipeline import ImageDecoder
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.launch.rank import init_group, leave_group
 from megatron_asvr.model.language import transformer_config
 from megatron_asvr.model.output_loss import OutputLayer, output_loss
+from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.parallel import groups
 from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.precision import fuse_gradients, select_backend, select_fp8
@@ -320,6 +317,21 @@ def compiled() -> Found:
 
     x = _numbers(64, 128).to(select()[0].device)
     return _near(jit_fuser(gate)(x), gate(x), FP32, "the function")
+
+
+def graphed() -> Found:
+    """Features of a recorded encoder against itself as it is, for numbers of images that change."""
+    config = VisionConfig(
+        hidden_size=64, num_layers=3, num_heads=4, ffn_hidden_size=128, image_size=32, patch_size=8
+    )
+    device = select()[0].device
+    pixels_ICHW = _numbers(4, 3, 32, 32).to(device)
+    encoder = SiglipEncoder(config).to(device).requires_grad_(False)
+    batches = [pixels_ICHW[:number] for number in (4, 2, 3, 4, 2)]
+    wanted = [encoder(batch) for batch in batches]
+    encoder.graph()
+    got = [encoder(batch) for batch in batches]
+    return _near(torch.cat(got), torch.cat(wanted), FP32, "the encoder as it is")
 
 
 def recomputed() -> Found:

@@ -59,6 +59,7 @@ PROBES = {
     "adam": Probe(level="gpu", action="look which FusedAdam megatron-core found; " + _TORCH),
     "seeded": Probe(level="gpu", action=_TORCH),
     "compiled": Probe(level="gpu", action="set TORCH_COMPILE_DISABLE=1 and report it"),
+    "graphed": Probe(level="gpu", action="leave train.cuda_graphs off and report it"),
     "recomputed": Probe(level="gpu", action="train with train.recompute=none and report it"),
     "pinned_copy": Probe(
         level="gpu", action="raise the limit of locked memory, ulimit -l", short=True

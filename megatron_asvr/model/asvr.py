@@ -171,7 +171,7 @@ class AsvrModel(MegatronModule):
 
         One by one, since they are alike: torch then compiles one for all.
         """
-        if self.pre_process:
+        if self.pre_process and not self.vision_encoder.is_graphed:
             for layer in self.vision_encoder.encoder.layers:
                 layer.compile()
         if self.visual_head is not None:
@@ -373,6 +373,8 @@ def build_chunks(
     for chunk in chunks:
         sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
         chunk.watched = in_8_bits(chunk, config, groups=groups, tokenizer=tokenizer)
+        if config.train.cuda_graphs:
+            chunk.images.graph()
         if config.train.compile:
             chunk.compile_layers()
     return chunks

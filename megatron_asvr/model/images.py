@@ -116,6 +116,12 @@ class ImageReader:
                     parameter.data = own[name].data
         return told
 
+    def graph(self) -> None:
+        """Let the encoders that run here be recorded as CUDA graphs."""
+        for encoder in (self._encoder, self.tokenizer and self.tokenizer.encoder):
+            if encoder is not None:
+                encoder.graph()
+
     def joins(self, batch: MicroBatch) -> bool:
         """Whether ``both`` gives what the model needs of a batch."""
         return self.joined and self.tokenizer is not None and batch.codes_PD is None

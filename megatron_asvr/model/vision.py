@@ -99,6 +99,15 @@ class SiglipStack(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(SiglipLayer(config) for _ in range(config.num_layers))
 
+    def forward(self, x_INF: Tensor, numbers: Sequence[int]) -> list[Tensor]:
+        """The states [I, N, F] after so many layers each."""
+        found = {0: x_INF}
+        for number, layer in enumerate(self.layers[: max(numbers)], 1):
+            x_INF = layer(x_INF)
+            if number in numbers:
+                found[number] = x_INF
+        return [found[number] for number in numbers]
+
 
 def join_scales(features_CNF: Tensor, resolution: ResolutionConfig, grid: int) -> Tensor:
     """Features [I, N, scales * F] of images from those of the crops of all their scales.
@@ -133,11 +142,15 @@ class SiglipEncoder(nn.Module):
 
     Args:
         config: sizes, and the hidden state to stop at.
+
+    Attributes:
+        is_graphed: a CUDA graph runs the layers; see ``graph``.
     """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.is_graphed = False
         self.embeddings = SiglipEmbeddings(config)
         self.encoder = SiglipStack(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -176,12 +189,18 @@ class SiglipEncoder(nn.Module):
         side = self.config.image_size
         check_shape("pixels_ICHW", pixels_ICHW, "I C H W", C=NUM_CHANNELS, H=side, W=side)
         x_INF = self.embeddings(pixels_ICHW.to(self.dtype))
-        found = {0: x_INF}
-        for number, layer in enumerate(self.encoder.layers[: max(numbers)], 1):
-            x_INF = layer(x_INF)
-            if number in numbers:
-                found[number] = x_INF
-        return [found[number] for number in numbers]
+        found = self.encoder(x_INF, numbers)
+        # A graph writes to the same memory every time, and a backward pass may read it later.
+        return [x.clone() for x in found] if self.is_graphed else found
+
+    def graph(self) -> None:
+        """Let torch record the layers as CUDA graphs, one for each number of images that it meets.
+
+        All layers together: each call of something compiled takes the memory of the one before.
+        Without a compiler nothing is recorded.
+        """
+        self.encoder.compile(mode="reduce-overhead")
+        self.is_graphed = True
 
     def fingerprint(self) -> str:
         """sha256 over everything that decides a feature: sizes, and the weights that are read."""

@@ -30,7 +30,7 @@ from megatron_asvr.checkpoint.meta import Meta, ResumeState
 from megatron_asvr.checkpoint.save import Save, layout, save_frozen, trained_shapes
 from megatron_asvr.config.load import save as save_config
 from megatron_asvr.config.load import to_dict
-from megatron_asvr.config.schema import Config
+from megatron_asvr.config.schema import Config, TrainConfig
 from megatron_asvr.errors import CheckpointError
 from megatron_asvr.log import clock
 from megatron_asvr.model.asvr import AsvrModel, build_chunks
@@ -309,6 +309,13 @@ def _prepare_encoding(
     return images if groups.is_first_stage else None
 
 
+def idle_settings(train: TrainConfig) -> list[str]:
+    """Settings of ``train`` that are switched on and do nothing on this platform."""
+    if select()[0].name == "cuda":
+        return []
+    return [name for name in ("compile", "cuda_graphs") if getattr(train, name)]
+
+
 def _announce(run: Run, origins: Mapping[str, str]) -> None:
     """Log, on rank 0, what was decided before the first step; all ranks take part."""
     shapes = trained_shapes(run.chunks, groups=run.groups)
@@ -322,6 +329,8 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
     logger.info("layers %s (%s)", backend.backend, backend.backend_reason)
     fused, reason = fuse_gradients(platform)
     logger.info("gradients added in the products: %s (%s)", "yes" if fused else "no", reason)
+    for name in idle_settings(run.config.train):
+        logger.warning("train.%s=true has no effect: the platform is %s", name, platform.name)
     for part, origin in origins.items():
         logger.info("weights of %s from %s", part, origin)
     trained = sum(math.prod(shape) for shape in shapes.values())

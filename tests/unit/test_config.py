@@ -60,6 +60,11 @@ def test_a_wrong_setting_is_named_with_the_way_out(override, words):
     assert all(word in str(err.value) for word in words), str(err.value)
 
 
+def test_a_graph_of_an_encoder_that_no_step_runs_is_refused():
+    with pytest.raises(ConfigError, match=r"with data\.features=cache no step runs it"):
+        check(good("train.cuda_graphs=true", "data.features=cache"))
+
+
 def test_float_written_without_a_dot_is_a_float():
     assert good("train.optim.lr=1e-3").train.optim.lr == 1e-3
 
@@ -94,6 +99,10 @@ def test_preset_loop_is_refused(tmp_path):
         (
             "train={optim: {overlap_grad_reduce: true}, cosine_every_steps: 2, steps: 9}",
             ["overlap_grad_reduce=true", "train.cosine_every_steps does not allow"],
+        ),
+        (
+            "train={cuda_graphs: true, trainable: [vision_encoder, projector], steps: 9}",
+            ["train.cuda_graphs=true", "names vision_encoder; freeze it"],
         ),
         (
             "train={optim: {overlap_grad_reduce: true}, anomaly: {on_spike: skip}, steps: 9}",

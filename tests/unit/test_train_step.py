@@ -13,6 +13,7 @@ from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import visual_head
 from megatron_asvr.model.loss import joint_loss, official_loss
 from megatron_asvr.train.optim import learning_rate
+from megatron_asvr.train.start import idle_settings
 from megatron_asvr.train.step import Agreement, agree, backward, loss_function, train_step
 from tests.language_cases import one_rank
 from tests.run_cases import Bench, config, micro_batch, step_batches
@@ -57,6 +58,19 @@ def test_compiled_layers_are_the_same_ones_where_there_is_no_compiler() -> None:
         assert all(layer._compiled_call_impl is not None for layer in layers)
         assert [plain.step(n).loss for n in range(2)] == [compiled.step(n).loss for n in range(2)]
         assert list(plain.weights()) == list(compiled.weights())
+        assert idle_settings(compiled.model.run_config.train) == ["compile"]
+
+
+def test_a_recorded_encoder_has_the_same_losses_where_nothing_can_be_recorded() -> None:
+    frozen = {"train__trainable": ["projector", "visual_head", "language_model"]}
+    runs = [config(train__compile=on, train__cuda_graphs=on, **frozen) for on in (False, True)]
+    with one_rank() as groups:
+        plain, recorded = (Bench(run, groups) for run in runs)
+        stack = recorded.model.vision_encoder.encoder
+        assert stack._compiled_call_impl is not None
+        assert all(layer._compiled_call_impl is None for layer in stack.layers)
+        assert [plain.step(n).loss for n in range(2)] == [recorded.step(n).loss for n in range(2)]
+        assert idle_settings(runs[1].train) == ["compile", "cuda_graphs"]
 
 
 def test_official_mode_takes_the_mean_of_each_micro_batch() -> None:

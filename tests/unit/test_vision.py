@@ -77,6 +77,43 @@ def test_no_images_give_no_features_and_zero_gradients():
     assert encoder.encoder.layers[0].mlp.fc1.weight.grad.abs().max() == 0
 
 
+def test_a_graph_may_write_over_what_it_gave_before(monkeypatch):
+    """A compiler whose results lie in one memory, as those of a CUDA graph do."""
+    encoder = SiglipEncoder(CONFIG).requires_grad_(False)
+    batches = torch.randn(3, 2, 3, 58, 58)
+    wanted = [encoder(pixels_ICHW) for pixels_ICHW in batches]
+    asked, memory = [], torch.empty(2, 16, 32)
+
+    def compiler(call, **options):
+        asked.append(options)
+        return lambda *args: [memory.copy_(x) for x in call(*args)]
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    encoder.graph()
+    assert asked == [{"mode": "reduce-overhead"}]
+    got = [encoder(pixels_ICHW) for pixels_ICHW in batches]
+    assert torch.equal(memory, got[-1])
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_the_layers_are_one_graph_with_any_number_of_images(monkeypatch):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    encoder = SiglipEncoder(dataclasses.replace(CONFIG, num_layers=2)).requires_grad_(False)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    encoder.encoder.compile(backend=backend, fullgraph=True)
+    for number in (4, 2, 3):
+        pixels_ICHW = torch.randn(number, 3, 58, 58)
+        plain = encoder.encoder.forward(encoder.embeddings(pixels_ICHW), [1])
+        torch.testing.assert_close(encoder(pixels_ICHW), plain[0], rtol=0, atol=0)
+    assert len(graphs) == 2  # of 4 images, and of any number
+
+
 def test_wrong_image_size_is_named():
     with pytest.raises(AsvrError, match=r"pixels_ICHW has shape .*H=58"):
         SiglipEncoder(CONFIG)(torch.zeros(1, 3, 56, 56))
