@@ -8,7 +8,14 @@ setup(
     description="Train vision-language models with autoregressive semantic visual reconstruction",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_asvr", "megatron_asvr.*"]),
-    package_data={"megatron_asvr": ["config/presets/*.yaml", "platforms/*.txt", "recipes/*.j2"]},
+    package_data={
+        "megatron_asvr": [
+            "config/presets/*.yaml",
+            "platforms/*.cpp",
+            "platforms/*.txt",
+            "recipes/*.j2",
+        ]
+    },
     install_requires=[
         "torch>=2.6",
         "numpy",

@@ -127,6 +127,9 @@ def ours(
     config = load.config(args.precision)
     if args.recompute:
         config = recomputed(config)
+    if args.no_kernels:
+        precision = dataclasses.replace(config.precision, kernels=False)
+        config = dataclasses.replace(config, precision=precision)
     tokenizer = VisualTokenizer.load(args.folder / "tokenizer")
     model = build_model(config, groups=groups, tokenizer=tokenizer)
     del tokenizer

@@ -1,6 +1,6 @@
 """A training step against a plain implementation (`benchmarks.plain`), and the machine's limit.
 
-    python -m benchmarks.step [--short] [--pairs 5] [--steps 4] [--precision fp32] [--json FILE]
+    python -m benchmarks.step [--short] [--pairs 5] [--steps 4] [--precision fp32] [--no-kernels]
 
 Both sides train the same model on the same samples from the same weights, in processes of their
 own, one after the other in every pair; the order changes from pair to pair. The first step warms
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours")
     parser.add_argument("--json", type=Path, help="write all measurements here")
     parser.add_argument("--recompute", action="store_true", help="recompute our visual head")
+    parser.add_argument("--no-kernels", action="store_true", help="ours by torch alone")
     parser.add_argument("--side", choices=("prepare", "ours", "plain"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -109,6 +110,7 @@ def call(args: argparse.Namespace, side: str) -> None:
     command += ["--folder", str(args.folder), "--steps", str(args.steps)]
     command += ["--precision", args.precision]
     command += ["--short"] * args.short + ["--recompute"] * args.recompute
+    command += ["--no-kernels"] * args.no_kernels
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASVR_PLATFORM": "cpu"}
     subprocess.run(command, check=True, env=environment)
 

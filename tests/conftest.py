@@ -4,8 +4,9 @@ import importlib.util
 import os
 import pathlib
 import shutil
+from collections.abc import Iterator
 
-from megatron_asvr.platforms import select
+from megatron_asvr.platforms import kernels, select
 
 import pytest
 
@@ -39,3 +40,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"{reason}, but ASVR_REQUIRE names {need}", pytrace=False)
         if reason:
             pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_as_the_test_says() -> Iterator[None]:
+    """Without kernels until a test builds a run, whatever the test before it did."""
+    with kernels.imagined(False):
+        yield

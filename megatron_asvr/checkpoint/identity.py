@@ -51,7 +51,12 @@ _FREE = {
 _BY_CONTENT = {"data.train", "model.text_tokenizer", "model.visual_tokenizer"}
 _LAYOUT = "parallel."
 # Who multiplies, and in how many bits weights lie between steps: equal up to rounding.
-_ENGINE = ("precision.backend", "precision.fp8.emulate", "precision.fp8.weights")
+_ENGINE = (
+    "precision.backend",
+    "precision.kernels",
+    "precision.fp8.emulate",
+    "precision.fp8.weights",
+)
 _NO_FACT = _FREE | _BY_CONTENT | {*_ENGINE}
 _PLAIN = SourceConfig(path="")
 TEXT_TOKENIZER = "model.text_tokenizer (content)"  # names of their fingerprints in an identity

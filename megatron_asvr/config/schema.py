@@ -378,6 +378,7 @@ class PrecisionConfig:
     """Which implementation computes the layers, and in how many bits they multiply."""
 
     backend: Literal["auto", "te", "local"] = "auto"  # te: Transformer Engine, on CUDA only
+    kernels: bool = True  # C++ kernels on the CPU where a compiler is found; false: torch's own
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
 

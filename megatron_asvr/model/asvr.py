@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
+from megatron_asvr.platforms import kernels, mcore  # noqa: F401  (mcore prepares the process)
 
 import torch
 from megatron.core.transformer.enums import ModelType
@@ -365,6 +365,7 @@ def build_chunks(
         groups: process groups of the layout.
         tokenizer: see ``AsvrModel``.
     """
+    kernels.use(config.precision.kernels)
     vpp = groups.plan.vpp
     chunks = [
         AsvrModel(config, groups=groups, tokenizer=tokenizer, vp_stage=number if vpp else None)

@@ -17,7 +17,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
+from megatron_asvr.platforms import kernels, mcore  # noqa: F401  (mcore prepares the process)
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,8 @@ def rehearse(model: AsvrModel, shape: Shape, layers: Layers) -> Passes:
         shape: of the micro-batch.
         layers: whose memory is counted.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    are_used = layers == "cpu" and model.run_config.precision.kernels
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels.imagined(are_used):
         to_fake(model, layers)
         with Count(model) as count, contextlib.nullcontext() if layers == "cpu" else kept_whole():
             batch = micro_batch(model, shape)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_asvr.platforms import apex, gpus
+from megatron_asvr.platforms import apex, gpus, kernels
 
 import torch
 from packaging.requirements import Requirement
@@ -169,6 +169,8 @@ def entries(*, gpu: bool) -> Iterator[Entry]:
     usable, why = apex.detect()
     found = _package("apex")()[0] if usable else None
     yield Entry(name="apex", state="ok" if usable else "absent", found=found, note=why)
+    library, why = kernels.load()
+    yield Entry(name="C++ kernels", state="ok" if library else "absent", found=None, note=why)
     yield from _declared()
 
 

@@ -1,0 +1,194 @@
+// Kernels for the CPU, built and called by kernels.py. What they do stands with their callers.
+//
+// Rows, or positions, are computed one by one in fp32 and in a fixed order, so the number of
+// threads changes no bit. Comparisons are written so that what is not a number stays visible.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+inline float read(float x) { return x; }
+
+inline float read(Bf16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void write(float x, float* to) { *to = x; }
+
+inline void write(float x, Bf16* to) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    to->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+// exp(x) for x <= 0 within 2 units in the last place; 0 where it is no normal number.
+// x = n log(2) + r; the polynomial is the Taylor series of exp on |r| <= log(2) / 2.
+inline float exp_negative(float x) {
+    const float magic = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const float shifted = x * 1.44269504f + magic;
+    const float n = shifted - magic;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // log(2) in two parts
+    float p = 1.f / 5040;
+    p = p * r + 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof power);
+    return x < -87.f ? 0.f : p * power;
+}
+
+inline float dot(const float* a, const float* b, int64_t size) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
+    return sum;
+}
+
+inline void add(float* to, float factor, const float* x, int64_t size) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) to[i] += factor * x[i];
+}
+
+// Attention over the depths of one position and head.
+struct Head {
+    int64_t depth, width;
+    std::vector<float> q, k, v, p;
+
+    Head(int64_t depth, int64_t width)
+        : depth(depth), width(width), q(depth * width), k(q), v(q), p(depth * depth) {}
+
+    template <typename T>
+    void fetch(const T* from, int64_t stride, std::vector<float>& to) const {
+        for (int64_t d = 0; d < depth; ++d)
+            for (int64_t c = 0; c < width; ++c) to[d * width + c] = read(from[d * stride + c]);
+    }
+
+    template <typename T>
+    void put(const std::vector<float>& from, T* to, int64_t stride) const {
+        for (int64_t d = 0; d < depth; ++d)
+            for (int64_t c = 0; c < width; ++c) write(from[d * width + c], to + d * stride + c);
+    }
+
+    // Fetches q, k, v, which lie `heads` widths apart, and computes the probabilities.
+    template <typename T>
+    void prepare(const T* packed, int64_t stride, int64_t heads) {
+        fetch(packed, stride, q);
+        fetch(packed + heads * width, stride, k);
+        fetch(packed + 2 * heads * width, stride, v);
+        const float scale = 1.f / std::sqrt(float(width));
+        for (int64_t i = 0; i < depth; ++i) {
+            float* row = &p[i * depth];
+            float top = -std::numeric_limits<float>::infinity(), sum = 0;
+            for (int64_t j = 0; j <= i; ++j) {
+                row[j] = scale * dot(&q[i * width], &k[j * width], width);
+                top = row[j] > top ? row[j] : top;
+            }
+            for (int64_t j = 0; j <= i; ++j) sum += row[j] = exp_negative(row[j] - top);
+            for (int64_t j = 0; j <= i; ++j) row[j] /= sum;
+        }
+    }
+};
+
+template <typename T>
+void attend(const T* packed, T* out, int64_t depth, int64_t positions, int64_t heads,
+            int64_t width, int threads) {
+    const int64_t row = heads * width, stride = positions * row;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Head head(depth, width);
+        std::vector<float> sums(depth * width);
+#pragma omp for
+        for (int64_t m = 0; m < positions; ++m)
+            for (int64_t h = 0; h < heads; ++h) {
+                head.prepare(packed + 3 * m * row + h * width, 3 * stride, heads);
+                sums.assign(sums.size(), 0.f);
+                for (int64_t i = 0; i < depth; ++i)
+                    for (int64_t j = 0; j <= i; ++j)
+                        add(&sums[i * width], head.p[i * depth + j], &head.v[j * width], width);
+                head.put(sums, out + m * row + h * width, stride);
+            }
+    }
+}
+
+template <typename T>
+void attend_backward(const T* packed, const T* grad, T* grad_packed, int64_t depth,
+                     int64_t positions, int64_t heads, int64_t width, int threads) {
+    const int64_t row = heads * width, stride = positions * row;
+    const float scale = 1.f / std::sqrt(float(width));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Head head(depth, width);
+        std::vector<float> g(depth * width), dq(g), dk(g), dv(g), ds(depth);
+#pragma omp for
+        for (int64_t m = 0; m < positions; ++m)
+            for (int64_t h = 0; h < heads; ++h) {
+                head.prepare(packed + 3 * m * row + h * width, 3 * stride, heads);
+                head.fetch(grad + m * row + h * width, stride, g);
+                for (auto* x : {&dq, &dk, &dv}) x->assign(x->size(), 0.f);
+                for (int64_t i = 0; i < depth; ++i) {
+                    const float *p = &head.p[i * depth], *gi = &g[i * width];
+                    float mean = 0;
+                    for (int64_t j = 0; j <= i; ++j) {
+                        ds[j] = dot(gi, &head.v[j * width], width);
+                        mean += p[j] * ds[j];
+                    }
+                    for (int64_t j = 0; j <= i; ++j) {
+                        const float s = scale * p[j] * (ds[j] - mean);
+                        add(&dv[j * width], p[j], gi, width);
+                        add(&dq[i * width], s, &head.k[j * width], width);
+                        add(&dk[j * width], s, &head.q[i * width], width);
+                    }
+                }
+                T* to = grad_packed + 3 * m * row + h * width;
+                head.put(dq, to, 3 * stride);
+                head.put(dk, to + row, 3 * stride);
+                head.put(dv, to + 2 * row, 3 * stride);
+            }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void attend_fp32(const float* packed, float* out, int64_t depth, int64_t positions, int64_t heads,
+                 int64_t width, int threads) {
+    attend(packed, out, depth, positions, heads, width, threads);
+}
+
+void attend_bf16(const Bf16* packed, Bf16* out, int64_t depth, int64_t positions, int64_t heads,
+                 int64_t width, int threads) {
+    attend(packed, out, depth, positions, heads, width, threads);
+}
+
+void attend_backward_fp32(const float* packed, const float* grad, float* grad_packed,
+                          int64_t depth, int64_t positions, int64_t heads, int64_t width,
+                          int threads) {
+    attend_backward(packed, grad, grad_packed, depth, positions, heads, width, threads);
+}
+
+void attend_backward_bf16(const Bf16* packed, const Bf16* grad, Bf16* grad_packed, int64_t depth,
+                          int64_t positions, int64_t heads, int64_t width, int threads) {
+    attend_backward(packed, grad, grad_packed, depth, positions, heads, width, threads);
+}
+
+}  // extern "C"
