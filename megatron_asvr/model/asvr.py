@@ -13,7 +13,7 @@ no rank waits for a collective that another one skipped, and every trained param
 receives a gradient, if only zero.
 """
 
-import dataclasses
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -247,8 +247,8 @@ class AsvrModel(MegatronModule):
         """
         features_PF = None
         if self.images.joins(batch):
-            features_PF, codes_PD = self.images.both(batch)
-            batch = dataclasses.replace(batch, codes_PD=codes_PD)
+            batch = copy.copy(batch)  # with what the host knows of it already
+            features_PF, batch.codes_PD = self.images.both(batch)
         hidden_SBH = self.hidden(batch, features_PF)
         if not (self.post_process or self.visual_process):
             return hidden_SBH

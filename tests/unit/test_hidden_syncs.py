@@ -1,5 +1,6 @@
 """Where a step on a GPU would make its host wait, counted on the CPU."""
 
+import dataclasses
 from collections import Counter
 
 from megatron_asvr.platforms import mcore, select  # noqa: F401
@@ -7,6 +8,7 @@ from megatron_asvr.platforms import mcore, select  # noqa: F401
 import pytest
 import torch
 
+from megatron_asvr.batch import MicroBatch
 from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.train.step import agree, loss_function, to_device, train_step
 from tests.language_cases import one_rank
@@ -36,6 +38,28 @@ def waits(number: int, **changes: object) -> Counter[str]:
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_step_waits_for_the_device_at_known_places(number: int, changes: dict) -> None:
     assert waits(number, **changes) == KNOWN
+
+
+def test_one_pass_for_features_and_codes_asks_nothing_more(monkeypatch) -> None:
+    """Lengths of documents are known to the host; asked again, their tensor is the device's."""
+    run = config(
+        data__codes="online", train__trainable=["projector", "visual_head", "language_model"]
+    )
+    asked, plain = [], MicroBatch.host_lengths
+    monkeypatch.setattr(MicroBatch, "host_lengths", lambda x: asked.append(1) or plain(x))
+    with one_rank() as groups:
+        bench = Bench(run, groups)
+        images = bench.model.images
+        bench.model.vision_encoder.load_state_dict(images.tokenizer.encoder.state_dict())
+        assert images.join(images.tokenizer).startswith("one pass")
+        batches = [dataclasses.replace(micro_batch(run, seed), codes_PD=None) for seed in range(3)]
+        loss = bench.loss(batches)
+        bench.step(0, batches)
+        asked.clear()
+        with Waits() as found:
+            train_step(bench.wrapped, bench.optimizer, batches, loss, step=1, groups=groups)
+    assert found.places == KNOWN
+    assert len(asked) == 3
 
 
 def test_a_planted_item_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
