@@ -25,7 +25,8 @@ from megatron_asvr.model.asvr import AsvrModel, build_model
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.optim import wrap
-from megatron_asvr.train.step import agree, backward, loss_function
+from megatron_asvr.train.passes import backward
+from megatron_asvr.train.step import agree, loss_function
 
 SHARE = 0.25  # of the positions, in the last way
 

@@ -23,16 +23,8 @@ from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.context import partition
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
-from megatron_asvr.train.step import (
-    LossFunction,
-    StepResult,
-    agree,
-    backward,
-    balancing,
-    loss_function,
-    reduce_gradients,
-    train_step,
-)
+from megatron_asvr.train.passes import LossFunction, backward, balancing
+from megatron_asvr.train.step import StepResult, agree, loss_function, reduce_gradients, train_step
 
 CODEBOOK_SIZES = (7, 6, 5)
 IDENTITY = {"run.seed": 3}  # of the runs in ``save``

@@ -72,7 +72,16 @@ def run_config(files: Path, run: Path, **changes: Any) -> Config:
 
 
 # Of a line of metrics: what a clock says, or a window that begins anew with every start.
-CLOCKED = ("tokens_per_s", "step_s", "data_wait", "rank_wait", "tflops", "eval_s", "save_s")
+CLOCKED = (
+    "tokens_per_s",
+    "step_s",
+    "data_wait",
+    "rank_wait",
+    "bubble",
+    "tflops",
+    "eval_s",
+    "save_s",
+)
 CLOCKED += ("elapsed_s", "lost_s", "goodput")
 UNEQUAL = (*CLOCKED, "codes_used", "code_perplexity")
 

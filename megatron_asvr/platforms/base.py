@@ -1,6 +1,6 @@
 """What the rest of the package may ask of a device."""
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,12 @@ class Platform(Protocol):
 
     def synchronize(self) -> None:
         """Return when the device has done all that was asked of it."""
+
+    def mark(self) -> Any:
+        """This moment in the device's work, for ``seconds``."""
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks, when the device has passed both."""
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Operations per second of dense products, by the data sheet; None where there is none."""

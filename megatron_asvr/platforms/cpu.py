@@ -4,6 +4,7 @@ import ctypes
 import importlib
 import logging
 import os
+import time
 import warnings
 from typing import Literal
 
@@ -88,6 +89,14 @@ class CpuPlatform:
 
     def synchronize(self) -> None:
         """Nothing: every operator has finished when it returns."""
+
+    def mark(self) -> float:
+        """The clock."""
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        """By the clock."""
+        return end - start
 
     def peak_flops(self, dtype: torch.dtype) -> None:
         """None: no data sheet says what a core gets of its CPU; benchmarks measure it."""

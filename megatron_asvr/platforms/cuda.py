@@ -79,6 +79,16 @@ class CudaPlatform:
         """Return when this GPU has nothing left to do."""
         torch.cuda.synchronize()
 
+    def mark(self) -> torch.cuda.Event:
+        """An event behind what the current stream holds so far."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """By the device's clock."""
+        return start.elapsed_time(end) / 1e3
+
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         """Of a GPU that ``peaks.py`` knows."""
         return peak_flops(torch.cuda.get_device_name(), dtype)

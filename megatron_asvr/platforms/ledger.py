@@ -171,10 +171,10 @@ ROWS = (
     ),
     Row(
         name="streams",
-        cuda="kernels are queued; host copies go through pinned memory",
+        cuda="kernels are queued, and timed by events; host copies go through pinned memory",
         cpu="operators run one after another",
         why="a device works beside its host",
-        platform=("synchronize", "stream", "bring", "streams", "moves"),
+        platform=("synchronize", "stream", "bring", "mark", "seconds", "streams", "moves"),
         contract="tests/unit/test_hidden_syncs.py::test_a_step_waits_for_the_device_at_known_places",
         probes=("pinned_copy",),
     ),

@@ -37,15 +37,9 @@ from megatron_asvr.train.assemble import (
 from megatron_asvr.train.caches import fill_caches
 from megatron_asvr.train.excerpt import make_excerpt
 from megatron_asvr.train.optim import make_optimizer, wrap
+from megatron_asvr.train.passes import backward, balancing
 from megatron_asvr.train.shrink import shrink
-from megatron_asvr.train.step import (
-    agree,
-    backward,
-    balancing,
-    loss_function,
-    reduce_gradients,
-    train_step,
-)
+from megatron_asvr.train.step import agree, loss_function, reduce_gradients, train_step
 from megatron_asvr.train.verdict import Facts, Measurement, Verdict, judge, plain, save_gradient
 
 MICRO_BATCHES = 2  # of each data-parallel rank, at least

@@ -20,8 +20,9 @@ from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision.fp8.drift import Drift, cosines, shares
 from megatron_asvr.train.metrics import MetricsLog
+from megatron_asvr.train.passes import Chunks, LossFunction, run_schedule
 from megatron_asvr.train.start import Run
-from megatron_asvr.train.step import Chunks, LossFunction, run_schedule, sum_parts
+from megatron_asvr.train.step import sum_parts
 
 logger = logging.getLogger(__name__)
 

@@ -64,7 +64,9 @@ class Window:
         train_s: seconds spent in the steps, waiting included.
         recounted: sum of ``Agreement.recounted``.
         work: sum of ``Agreement.work``.
-        wait_s: seconds of these in which this rank waited for the passes of others.
+        busy_s: seconds of these in which a pass of this rank ran.
+        passes_s: seconds of these until the passes of all ranks were over.
+        wait_s: seconds of these in which this rank waited, after its own, for the passes of others.
         pauses: seconds between the steps, by what they went into.
     """
 
@@ -77,6 +79,8 @@ class Window:
     train_s: float = 0.0
     recounted: list[int] = field(default_factory=list)
     work: list[int] = field(default_factory=list)
+    busy_s: float = 0.0
+    passes_s: float = 0.0
     wait_s: float = 0.0
     pauses: dict[str, float] = field(default_factory=dict)
 
@@ -93,6 +97,8 @@ class Window:
         self.train_s += train_s
         self.recounted = _sums(self.recounted, agreement.recounted)
         self.work = _sums(self.work, agreement.work)
+        self.busy_s += result.busy_s
+        self.passes_s += result.own_s + result.wait_s
         self.wait_s += result.wait_s
 
     @contextlib.contextmanager
@@ -157,6 +163,7 @@ def progress_line(values: Mapping[str, float], *, step: int, total_steps: int) -
         line += "" if moved is None else f", features moved {moved:.1%}"
     line += f" ETA {clock((total_steps - step) * values['step_s'])}"
     line += f" data {values['data_wait']:.0%}"
+    line += f" bubble {values['bubble']:.0%}" if "bubble" in values else ""
     for name in ("bad_samples", "skipped_batches"):
         line += f" {name.partition('_')[0]} {values[name]}" if values.get(name) else ""
     return line

@@ -11,33 +11,25 @@ and decides the same.
 """
 
 import contextlib
-import copy
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.config.schema import LossConfig
 from megatron_asvr.errors import AsvrError
-from megatron_asvr.model.loss import LossSums, joint_loss, official_loss, scales_of
+from megatron_asvr.model.loss import joint_loss, official_loss
 from megatron_asvr.parallel.collectives import all_reduce_sum, gather_objects, sum_in_place
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.precision.routing import balanced
-
-Chunks = Sequence[DistributedDataParallel]  # this rank's stage, or its virtual stages
-LossFunction = Callable[[LossSums], Tensor]
+from megatron_asvr.train.passes import Chunks, LossFunction, Part, backward, balancing, clocked
 
 
 class AnomalyError(AsvrError):
@@ -77,29 +69,15 @@ class Agreement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """What one micro-batch contributed, detached.
-
-    Attributes:
-        totals: ``LossSums.totals``.
-        loss: its part of the step's loss, fp32 scalar.
-        codes_MD: int64 target codes, None without a visual head.
-    """
-
-    totals: Tensor
-    loss: Tensor
-    codes_MD: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one step did, the same on every rank (``own_s`` and ``parts``: of this rank).
+    """What one step did, the same on every rank (seconds and ``parts``: of this rank).
 
     Attributes:
         totals: fp64 sum of ``LossSums.totals`` over the global batch.
         loss: the joint loss of the global batch.
         grad_norm: before clipping.
-        own_s: seconds of this rank's forward and backward passes; see pace.py.
+        own_s: seconds from the start to the end of the last backward pass; see pace.py.
+        busy_s: seconds of these in which a forward or backward pass ran.
         wait_s: seconds that it then waited for the passes of others.
         parts: this rank's micro-batches; none on a stage that computes no loss.
     """
@@ -108,6 +86,7 @@ class StepResult:
     loss: float
     grad_norm: float
     own_s: float
+    busy_s: float
     wait_s: float
     parts: list[Part]
 
@@ -178,97 +157,6 @@ def loss_function(
     )
 
 
-def backward(chunks: Chunks, batches: Sequence[MicroBatch], loss: LossFunction) -> list[Part]:
-    """What every micro-batch contributed, after adding gradients to the buffers.
-
-    Empty on a pipeline stage that computes no loss.
-
-    Args:
-        chunks: the wrapped model.
-        batches: this rank's micro-batches.
-        loss: from sums to the scalar that is differentiated.
-    """
-    return run_schedule(chunks, batches, loss, forward_only=False)
-
-
-def run_schedule(
-    chunks: Sequence[nn.Module],
-    batches: Sequence[MicroBatch],
-    loss: LossFunction,
-    *,
-    forward_only: bool,
-) -> list[Part]:
-    """``backward``, or with ``forward_only`` the same passes without gradients."""
-    before_last: list[Part] = []
-
-    def finish(sums: LossSums) -> tuple[Tensor, Tensor, Part]:
-        # A triple (loss, number of tokens, report). With calculate_per_token_loss the schedule
-        # divides by nothing (schedules.py, forward_step_calc_loss), and the number is unused.
-        value = loss(sums)
-        part = Part(totals=sums.totals(), loss=value.detach(), codes_MD=sums.codes_MD)
-        return value, torch.zeros((), dtype=torch.int), part
-
-    def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[..., Any]]:
-        batch = next(iterator)
-        # Known before the sums, so that gradients of output layers need not wait for them.
-        # megatron-core must see every gradient come when it sums them in the meantime.
-        scales = None
-        if not forward_only and not chunk.ddp_config.overlap_grad_reduce:
-            scales = scales_of(
-                loss,
-                text_count=batch.num_text_targets,
-                visual_count=batch.num_visual_targets,
-                visual_scale=batch.visual_scale,
-                depth=chunks[0].module.num_depths,
-            )
-        output = chunk(to_device(batch), scales=scales)
-        if isinstance(output, tuple):
-            # A loss before the last stage rides on what is sent on: its gradient is 1 there, as a
-            # mixture's load-balancing loss has it (precision/routing.py).
-            hidden_SBH, sums = output
-            value, _, part = finish(sums)
-            before_last.append(part)
-            output = MoEAuxLossAutoScaler.apply(hidden_SBH, value)
-        return output, finish
-
-    rows, length = batches[0].document_BS.shape
-    return before_last + get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[iter(batches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(batches),
-        # Stages send one another [S, B, H] of these sizes, less what cp and sp split.
-        seq_length=length,
-        micro_batch_size=rows,
-        forward_only=forward_only,
-    )
-
-
-def balancing(
-    chunks: Chunks, batches: Sequence[MicroBatch], loss: LossFunction, *, groups: Groups
-) -> contextlib.AbstractContextManager[None]:
-    """Inside, ``backward`` of these micro-batches includes the experts' load-balancing loss.
-
-    The arguments are those of ``backward``.
-    """
-    return balanced(
-        chunks,
-        lambda: run_schedule(chunks, batches, loss, forward_only=True),
-        group=groups.tp_cp_dp,
-    )
-
-
-def to_device(batch: MicroBatch) -> MicroBatch:
-    """The batch with all its tensors on this rank's device; the host does not wait for them."""
-    platform, _ = select()
-    moved = copy.copy(batch)
-    for field in dataclasses.fields(batch):
-        if isinstance(x := getattr(batch, field.name), Tensor):
-            setattr(moved, field.name, platform.bring(x))
-    moved.document_lengths_Bn = batch.host_lengths()
-    return moved
-
-
 def reduce_gradients(chunks: Chunks, *, groups: Groups, whole: bool = False) -> None:
     """Sum the gradient buffers over the ranks that hold other parts of them.
 
@@ -322,6 +210,7 @@ def train_step(
     with contextlib.ExitStack() as stack:
         for linears in watched:
             stack.enter_context(linears.recording())
+        clock = stack.enter_context(clocked(chunks))
         stack.enter_context(balancing(chunks, batches, loss, groups=groups))
         parts = backward(chunks, batches, loss)
     select()[0].synchronize()  # the sum that follows waits for the device in any case
@@ -352,7 +241,13 @@ def train_step(
     for linears in watched:
         linears.update()
     return StepResult(
-        totals=totals, loss=value, grad_norm=grad_norm, own_s=own_s, wait_s=wait_s, parts=parts
+        totals=totals,
+        loss=value,
+        grad_norm=grad_norm,
+        own_s=own_s,
+        busy_s=clock.seconds(),
+        wait_s=wait_s,
+        parts=parts,
     )
 
 

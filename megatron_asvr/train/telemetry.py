@@ -13,15 +13,8 @@ from megatron_asvr.model.quantize import perplexity
 from megatron_asvr.model.sharding import is_expert, is_split, named
 from megatron_asvr.parallel.collectives import all_reduce_sum
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.train.step import (
-    Agreement,
-    Chunks,
-    LossFunction,
-    Part,
-    backward,
-    contributes,
-    reduce_gradients,
-)
+from megatron_asvr.train.passes import Chunks, LossFunction, Part, backward
+from megatron_asvr.train.step import Agreement, contributes, reduce_gradients
 
 
 class CodeUsage:

@@ -9,7 +9,8 @@ from megatron_asvr.data.loader import Loader
 from megatron_asvr.model.asvr import AsvrModel
 from megatron_asvr.model.loss import LossSums, read_totals
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.train.step import run_schedule, sum_parts
+from megatron_asvr.train.passes import run_schedule
+from megatron_asvr.train.step import sum_parts
 
 
 @torch.no_grad()

@@ -88,14 +88,19 @@ class Work:
         parts = self._rates.parts(counts)
         ranks = self._groups.world.size()
         flops = sum(parts.values()) / window.train_s / ranks
-        wait_s = torch.tensor(window.wait_s, device=select()[0].device)
-        waited_s = float(all_reduce_sum(wait_s, group=self._groups.world)) / ranks
+        stages = self._groups.plan.pp
+        mine = torch.zeros(1 + stages, device=select()[0].device)
+        mine[0], mine[1 + self._groups.pp_rank] = window.wait_s, window.busy_s
+        waited_s, *busy_s = all_reduce_sum(mine, group=self._groups.world).tolist()
+        idle = [1 - s * stages / ranks / window.passes_s for s in busy_s] if stages > 1 else []
         return {
             "tflops": flops / 1e12,
             **({"mfu": flops / self._peak} if self._peak else {}),
             **{f"tflop_{part}": x / window.steps / 1e12 for part, x in parts.items() if x},
             "padding": 1 - window.num_tokens / slots,
-            "rank_wait": waited_s / window.train_s,
+            "rank_wait": waited_s / ranks / window.train_s,
+            **({"bubble": sum(idle) / stages} if idle else {}),
+            **{f"bubble_{stage}": share for stage, share in enumerate(idle)},
         }
 
 

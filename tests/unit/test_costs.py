@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_asvr.parallel.costs import Counts, rates, tokenizer_cost
 from megatron_asvr.precision.local import attention_rule
-from megatron_asvr.train.step import backward
+from megatron_asvr.train.passes import backward
 from megatron_asvr.train.work import Work
 from tests.language_cases import one_rank
 from tests.run_cases import CODEBOOK_SIZES, LENGTH, Bench, config, micro_batch, tokenizer

@@ -10,7 +10,8 @@ import torch
 
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.model.asvr import AsvrModel
-from megatron_asvr.train.step import agree, loss_function, to_device, train_step
+from megatron_asvr.train.passes import to_device
+from megatron_asvr.train.step import agree, loss_function, train_step
 from tests.language_cases import one_rank
 from tests.run_cases import Bench, config, micro_batch
 from tests.syncs import KNOWN, Waits

@@ -30,8 +30,9 @@ from megatron_asvr.train.metrics import (
     last_values,
     progress_line,
 )
+from megatron_asvr.train.passes import Part
 from megatron_asvr.train.signals import StopRequest
-from megatron_asvr.train.step import Agreement, Part, StepResult, agree
+from megatron_asvr.train.step import Agreement, StepResult, agree
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from tests.language_cases import one_rank
 from tests.run_cases import Bench, config, micro_batch, step_batches
@@ -42,7 +43,9 @@ COUNTS = Agreement(text_count=10, visual_count=4, num_tokens=100, digest=7, stop
 
 def result(loss: float, totals: list[float]) -> StepResult:
     vector = torch.tensor(totals, dtype=torch.float64)
-    return StepResult(totals=vector, loss=loss, grad_norm=2 * loss, own_s=0.0, wait_s=0.0, parts=[])
+    return StepResult(
+        totals=vector, loss=loss, grad_norm=2 * loss, own_s=0.0, busy_s=0.0, wait_s=0.0, parts=[]
+    )
 
 
 def filled() -> Window:

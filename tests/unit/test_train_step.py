@@ -13,8 +13,9 @@ from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import visual_head
 from megatron_asvr.model.loss import joint_loss, official_loss
 from megatron_asvr.train.optim import learning_rate
+from megatron_asvr.train.passes import backward
 from megatron_asvr.train.start import idle_settings
-from megatron_asvr.train.step import Agreement, agree, backward, loss_function, train_step
+from megatron_asvr.train.step import Agreement, agree, loss_function, train_step
 from tests.language_cases import one_rank
 from tests.run_cases import Bench, config, micro_batch, step_batches
 

@@ -10,7 +10,8 @@ import torch
 
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.launch.local import run_ranks
-from megatron_asvr.train.step import agree, loss_function, run_schedule, sum_parts
+from megatron_asvr.train.passes import run_schedule
+from megatron_asvr.train.step import agree, loss_function, sum_parts
 from megatron_asvr.train.telemetry import CodeUsage
 from tests.run_cases import CODEBOOK_SIZES, Bench, step_batches
 from tests.run_data import make_files

@@ -21,14 +21,8 @@ from megatron_asvr.model import sharding
 from megatron_asvr.parallel.collectives import gather_equal, gather_objects
 from megatron_asvr.parallel.groups import Groups, initialize
 from megatron_asvr.parallel.plan import make_plan
-from megatron_asvr.train.step import (
-    StepResult,
-    agree,
-    backward,
-    loss_function,
-    reduce_gradients,
-    train_step,
-)
+from megatron_asvr.train.passes import backward
+from megatron_asvr.train.step import StepResult, agree, loss_function, reduce_gradients, train_step
 from megatron_asvr.train.telemetry import CodeUsage, gradient_cosine
 from megatron_asvr.train.work import Work
 from tests.run_cases import (
