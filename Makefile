@@ -107,7 +107,7 @@ bench: setup  ## a step against a plain one, scaling curves; packing, DALI again
 bench-short: setup  ## the same in seconds
 	$(BIN)/python -m benchmarks.step --short
 	$(BIN)/python -m benchmarks.once --short
-	$(BIN)/python -m benchmarks.curves --short --steps 2
+	$(BIN)/python -m benchmarks.curves --short --steps 2 --rounds 1
 	$(BIN)/python -m benchmarks.packing --batches 1
 	$(BIN)/python -m benchmarks.codes --short
 	$(BIN)/python -m benchmarks.images --short

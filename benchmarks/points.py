@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.machine import memory_mib, reset_peak
-from benchmarks.sides import micro_batch
+from benchmarks.sides import micro_batch, packed
 from benchmarks.workload import Sample, Workload, samples, useful_flops
 from megatron_asvr.batch import MicroBatch, image_share
 from megatron_asvr.config.schema import ParallelConfig
+from megatron_asvr.data.plan import deal_by_cost
 from megatron_asvr.model.asvr import build_chunks
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
 from megatron_asvr.parallel.collectives import gather_objects
@@ -25,17 +26,18 @@ from megatron_asvr.train.optim import make_optimizer, wrap
 from megatron_asvr.train.step import agree, loss_function, train_step
 
 
-def measure(load: Workload, degrees: Mapping[str, int], steps: int) -> dict[str, float]:
+def measure(load: Workload, degrees: Mapping[str, int], steps: int, size: int) -> dict[str, float]:
     """What a step costs: medians of all but the first, which warms up; sums over ranks.
 
-    Micro-batches are single samples where there are several ranks, else the whole batch.
+    A micro-batch is one packed row without padding, as in `benchmarks.step`; pipeline stages send
+    one another rows of one length instead.
 
     Args:
         load: sizes.
         degrees: of ``parallel``; the other ranks are data parallel.
         steps: how many.
+        size: samples of a micro-batch.
     """
-    size = 1 if dist.get_world_size() > 1 or degrees else load.batch
     config = load.config("fp32")
     config = replace(
         config,
@@ -49,10 +51,11 @@ def measure(load: Workload, degrees: Mapping[str, int], steps: int) -> dict[str,
     spent: list[tuple[float, ...]] = []
     for number in range(steps):
         made = samples(load, number)
-        mine = made[groups.dp_rank :: groups.plan.dp]
+        mine = _dealt(load, made, groups)
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         # Pipeline stages send one another tensors of one size.
-        length = max(_length(load, x) for x in made) if groups.plan.pp > 1 else 0
+        length = max(_length(load, x) for x in made) if groups.plan.pp > 1 else None
+        torch.manual_seed(number)  # codes: the same on all ranks that share a micro-batch
         batches = [_batch(load, part, length, groups) for part in parts]
         reset_peak()
         dist.barrier()
@@ -79,6 +82,7 @@ def measure(load: Workload, degrees: Mapping[str, int], steps: int) -> dict[str,
         "useful_gflop": gflop[0],
         "imbalance": split.imbalance,
         "idle": split.idle(len(batches)),
+        "micro_batches": len(batches),
     }
 
 
@@ -100,16 +104,24 @@ def _tokenizer(load: Workload) -> VisualTokenizer:
     return made
 
 
+def _dealt(load: Workload, made: list[Sample], groups: Groups) -> list[Sample]:
+    """This rank's samples, as the loader deals them: as many to each, even by cost."""
+    costs = [sum(useful_flops(load, [sample]).values()) for sample in made]
+    parts = deal_by_cost(costs, groups.plan.dp, capacity=len(made) // groups.plan.dp)
+    return [made[i] for i in sorted(parts[groups.dp_rank])]
+
+
 def _length(load: Workload, sample: Sample) -> int:
     return len(sample.tokens) + (sample.pixels_CHW is not None) * load.model.vision.num_patches
 
 
-def _batch(load: Workload, part: list[Sample], length: int, groups: Groups) -> MicroBatch:
-    """A micro-batch with this rank's share of its images."""
+def _batch(load: Workload, part: list[Sample], length: int | None, groups: Groups) -> MicroBatch:
+    """A micro-batch, packed unless its rows have a length, with this rank's share of its images."""
     images = sum(sample.pixels_CHW is not None for sample in part)
     shape = (images * load.model.vision.num_patches,)
     codes_PD = torch.stack([torch.randint(size, shape) for size in load.codebook_sizes], 1)
-    batch = micro_batch(load, part, codes_PD, length=length)
+    batch = micro_batch(load, part, codes_PD, length=length or 0)
+    batch = batch if length else packed(batch)
     start, end = share = image_share(images, groups.tp_rank, groups.plan.tp)
     pixels = batch.pixel_values_ICHW[start:end] if end > start else None
     return replace(batch, image_share=share, pixel_values_ICHW=pixels)
