@@ -21,6 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "config", nargs="?", help="run whose layouts and visual tokens are probed, too"
     )
     parser.add_argument("--timeout", type=positive, default=300, help="seconds of one probe")
+    parser.add_argument("--require", choices=["gpu"], help="fail where nothing of a GPU could run")
     parser.add_argument("--bundle", help="JSON file to attach to a report")
     parser.set_defaults(run=run, takes_overrides=False)
 
@@ -30,13 +31,14 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: of the run.
-        LaunchError: a probe failed, or ranks of one node run the command together.
+        LaunchError: a probe failed, none that needs a GPU ran where ``--require gpu`` asks for it,
+            or ranks of one node run the command together.
     """
     from megatron_asvr.platforms import select
     from megatron_asvr.platforms.stack import entries
 
     from megatron_asvr.launch.rank import place
-    from megatron_asvr.launch.smoke import smoke
+    from megatron_asvr.launch.smoke import LEVELS, smoke
 
     if args.config is not None:
         load(args.config)  # before probes that take minutes
@@ -72,3 +74,9 @@ def run(args: argparse.Namespace) -> None:
             Path(args.bundle).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if failed:
         raise LaunchError(f"these probes failed: {', '.join(failed)}; see what is next above")
+    of_gpus = [result for result in results if LEVELS[result.level]]
+    if args.require == "gpu" and all(result.state == "NOT RUN" for result in of_gpus):
+        raise LaunchError(
+            f"--require gpu: nothing that needs a GPU ran ({select()[1]}); take this machine out "
+            "of the job, or look at its driver with `asvr env --gpu`"
+        )

@@ -20,6 +20,11 @@ def check_precision(config: Config) -> None:
         )
     if fp8.weights and (problem := _weights_problem(config)) is not None:
         raise ConfigError(f"{where}.weights=true {problem}; set it to false")
+    if fp8.recipe == "none" and fp8.guard_every_steps:
+        raise ConfigError(
+            f"{where}.guard_every_steps={fp8.guard_every_steps} with recipe=none: nothing "
+            "multiplies in 8 bits that could be compared; set it to 0, or choose a recipe"
+        )
     if fp8.recipe == "delayed" and fp8.guard_every_steps and not fp8.emulate:
         raise ConfigError(
             f"{where}.guard_every_steps={fp8.guard_every_steps} with recipe=delayed: what the "

@@ -30,6 +30,10 @@ class Platform(Protocol):
     def compute_capability(self) -> tuple[int, int] | None:
         """What the device's tensor cores can do, e.g. (9, 0) for Hopper; None without CUDA."""
 
+    @property
+    def cuda_version(self) -> tuple[int, int] | None:
+        """The CUDA that torch was built with, e.g. (12, 9); None without CUDA."""
+
     def prepare(self) -> None:
         """Make ``import megatron.core`` possible; idempotent."""
 

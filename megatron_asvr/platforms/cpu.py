@@ -32,6 +32,7 @@ class CpuPlatform:
     num_gpus = 0
     group_device: torch.device | None = None  # gloo refuses one
     compute_capability: tuple[int, int] | None = None
+    cuda_version: tuple[int, int] | None = None
 
     def __init__(self, *, hide_cuda: bool = False) -> None:
         self._hide_cuda = hide_cuda

@@ -36,6 +36,12 @@ class CudaPlatform:
         """Of the device that ``set_device`` chose."""
         return torch.cuda.get_device_capability()
 
+    @property
+    def cuda_version(self) -> tuple[int, int]:
+        """As torch tells it."""
+        major, minor = torch.version.cuda.split(".")[:2]
+        return int(major), int(minor)
+
     def prepare(self) -> None:
         """Keep a package that is not NVIDIA's apex away from megatron-core; nothing else.
 

@@ -97,7 +97,7 @@ ROWS = (
     ),
     Row(
         name="FP8",
-        cuda="Transformer Engine's recipes, by compute capability",
+        cuda="Transformer Engine's recipes, by compute capability and CUDA",
         cpu="emulated, or refused",
         why="8-bit products need tensor cores",
         places=(
@@ -106,7 +106,7 @@ ROWS = (
             "precision/__init__.py::megatron_settings",
             "model/linears.py::in_8_bits",
         ),
-        platform=("compute_capability",),
+        platform=("compute_capability", "cuda_version"),
         contract="tests/unit/test_fp8_choice.py"
         "::test_8_bits_are_refused_where_nothing_can_do_them_and_emulated_where_told",
         probes=("fp8_linear",),

@@ -28,6 +28,7 @@ _MEGATRON_RECIPES = {
 _CAPABLE = {"delayed": (8, 9), "current": (8, 9), "block": (9, 0), "mxfp8": (10, 0)}
 # From here on Transformer Engine 2.20.2 refuses a recipe again (pytorch/quantization.py:150).
 _TOO_NEW = {"mxfp8": (12, 0)}
+_LEAST_CUDA = {"block": (12, 9)}  # likewise, line 180 there
 
 # Transformer Engine holds a norm inside the linear after it; checkpoints keep the unfused names.
 FUSED_NAMES = {
@@ -89,6 +90,9 @@ def select_fp8(
     if has is None or has < needs or (below is not None and has >= below):
         range_of = f"{needs}" if below is None else f"{needs} and below {below}"
         raise ConfigError(f"{asked}: it needs compute capability {range_of}, got {has}; {way_out}")
+    cuda, least = platform.cuda_version, _LEAST_CUDA.get(fp8.recipe)
+    if least is not None and (cuda is None or cuda < least):
+        raise ConfigError(f"{asked}: it needs CUDA {least}, torch was built with {cuda}; {way_out}")
     return "te", f"{fp8.recipe} scaling in Transformer Engine"
 
 

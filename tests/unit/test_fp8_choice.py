@@ -34,9 +34,12 @@ class Gpu(CpuPlatform):
 
     name = "cuda"
 
-    def __init__(self, capability: tuple[int, int]) -> None:
+    def __init__(
+        self, capability: tuple[int, int], cuda_version: tuple[int, int] = (13, 0)
+    ) -> None:
         super().__init__()
         self.compute_capability = capability
+        self.cuda_version = cuda_version
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -75,6 +78,17 @@ def test_each_recipe_needs_its_generation_of_tensor_cores(
             precision.select_fp8(Gpu((12, 0)), torch.bfloat16, asked(recipe))
     else:
         assert precision.select_fp8(Gpu((12, 0)), torch.bfloat16, asked(recipe))[0] == "te"
+
+
+def test_scaling_by_blocks_needs_a_new_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_without_te", lambda *_: None)
+    kinds = {recipe: asked(recipe) for recipe in ("current", "block")}
+    for version in ((12, 9), (13, 0)):
+        assert precision.select_fp8(Gpu((9, 0), version), torch.bfloat16, kinds["block"])[0] == "te"
+    older = Gpu((9, 0), (12, 8))
+    assert precision.select_fp8(older, torch.bfloat16, kinds["current"])[0] == "te"
+    with pytest.raises(ConfigError, match=r"needs CUDA \(12, 9\), torch was built with \(12, 8\)"):
+        precision.select_fp8(older, torch.bfloat16, kinds["block"])
 
 
 def test_the_backend_can_be_named_and_is_refused_where_it_is_not() -> None:

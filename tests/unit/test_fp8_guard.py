@@ -86,9 +86,11 @@ def test_looking_changes_no_bit_and_the_same_linears_stay_out_when_told_again() 
         assert math.isfinite(values["loss_fp8"])
 
 
-def test_the_guard_would_enter_transformer_engines_history_and_is_refused_there() -> None:
+def test_the_guard_is_refused_where_it_has_nothing_to_compare_or_would_change_it() -> None:
     guarded = {"precision__fp8__guard_every_steps": 5}
     for recipe, emulate in (("delayed", True), ("current", False), ("block", False)):
         check_precision(run_of(recipe, **guarded, precision__fp8__emulate=emulate))
     with pytest.raises(ConfigError, match="guard_every_steps=5 with recipe=delayed"):
         check_precision(run_of("delayed", **guarded, precision__fp8__emulate=False))
+    with pytest.raises(ConfigError, match="guard_every_steps=5 with recipe=none: nothing"):
+        check_precision(run_of("none", **guarded))

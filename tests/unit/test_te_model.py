@@ -55,6 +55,7 @@ class NoGpu(CpuPlatform):
 
     name = "cuda"
     compute_capability = (10, 0)
+    cuda_version = (13, 0)
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)

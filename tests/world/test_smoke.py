@@ -27,6 +27,16 @@ def test_without_a_gpu_nothing_of_one_passes(tmp_path, monkeypatch, capsys) -> N
     assert len(lines) == len(PROBES) + 1
 
 
+def test_a_machine_that_must_have_a_gpu_and_shows_none_is_an_error(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(smoke, "call", lambda *_, **__: {"state": "PASS", "measured": "fine"})
+    assert main(["gpu-smoke", "--require", "gpu"]) == 1
+    told = capsys.readouterr()
+    assert "PASS" in told.out
+    assert "--require gpu: nothing that needs a GPU ran (" in told.err
+    monkeypatch.setattr(CpuPlatform, "num_gpus", 1)
+    assert main(["gpu-smoke", "--require", "gpu"]) == 0
+
+
 def test_a_failed_probe_is_the_commands_error(monkeypatch, capsys) -> None:
     """The rest is told all the same."""
     monkeypatch.setattr(smoke, "call", lambda *_, **__: {"state": "FAIL", "measured": "2 MiB/s"})
