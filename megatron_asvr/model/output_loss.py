@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from megatron_asvr.errors import AsvrError
-from megatron_asvr.parallel.collectives import all_reduce_max, all_reduce_sum
+from megatron_asvr.precision.softmax import to_gradient
 
 CHUNK_BYTES = 2**26  # of fp32 logits that exist at a time
 UNSEEN = -1e30  # the highest logit of a rank that holds no word of a vocabulary
@@ -190,34 +190,18 @@ def _one_depth(
         _linear(part_ME, weight_KE, bias_K, out=logits_MK)
         if layer.first >= layer.size:
             logits_MK.fill_(UNSEEN)
-        loss_M, is_top_M = _to_gradient(logits_MK, targets_M[rows] - layer.first, tp)
+        columns_M = targets_M[rows] - layer.first
+        loss_M, is_top_M, gradient_MK = to_gradient(logits_MK, columns_M, tp, x_ME.dtype)
         sum_ += loss_M.sum()
         num_top += is_top_M.sum()
         if total_K is not None:
             summed_K = logits_MK.T @ logits_MK.new_ones(len(logits_MK))
             total_K.sum[:words].add_(summed_K, alpha=total_K.scale)
-        gradient_MK = logits_MK.to(part_ME.dtype)
         if grad_ME is not None:
             torch.mm(gradient_MK, weight_KE, out=grad_ME[rows])
         if total_KE is not None:
             _add_product(total_KE.sum[:words], gradient_MK.T, part_ME, total_KE.scale)
     return sum_, num_top
-
-
-def _to_gradient(
-    logits_MK: Tensor, columns_M: Tensor, tp: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Loss [M] and whether the target is on top [M]; the logits become the loss's gradient."""
-    top_M = all_reduce_max(logits_MK.amax(1), group=tp)
-    own_M = (columns_M >= 0) & (columns_M < logits_MK.shape[1])  # the others' are elsewhere
-    columns_M1 = columns_M.masked_fill(~own_M, 0)[:, None]
-    target_M = logits_MK.gather(1, columns_M1).squeeze(1).masked_fill(~own_M, 0)
-    logits_MK.sub_(top_M[:, None]).exp_()
-    sums = all_reduce_sum(torch.stack([logits_MK.sum(1), target_M]), group=tp)
-    total_M, target_M = sums.unbind()
-    logits_MK.div_(total_M[:, None])
-    logits_MK.scatter_add_(1, columns_M1, -own_M[:, None].float())
-    return total_M.log() + top_M - target_M, target_M >= top_M
 
 
 def _linear(x_ME: Tensor, weight_KE: Tensor, bias_K: Tensor | None, *, out: Tensor) -> None:

@@ -166,6 +166,54 @@ void attend_backward(const T* packed, const T* grad, T* grad_packed, int64_t dep
     }
 }
 
+float highest(const float* x, int64_t size) {
+    float top = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : top)
+    for (int64_t k = 0; k < size; ++k) top = x[k] > top ? x[k] : top;
+    return top;
+}
+
+// x becomes exp(x - top); its sum comes back, added up in blocks so that long rows lose no digit.
+float exponentiate(float* x, int64_t size, float top) {
+    const int64_t block = 1024;
+    double total = 0;
+    for (int64_t start = 0; start < size; start += block) {
+        const int64_t end = start + block < size ? start + block : size;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t k = start; k < end; ++k) sum += x[k] = exp_negative(x[k] - top);
+        total += sum;
+    }
+    return float(total);
+}
+
+enum Steps { FIND = 1, EXPONENTIATE = 2, SCALE = 4 };
+
+// Rows of logits to the gradient of their cross-entropy. A row takes all steps while it is in the
+// cache, or one at a time, where `top` and `total` are those of other ranks too.
+template <typename T>
+void softmax(T* gradient, float* logits, const int64_t* columns, float* top, float* total,
+             float* target, int64_t rows, int64_t size, int64_t steps, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t m = 0; m < rows; ++m) {
+        float* x = logits + m * size;
+        const int64_t column = columns[m];
+        const bool is_own = column >= 0 && column < size;
+        if (steps & FIND) {
+            top[m] = highest(x, size);
+            target[m] = is_own ? x[column] : 0.f;
+        }
+        if (steps & EXPONENTIATE) total[m] = exponentiate(x, size, top[m]);
+        if (steps & SCALE) {
+            const float factor = 1.f / total[m];
+            for (int64_t k = 0; k < size; ++k) x[k] *= factor;
+            if (is_own) x[column] -= 1.f;
+            if (static_cast<void*>(gradient) != logits)
+                for (int64_t k = 0; k < size; ++k) write(x[k], gradient + m * size + k);
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -189,6 +237,16 @@ void attend_backward_fp32(const float* packed, const float* grad, float* grad_pa
 void attend_backward_bf16(const Bf16* packed, const Bf16* grad, Bf16* grad_packed, int64_t depth,
                           int64_t positions, int64_t heads, int64_t width, int threads) {
     attend_backward(packed, grad, grad_packed, depth, positions, heads, width, threads);
+}
+
+void softmax_fp32(float* gradient, float* logits, const int64_t* columns, float* top, float* total,
+                  float* target, int64_t rows, int64_t size, int64_t steps, int threads) {
+    softmax(gradient, logits, columns, top, total, target, rows, size, steps, threads);
+}
+
+void softmax_bf16(Bf16* gradient, float* logits, const int64_t* columns, float* top, float* total,
+                  float* target, int64_t rows, int64_t size, int64_t steps, int threads) {
+    softmax(gradient, logits, columns, top, total, target, rows, size, steps, threads);
 }
 
 }  // extern "C"

@@ -11,7 +11,7 @@ from megatron_asvr.platforms import kernels
 import pytest
 import torch
 
-from megatron_asvr.precision import depths
+from megatron_asvr.precision import depths, softmax
 
 # Measured, in the norm: fp32 at most 3e-7; bf16 3e-3, whose twin rounds probabilities as well.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -87,6 +87,46 @@ def test_the_number_of_threads_changes_no_bit(used):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def losses(logits, columns, dtype):
+    """By the kernel, and by the twin in fp64: loss, target on top, gradient, rounded or not."""
+    wanted = logits.double()
+    loss, is_top = softmax.twin(wanted, columns, None)
+    held = logits.clone()
+    got = softmax.to_gradient(held, columns, None, dtype)
+    return (*got, held), (loss, is_top, wanted, wanted)
+
+
+@DTYPES
+@pytest.mark.parametrize("rows_words", [(7, 16384), (3, 1025), (5, 1), (1, 17)], ids=str)
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+def test_the_gradient_of_the_softmax_is_its_twin(used, dtype, rows_words, scale):
+    torch.manual_seed(0)
+    logits = scale * torch.randn(rows_words)
+    columns = torch.randint(-2, rows_words[1] + 2, rows_words[:1])  # some belong to other ranks
+    logits[0, columns[0].clamp(0, rows_words[1] - 1)] = logits.max()  # a tie
+    (loss, is_top, gradient, held), wanted = losses(logits, columns, dtype)
+    assert torch.equal(is_top, wanted[1])
+    torch.testing.assert_close(loss.double(), wanted[0], rtol=1e-6, atol=1e-6)  # measured 3e-7
+    assert far(held.double(), wanted[2]) <= 1e-6
+    assert gradient.dtype == dtype
+    assert torch.equal(gradient, held.to(dtype))
+
+
+@DTYPES
+def test_the_softmax_passes_on_what_is_no_number(used, dtype):
+    logits = torch.randn(6, 40)
+    logits[1, 3], logits[2, 39] = torch.nan, torch.inf
+    logits[3], logits[4, :39] = -torch.inf, -torch.inf
+    columns = torch.tensor([0, 1, 2, 3, 39, 5])
+    (loss, _, gradient, held), wanted = losses(logits, columns, dtype)
+    assert loss.isnan().tolist() == [False, True, True, True, False, False]
+    assert torch.equal(loss.isnan(), wanted[0].isnan())
+    for got in (gradient, held):
+        assert torch.equal(got.isnan(), wanted[2].isnan())
+    assert float(loss[4]) == 0
+    assert gradient[4].eq(0).all()
 
 
 def test_what_fits_no_kernel_takes_the_twin(used, monkeypatch):

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from megatron_asvr.platforms import kernels
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -22,8 +24,9 @@ SIZES = (9, 1)  # of two ranks the second has 4 words of 5 rows, and none of 1
 WIDTH, ROWS, RANKS = 8, 11, 2
 
 
-def compare() -> None:
+def compare(with_kernels: bool) -> None:
     """Runs on every rank; each compares its rows of the weights' gradients."""
+    assert kernels.use(with_kernels)[0] == with_kernels
     tp = process_groups.initialize(ParallelPlan(tp=RANKS, world=RANKS), 60.0).tp
     generator = torch.Generator().manual_seed(0)
     x_DME = torch.randn(len(SIZES), ROWS, WIDTH, generator=generator, requires_grad=True)
@@ -59,8 +62,9 @@ def compare() -> None:
             assert not got[len(mine) :].any()  # padding
 
 
-def compare_head() -> None:
+def compare_head(with_kernels: bool) -> None:
     """Runs on every rank: a head, position by position, against all positions at once."""
+    assert kernels.use(with_kernels)[0] == with_kernels
     tp = process_groups.initialize(ParallelPlan(tp=RANKS, world=RANKS), 60.0).tp
     torch.manual_seed(tp.rank())  # replicated weights may differ: both ways read the same ones
     config = VisualHeadConfig(width=16, num_layers=2, num_heads=4, init_std=0.3)
@@ -84,9 +88,11 @@ def compare_head() -> None:
         assert (got - gradient).norm() <= 1e-6 * max(gradient.norm(), 1.0)
 
 
-def test_two_ranks_take_a_head_position_by_position():
-    run_ranks(compare_head, world_size=RANKS, timeout_s=120)
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_two_ranks_take_a_head_position_by_position(with_kernels):
+    run_ranks(compare_head, (with_kernels,), world_size=RANKS, timeout_s=120)
 
 
-def test_two_ranks_compute_the_plain_form_also_without_any_word():
-    run_ranks(compare, world_size=RANKS, timeout_s=120)
+@pytest.mark.parametrize("with_kernels", [True, False])
+def test_two_ranks_compute_the_plain_form_also_without_any_word(with_kernels):
+    run_ranks(compare, (with_kernels,), world_size=RANKS, timeout_s=120)
