@@ -214,6 +214,61 @@ void softmax(T* gradient, float* logits, const int64_t* columns, float* top, flo
     }
 }
 
+// Root-mean-square norm of a row, kept in fp32 in `fetched`; gives 1 / root.
+template <typename T>
+float fetch_row(const T* x, float* fetched, int64_t size, float eps) {
+    for (int64_t k = 0; k < size; ++k) fetched[k] = read(x[k]);
+    return 1.f / std::sqrt(dot(fetched, fetched, size) / float(size) + eps);
+}
+
+template <typename T>
+void norm(const T* x, const T* weight, T* y, int64_t rows, int64_t size, float eps, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> row(size);
+#pragma omp for
+        for (int64_t m = 0; m < rows; ++m) {
+            const float inverse = fetch_row(x + m * size, row.data(), size, eps);
+            for (int64_t k = 0; k < size; ++k)
+                write(row[k] * inverse * read(weight[k]), y + m * size + k);
+        }
+    }
+}
+
+// The weight's gradient is a sum over blocks of rows, each of which has a sum of its own.
+template <typename T>
+void norm_backward(const T* x, const T* grad, const T* weight, T* grad_x, float* grad_weight,
+                   int64_t rows, int64_t size, float eps, int threads) {
+    const int64_t block = 64, blocks = (rows + block - 1) / block;
+    std::vector<float> sums(blocks * size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> row(size), given(size);
+#pragma omp for
+        for (int64_t b = 0; b < blocks; ++b) {
+            float* sum = &sums[b * size];
+            const int64_t end = (b + 1) * block < rows ? (b + 1) * block : rows;
+            for (int64_t m = b * block; m < end; ++m) {
+                const float inverse = fetch_row(x + m * size, row.data(), size, eps);
+                for (int64_t k = 0; k < size; ++k) {
+                    const float g = read(grad[m * size + k]);
+                    sum[k] += g * row[k] * inverse;
+                    given[k] = g * read(weight[k]);
+                }
+                const float along =
+                    dot(given.data(), row.data(), size) * inverse * inverse / float(size);
+                for (int64_t k = 0; k < size; ++k)
+                    write((given[k] - along * row[k]) * inverse, grad_x + m * size + k);
+            }
+        }
+    }
+    for (int64_t k = 0; k < size; ++k) {
+        double total = 0;
+        for (int64_t b = 0; b < blocks; ++b) total += sums[b * size + k];
+        grad_weight[k] = float(total);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -247,6 +302,26 @@ void softmax_fp32(float* gradient, float* logits, const int64_t* columns, float*
 void softmax_bf16(Bf16* gradient, float* logits, const int64_t* columns, float* top, float* total,
                   float* target, int64_t rows, int64_t size, int64_t steps, int threads) {
     softmax(gradient, logits, columns, top, total, target, rows, size, steps, threads);
+}
+
+void norm_fp32(const float* x, const float* weight, float* y, int64_t rows, int64_t size,
+               float eps, int threads) {
+    norm(x, weight, y, rows, size, eps, threads);
+}
+
+void norm_bf16(const Bf16* x, const Bf16* weight, Bf16* y, int64_t rows, int64_t size, float eps,
+               int threads) {
+    norm(x, weight, y, rows, size, eps, threads);
+}
+
+void norm_backward_fp32(const float* x, const float* grad, const float* weight, float* grad_x,
+                        float* grad_weight, int64_t rows, int64_t size, float eps, int threads) {
+    norm_backward(x, grad, weight, grad_x, grad_weight, rows, size, eps, threads);
+}
+
+void norm_backward_bf16(const Bf16* x, const Bf16* grad, const Bf16* weight, Bf16* grad_x,
+                        float* grad_weight, int64_t rows, int64_t size, float eps, int threads) {
+    norm_backward(x, grad, weight, grad_x, grad_weight, rows, size, eps, threads);
 }
 
 }  // extern "C"

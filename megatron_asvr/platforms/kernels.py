@@ -85,22 +85,22 @@ def fit(*tensors: Tensor) -> bool:
     )
 
 
-def call(name: str, tensors: list[Tensor], *sizes: int) -> None:
+def call(name: str, tensors: list[Tensor], *numbers: float) -> None:
     """Run a kernel; of fake tensors nothing is computed.
 
     Args:
         name: of the kernel, without the type of its first tensor.
         tensors: contiguous.
-        sizes: the numbers after them.
+        numbers: those after them; whole ones are sizes.
     """
     if any(isinstance(x, FakeTensor) for x in tensors):
         return
     assert all(x.is_contiguous() for x in tensors), name
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
-    numbers = [ctypes.c_int64(size) for size in sizes]
+    values = [ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_float(x) for x in numbers]
     kernel = getattr(_library, f"{name}_{_SUFFIX[tensors[0].dtype]}")
     kernel.restype = None
-    kernel(*pointers, *numbers, ctypes.c_int(torch.get_num_threads()))
+    kernel(*pointers, *values, ctypes.c_int(torch.get_num_threads()))
 
 
 def load() -> tuple[ctypes.CDLL | None, str]:

@@ -1,10 +1,13 @@
-"""Root-mean-square norm whose backward pass takes few passes over memory, in plain torch.
+"""Root-mean-square norm whose backward pass takes few passes over memory.
 
 For fp32 on a CPU torch has only single operations (docs/performance.md has the cost of both); for
-everything else its own are used.
+everything else its own are used. Where there are kernels (``platforms/kernels.cpp``), one reads a
+row once and keeps nothing but the input.
 """
 
 from typing import Any
+
+from megatron_asvr.platforms import kernels
 
 import torch
 from torch import Tensor
@@ -18,6 +21,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of ``x``, of its shape and dtype."""
+        if kernels.fit(x, self.weight):
+            kept, weight, eps = x.detach(), self.weight.detach(), self.eps
+            y = _ByKernel.apply(x, self.weight, eps)
+            return remember(y, lambda: _by_kernel(kept, weight, eps))
         if x.dtype != torch.float32 or x.device.type != "cpu":
             return super().forward(x)
         y, inverse = _Norm.apply(x, self.weight, self.eps)
@@ -34,6 +41,32 @@ def one_node(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         eps: added to the mean square.
     """
     return _Norm.apply(x, weight, eps)[0]
+
+
+def _by_kernel(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, width = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x)
+    kernels.call("norm", [x, weight, y], x.numel() // width, width, float(eps))
+    return y
+
+
+class _ByKernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _by_kernel(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = (kept.contiguous() for kept in ctx.saved_tensors)
+        width = x.shape[-1]
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.empty_like(weight, dtype=torch.float32)
+        tensors = [x, grad.contiguous(), weight, grad_x, grad_weight]
+        kernels.call("norm_backward", tensors, x.numel() // width, width, float(ctx.eps))
+        return grad_x, grad_weight if ctx.needs_input_grad[1] else None, None
 
 
 class _Norm(torch.autograd.Function):

@@ -11,7 +11,7 @@ from megatron_asvr.platforms import kernels
 import pytest
 import torch
 
-from megatron_asvr.precision import depths, softmax
+from megatron_asvr.precision import depths, norm, softmax
 
 # Measured, in the norm: fp32 at most 3e-7; bf16 3e-3, whose twin rounds probabilities as well.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -127,6 +127,38 @@ def test_the_softmax_passes_on_what_is_no_number(used, dtype):
         assert torch.equal(got.isnan(), wanted[2].isnan())
     assert float(loss[4]) == 0
     assert gradient[4].eq(0).all()
+
+
+def normed(made, x, grad, dtype):
+    leaf = x.to(dtype).requires_grad_()
+    made = made.to(dtype)
+    y = made(leaf)
+    return (y.detach(), *torch.autograd.grad(y, (leaf, made.weight), grad.to(dtype)))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(3, 130, 512), (1, 5), (7, 33), (0, 8)], ids=str)
+def test_the_norm_is_its_twin(used, dtype, shape):
+    torch.manual_seed(0)
+    made = norm.RMSNorm(shape[-1], eps=1e-5)
+    with torch.no_grad():
+        made.weight.normal_()
+    made, x = made.to(dtype), torch.randn(shape).to(dtype)
+    grad = torch.randn(shape).to(dtype)
+    got = normed(made, x, grad, dtype)
+    wanted = normed(made, x, grad, torch.float64)
+    for a, b in zip(got, wanted, strict=True):
+        assert far(a.double(), b) <= TOLERANCE[dtype]
+
+
+@DTYPES
+def test_the_norm_passes_on_what_is_no_number(used, dtype):
+    made, x = norm.RMSNorm(16, eps=1e-5).to(dtype), torch.randn(4, 16)
+    x[1, 3], x[2, 5] = torch.nan, torch.inf
+    y, grad_x, grad_weight = normed(made, x, torch.ones(4, 16), dtype)
+    rows = [False, True, True, False]
+    assert y.isnan().any(1).tolist() == grad_x.isnan().any(1).tolist() == rows
+    assert grad_weight.isnan().all()
 
 
 def test_what_fits_no_kernel_takes_the_twin(used, monkeypatch):

@@ -1,5 +1,7 @@
 """The root-mean-square norm against torch's own, and where torch's own is used."""
 
+from megatron_asvr.platforms import kernels
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,6 +10,11 @@ from megatron_asvr.precision import norm
 from megatron_asvr.precision.norm import RMSNorm
 
 WIDTH = 24
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["torch", "kernel"])
+def _by(request):
+    assert kernels.use(request.param)[0] == request.param
 
 
 def build(dtype=torch.float32):
@@ -61,6 +68,7 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 def test_other_precisions_are_torchs(monkeypatch):
+    kernels.use(False)
     monkeypatch.delattr(norm, "_Norm")
     x = torch.randn(3, WIDTH, dtype=torch.bfloat16)
     made = build(torch.bfloat16)
