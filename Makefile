@@ -19,8 +19,8 @@ export WANDB_MODE ?= offline
 	bench-short bench-convert bench-convert-short verify-smollm2 check check-gpu-extra format docs clean
 
 help:  ## list the commands
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1: /' \
-		| awk -F': ' '{ printf "make %-18s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' \
+		| awk -F'\t' '{ printf "make %-18s %s\n", $$1, $$2 }'
 
 setup: $(VENV)/.installed  ## create .venv with everything installed (quick when done)
 
