@@ -178,6 +178,18 @@ def encoding_lines(
         tokenizer: of its visual loss, if there is one.
         weights: that the encoder starts from, by canonical name; empty where the seed draws them.
     """
+    number = left_out(config.model.vision)
+    lines = [f"vision_encoder: {number:,} parameters behind the selected layer are left out"]
+    return lines if tokenizer is None else [*lines, one_network(config, tokenizer, weights)[1]]
+
+
+def one_network(
+    config: Config, tokenizer: "VisualTokenizer", weights: Mapping[str, "Stored"]
+) -> tuple[bool, str]:
+    """Whether one pass of an encoder will give features and codes, and why.
+
+    The arguments are those of ``encoding_lines``.
+    """
     from megatron_asvr.model.asvr import DTYPES
     from megatron_asvr.model.images import one_pass
 
@@ -185,9 +197,7 @@ def encoding_lines(
         found = weights.get(f"vision_encoder.{name}")
         return None if found is None else found.read().to(DTYPES[config.train.precision])
 
-    number = left_out(config.model.vision)
-    lines = [f"vision_encoder: {number:,} parameters behind the selected layer are left out"]
-    return lines if tokenizer is None else [*lines, one_pass(config, tokenizer, weight)[1]]
+    return one_pass(config, tokenizer, weight)
 
 
 def _feature_line(config: Config, num_images: int) -> str:

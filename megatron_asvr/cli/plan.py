@@ -53,13 +53,14 @@ def run(args: argparse.Namespace) -> int:
     world = args.nodes * args.gpus_per_node
     config = check(load(args.config, args.overrides), world)
     tokenizer, note = _tokenizer(config)
-    ranks = plan_memory(config, world, tokenizer)
+    joined, how = _joined(config)
+    ranks = plan_memory(config, world, tokenizer, joined=joined)
     room = (args.gpu_gb - args.reserve_gb) * GB
     fits = all(rank.peak <= room for rank in ranks)
     if args.json:
-        print(json.dumps(_report(ranks, world, room, note, fits=fits), indent=1))
+        print(json.dumps(_report(ranks, world, room, note + how, fits=fits), indent=1))
     else:
-        print("\n".join(_lines(config, ranks, world, args, note)))
+        print("\n".join(_lines(config, ranks, world, args, note + how)))
     return 0 if fits else NOT_FITTING
 
 
@@ -83,6 +84,22 @@ def _tokenizer(config: Config) -> "tuple[TokenizerConfig | None, str]":
         kind="semantic", vision=vision, feature_layer=-2, codebook_sizes=PAPER
     )
     return assumed, f"{len(PAPER)} x {PAPER[0]:,} codes assumed: {folder} is not there"
+
+
+def _joined(config: Config) -> tuple[bool, str]:
+    """Whether an online tokenizer is the model's encoder, as far as there are files to ask."""
+    from megatron_asvr.cli.common import one_network
+    from megatron_asvr.model.tokenizer import VisualTokenizer
+    from megatron_asvr.train.assemble import open_source
+
+    if not config.loss.visual_weight or config.data.codes == "cache":
+        return False, ""
+    folder, source = config.model.visual_tokenizer, config.init.source("vision_encoder")
+    if not (folder and source and Path(folder).exists() and Path(source).exists()):
+        return False, "; an encoder of its own is assumed for the tokenizer"
+    weights = open_source(source, ["vision_encoder"], config).weights
+    joined, told = one_network(config, VisualTokenizer.load(folder), weights)
+    return joined, f"; {told}"
 
 
 def _report(

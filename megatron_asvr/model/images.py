@@ -6,11 +6,11 @@ one pass gives both (``one_pass``).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_asvr.batch import MicroBatch, image_share
 from megatron_asvr.config.schema import Config, VisionConfig
@@ -59,14 +59,20 @@ def _against(config: Config, tokenizer: VisualTokenizer) -> str | None:
 
 def _other_weight(vision: VisionConfig, encoder: SiglipEncoder, weight: Weight) -> str | None:
     """The first weight that differs, among those of the layers that both run."""
-    common = min(encoder.config.num_feature_layers, vision.num_feature_layers)
-    for name, theirs in encoder.named_parameters():
-        if encoder.reads(name, common):
-            ours = weight(name)
-            same = ours is not None and ours.dtype == theirs.dtype
-            if not same or not torch.equal(ours, theirs.to(ours.device)):
-                return f"the tokenizer's encoder has another {name}"
+    for name, theirs in _common(vision, encoder):
+        ours = weight(name)
+        same = ours is not None and ours.dtype == theirs.dtype
+        if not same or not torch.equal(ours, theirs.to(ours.device)):
+            return f"the tokenizer's encoder has another {name}"
     return None
+
+
+def _common(vision: VisionConfig, encoder: SiglipEncoder) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of the layers that both run, as the tokenizer's encoder has them."""
+    number = min(encoder.config.num_feature_layers, vision.num_feature_layers)
+    for name, parameter in encoder.named_parameters():
+        if encoder.reads(name, number):
+            yield name, parameter
 
 
 def _network(vision: VisionConfig) -> VisionConfig:
@@ -109,12 +115,18 @@ class ImageReader:
             tokenizer: of the run, also where this stage computes no codes.
         """
         own = {} if self._encoder is None else dict(self._encoder.named_parameters())
-        self.joined, told = one_pass(self._config, tokenizer, own.get)
-        if self.joined and self.tokenizer is not None:
-            for name, parameter in tokenizer.encoder.named_parameters():
-                if name in own and torch.equal(parameter, own[name]):
-                    parameter.data = own[name].data
+        joined, told = one_pass(self._config, tokenizer, own.get)
+        if joined:
+            self.share()
         return told
+
+    def share(self) -> None:
+        """What ``join`` does where one pass gives both; known by other means."""
+        self.joined = True
+        if self.tokenizer is not None:
+            own = dict(self._encoder.named_parameters())
+            for name, parameter in _common(self._config.model.vision, self.tokenizer.encoder):
+                parameter.data = own[name].data
 
     def graph(self) -> None:
         """Let the encoders that run here be recorded as CUDA graphs."""

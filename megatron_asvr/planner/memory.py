@@ -50,6 +50,7 @@ def plan_memory(
     *,
     shape: Shape | None = None,
     layers: Layers | None = None,
+    joined: bool = False,
 ) -> list[RankMemory]:
     """The peak of every pipeline stage's ranks, in the forward and backward passes of a step.
 
@@ -62,6 +63,7 @@ def plan_memory(
         tokenizer: what the visual tokenizer quantises; None without a visual loss.
         shape: of the micro-batches; by default the largest.
         layers: who computes them; by default those of a GPU.
+        joined: the tokenizer's encoder is the model's (``model.images.one_pass``).
 
     Raises:
         ConfigError: a mixture of experts, whose activations depend on where tokens go.
@@ -74,7 +76,7 @@ def plan_memory(
             "with another family"
         )
     micro_batch = shape or largest(config), layers or layers_on_gpu(config)
-    every = stages(config, world, tokenizer, micro_batch=micro_batch)
+    every = stages(config, world, tokenizer, micro_batch=micro_batch, joined=joined)
     return [_rank(config, world, number, chunks) for number, chunks in enumerate(every)]
 
 

@@ -54,7 +54,7 @@ class Chunk:
         images: it encodes images.
         text_loss: it ends in the LM head.
         visual_loss: it ends in the visual head.
-        constants: bytes of what is no parameter: codebooks, and an online tokenizer.
+        constants: bytes of what is no parameter: codebooks, and what an online tokenizer has alone.
         passes: what a micro-batch needs; None where that was not asked for.
     """
 
@@ -74,6 +74,7 @@ def stages(
     *,
     tp_rank: int = 0,
     micro_batch: tuple[Shape, Layers] | None = None,
+    joined: bool = False,
 ) -> list[list[Chunk]]:
     """The chunks of every pipeline stage, of one tensor-parallel rank.
 
@@ -83,6 +84,7 @@ def stages(
         tokenizer: what the visual tokenizer quantises; None without a visual loss.
         tp_rank: which rank of the tensor-parallel group.
         micro_batch: what is to go forward and back through every chunk (see ``rehearse``).
+        joined: the tokenizer's encoder is the model's (``model.images.one_pass``).
 
     Raises:
         LaunchError: this process is a rank of a job.
@@ -93,7 +95,7 @@ def stages(
         with imagined(plan, tp_rank + stage * (world // plan.pp)) as groups:
             assert (groups.pp_rank, groups.tp_rank) == (stage, tp_rank)
             chunks = range(plan.vpp or 1)
-            parts = (config, groups, tokenizer, micro_batch)
+            parts = (config, groups, tokenizer, micro_batch, joined)
             found.append([_chunk(*parts, number if plan.vpp else None) for number in chunks])
     return found
 
@@ -103,14 +105,23 @@ def _chunk(
     groups: Groups,
     tokenizer: TokenizerConfig | None,
     micro_batch: tuple[Shape, Layers] | None,
+    joined: bool,
     vp_stage: int | None,
 ) -> Chunk:
     with without_memory():
         visual = VisualTokenizer(tokenizer) if tokenizer else None
         model = AsvrModel(config, groups=groups, tokenizer=visual, vp_stage=vp_stage)
+    # As train/start.py does before the first step.
+    model.leave_out_unused()
+    if visual is not None and visual.encoder is not None:
+        visual.encoder.leave_out_unused()
+    if joined:
+        model.images.share()
     lm, constants = model.language_model, [*model.buffers()]
     if (online := model.images.tokenizer) is not None:
-        constants += [*online.parameters(), *online.buffers()]
+        held = {x.untyped_storage()._cdata for x in model.parameters()}
+        constants += [x for x in online.parameters() if x.untyped_storage()._cdata not in held]
+        constants += online.buffers()
     return Chunk(
         shards=tuple(_shards(model, groups)),
         layers=0 if lm is None else len(lm.decoder.layers),

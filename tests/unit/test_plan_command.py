@@ -6,6 +6,7 @@ from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process f
 
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from megatron_asvr.cli.main import main
 from megatron_asvr.parallel.groups import imagined
@@ -76,6 +77,39 @@ def test_codes_are_those_of_the_run_s_tokenizer(tmp_path, capsys):
     found = report(capsys, SEVEN, f"model.visual_tokenizer={tmp_path}")
     assert found["codes"] == f"codes of {tmp_path}"
     assert found["stages"][0]["state"]["constants"] == 4 * sum(CODEBOOK_SIZES) * visual.width
+
+
+def test_an_online_tokenizer_is_counted_once_where_files_say_that_it_is_the_encoder(
+    tmp_path, capsys
+):
+    vision, folder, encoder = config().model.vision, tmp_path / "visual", tmp_path / "encoder"
+    visual = tokenizer(vision)
+    visual.save(folder)
+    theirs = SiglipVisionModel(
+        SiglipVisionConfig(
+            hidden_size=vision.hidden_size,
+            num_hidden_layers=vision.num_layers,
+            num_attention_heads=vision.num_heads,
+            intermediate_size=vision.ffn_hidden_size,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            vision_use_head=False,
+        )
+    )
+    prefix = next(iter(theirs.state_dict())).partition("embeddings.")[0]
+    state = visual.encoder.state_dict()
+    theirs.load_state_dict({prefix + name: x for name, x in state.items()})
+    theirs.save_pretrained(encoder)
+    words = ["data.codes=online", "train.precision=fp32", f"model.visual_tokenizer={folder}"]
+    joined, apart = (
+        report(capsys, SEVEN, *words, "init.all=null", f"init.vision_encoder={source}")
+        for source in (encoder, tmp_path / "nowhere")
+    )
+    assert "; one pass for features and codes" in joined["codes"]
+    assert apart["codes"].endswith("; an encoder of its own is assumed for the tokenizer")
+    held, more = (plan["stages"][0]["state"]["constants"] for plan in (joined, apart))
+    visual.leave_out_unused()
+    assert more - held == sum(x.nbytes for x in visual.encoder.parameters())
 
 
 @pytest.mark.parametrize(("pp", "vpp"), [(2, None), (4, None), (2, 2), (4, 2)])

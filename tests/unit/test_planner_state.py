@@ -8,14 +8,17 @@ import pytest
 from megatron_asvr.config.check import check
 from megatron_asvr.config.load import load
 from megatron_asvr.model.asvr import AsvrModel
-from megatron_asvr.model.tokenizer import TokenizerConfig
+from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
+from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.parallel.groups import imagined
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.planner import state as planned_state
-from megatron_asvr.planner.parameters import count_parameters
+from megatron_asvr.planner.memory import plan_memory
+from megatron_asvr.planner.parameters import count_parameters, left_out
 from megatron_asvr.planner.shards import stages, whole
 from megatron_asvr.planner.state import state
 from megatron_asvr.train import optim
+from tests.language_cases import one_rank
 from tests.run_cases import CODEBOOK_SIZES, config, tokenizer
 
 RECIPES = {
@@ -52,6 +55,7 @@ def of_megatron(run, world: int, rank: int) -> tuple[int, int, int]:
     plan = make_plan(run, world, CODEBOOK_SIZES)
     with imagined(plan, rank) as groups:
         model = AsvrModel(run, groups=groups, tokenizer=tokenizer(run.model.vision))
+        model.leave_out_unused()
         (wrapped,) = optim.wrap([model], run.train.optim)
         buffers = [*wrapped.buffers, *wrapped.expert_parallel_buffers]
         optimizer = optim.make_optimizer([wrapped], run.train)
@@ -95,9 +99,8 @@ def test_the_ranks_of_a_recipe_hold_the_whole_model(recipe):
         codebook_sizes=(16384,) * 8,
     )
     found = stages(run, world, codes)
-    assert sum(whole(found, run).values()) == sum(
-        count_parameters(run.model, codes.codebook_sizes, codes.width).values()
-    )
+    counts = count_parameters(run.model, codes.codebook_sizes, codes.width)
+    assert sum(whole(found, run).values()) == sum(counts.values()) - left_out(run.model.vision)
     p = run.parallel
     copies = world // (p.tp * p.pp)
     for chunks in found:
@@ -126,11 +129,49 @@ def test_online_codes_need_the_tokenizer_on_the_last_stage():
     run = config(parallel__pp=2)
     online = dataclasses.replace(run, data=dataclasses.replace(run.data, codes="online"))
     visual = tokenizer(run.model.vision)
+    assert visual.leave_out_unused() > 0
     weights = sum(x.nbytes for x in [*visual.parameters(), *visual.buffers()])
     (before,), (with_cache,) = stages(run, 2, quantised(run))
     (same,), (with_encoder,) = stages(online, 2, quantised(run))
     assert same.constants == before.constants == 0
     assert with_encoder.constants - with_cache.constants == weights
+
+
+@pytest.mark.parametrize("its", [-3, -2, -1])
+def test_a_tokenizer_that_is_the_encoder_is_held_once(its):
+    """Against the storages of a model that was joined as a run does it."""
+    run = config(data__codes="online", train__trainable=["projector", "language_model"])
+    visual = VisualTokenizer(dataclasses.replace(quantised(run), feature_layer=its))
+    with one_rank() as groups:
+        model = AsvrModel(run, groups=groups, tokenizer=visual)
+        model.vision_encoder.load_state_dict(visual.encoder.state_dict())
+        model.leave_out_unused()
+        visual.leave_out_unused()
+        every = [*model.parameters(), *model.buffers(), *visual.parameters(), *visual.buffers()]
+        apart = sum(x.nbytes for x in every)
+        assert model.images.join(visual).startswith("one pass")
+        places = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in every}
+    held = []
+    for joined in (True, False):
+        ((chunk,),) = stages(run, 1, visual.config, joined=joined)
+        held.append(sum(s.numbers * s.width for s in chunk.shards) + chunk.constants)
+    assert held == [sum(places.values()), apart]
+
+
+def test_a_joined_tokenizer_costs_no_second_pass(monkeypatch):
+    run = config(data__codes="online", train__trainable=["projector", "language_model"])
+    plain, numbers = SiglipEncoder.hidden_states, []
+    for joined in (True, False):
+        passes = []
+
+        def counted(encoder, *args, passes=passes):
+            passes.append(1)
+            return plain(encoder, *args)
+
+        monkeypatch.setattr(SiglipEncoder, "hidden_states", counted)
+        plan_memory(run, 1, quantised(run), joined=joined)
+        numbers.append(len(passes))
+    assert numbers == [1, 2]
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -143,7 +184,7 @@ def test_virtual_stages_hold_the_whole_model_once(alone):
     )
     found = stages(run, 2, quantised(run))
     counts = count_parameters(run.model, CODEBOOK_SIZES, run.model.vision.hidden_size)
-    assert sum(whole(found, run).values()) == sum(counts.values())
+    assert sum(whole(found, run).values()) == sum(counts.values()) - left_out(run.model.vision)
     chunks = [found[place % 2][place // 2] for place in range(4)]  # in the model's order
     assert sum(chunk.layers for chunk in chunks) == 5
     assert [chunk.images for chunk in chunks] == [True, False, False, False]
