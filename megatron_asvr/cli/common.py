@@ -131,7 +131,7 @@ def plan_lines(config: Config, world: int) -> list[str]:
     from megatron_asvr.model.linears import precision_lines
     from megatron_asvr.model.tokenizer import VisualTokenizer
     from megatron_asvr.parallel.plan import layout_lines
-    from megatron_asvr.train.assemble import open_source
+    from megatron_asvr.train.weight_sources import open_source
 
     tokenizer = None
     if config.loss.visual_weight:

@@ -90,7 +90,7 @@ def _joined(config: Config) -> tuple[bool, str]:
     """Whether an online tokenizer is the model's encoder, as far as there are files to ask."""
     from megatron_asvr.cli.common import one_network
     from megatron_asvr.model.tokenizer import VisualTokenizer
-    from megatron_asvr.train.assemble import open_source
+    from megatron_asvr.train.weight_sources import open_source
 
     if not config.loss.visual_weight or config.data.codes == "cache":
         return False, ""

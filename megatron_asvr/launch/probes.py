@@ -30,7 +30,7 @@ from megatron_asvr.config.schema import Fp8Config, LanguageConfig, PrecisionConf
 from megatron_asvr.data.dali.pipeline import ImageDecoder
 from megatron_asvr.errors import ConfigError
 from megatron_asvr.launch.rank import init_group, leave_group
-from megatron_asvr.model.language import transformer_config
+from megatron_asvr.model.megatron_config import transformer_config
 from megatron_asvr.model.output_loss import OutputLayer, output_loss
 from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.parallel import groups

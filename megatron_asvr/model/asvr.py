@@ -35,9 +35,10 @@ from megatron_asvr.errors import ConfigError
 from megatron_asvr.model import sharding
 from megatron_asvr.model.fusion import splice_images, take_positions
 from megatron_asvr.model.images import ImageReader
-from megatron_asvr.model.language import LanguageModel, gather_positions, transformer_config
+from megatron_asvr.model.language import LanguageModel, gather_positions
 from megatron_asvr.model.linears import in_8_bits
 from megatron_asvr.model.loss import LossSums, Scales
+from megatron_asvr.model.megatron_config import transformer_config
 from megatron_asvr.model.projector import Projector
 from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.model.vision import SiglipEncoder

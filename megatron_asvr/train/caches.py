@@ -25,14 +25,9 @@ from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.parallel.collectives import barrier, gather_objects, on_first
 from megatron_asvr.parallel.groups import Groups
-from megatron_asvr.train.assemble import (
-    Data,
-    load_sources,
-    make_groups,
-    open_data,
-    open_features,
-)
+from megatron_asvr.train.assemble import Data, make_groups, open_data, open_features
 from megatron_asvr.train.parity import check_parity
+from megatron_asvr.train.weight_sources import load_sources
 
 logger = logging.getLogger(__name__)
 

@@ -27,13 +27,7 @@ from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import make_plan
 from megatron_asvr.train import probes
-from megatron_asvr.train.assemble import (
-    Data,
-    codebook_sizes,
-    load_sources,
-    make_groups,
-    open_data,
-)
+from megatron_asvr.train.assemble import Data, codebook_sizes, make_groups, open_data
 from megatron_asvr.train.caches import fill_caches
 from megatron_asvr.train.excerpt import make_excerpt
 from megatron_asvr.train.optim import make_optimizer, wrap
@@ -41,6 +35,7 @@ from megatron_asvr.train.passes import backward, balancing
 from megatron_asvr.train.shrink import shrink
 from megatron_asvr.train.step import agree, loss_function, reduce_gradients, train_step
 from megatron_asvr.train.verdict import Facts, Measurement, Verdict, judge, plain, save_gradient
+from megatron_asvr.train.weight_sources import load_sources
 
 MICRO_BATCHES = 2  # of each data-parallel rank, at least
 

@@ -22,7 +22,8 @@ from megatron_asvr.data.text import TextTokenizer
 from megatron_asvr.data.views import ImageLayouts
 from megatron_asvr.errors import AsvrError, ConfigError
 from megatron_asvr.model.tokenizer import VisualTokenizer
-from megatron_asvr.train.assemble import code_cache, open_source
+from megatron_asvr.train.assemble import code_cache
+from megatron_asvr.train.weight_sources import open_source
 
 MAX_REPLACEMENTS = 20  # records tried in the place of one whose images are bad
 

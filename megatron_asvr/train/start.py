@@ -39,9 +39,10 @@ from megatron_asvr.parallel.collectives import on_first
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.parallel.plan import layout_lines
 from megatron_asvr.precision import fuse_gradients
-from megatron_asvr.train.assemble import Data, load_sources, open_features
+from megatron_asvr.train.assemble import Data, open_features
 from megatron_asvr.train.caches import fill_caches
 from megatron_asvr.train.optim import make_optimizer, make_schedule, wrap
+from megatron_asvr.train.weight_sources import load_sources
 from megatron_asvr.train.work import with_past
 
 logger = logging.getLogger(__name__)

@@ -224,6 +224,24 @@ def train_step(
             f"step {step}: the loss {value:.4f} is a spike (limit {limit:.4f})", "spike"
         )
     reduce_gradients(chunks, groups=groups)
+    norm = _update(optimizer, batches, step, groups)
+    for linears in watched:
+        linears.update()
+    return StepResult(
+        totals=totals,
+        loss=value,
+        grad_norm=norm,
+        own_s=own_s,
+        busy_s=clock.seconds(),
+        wait_s=wait_s,
+        parts=parts,
+    )
+
+
+def _update(
+    optimizer: MegatronOptimizer, batches: Sequence[MicroBatch], step: int, groups: Groups
+) -> float:
+    """The gradient norm, after updating the weights if it is finite."""
 
     def check(grad_norm: float) -> None:
         if not math.isfinite(grad_norm):
@@ -236,19 +254,8 @@ def train_step(
 
     with checked_norm(optimizer, check):
         updated, norm, _ = optimizer.step()
-    grad_norm = float(norm or 0.0)
     assert updated, "no gradient scaler is configured that could leave out an update"
-    for linears in watched:
-        linears.update()
-    return StepResult(
-        totals=totals,
-        loss=value,
-        grad_norm=grad_norm,
-        own_s=own_s,
-        busy_s=clock.seconds(),
-        wait_s=wait_s,
-        parts=parts,
-    )
+    return float(norm or 0.0)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from megatron_asvr.config.check import check
 from megatron_asvr.config.precision import check_precision
 from megatron_asvr.config.schema import Config, Fp8Config, PrecisionConfig
 from megatron_asvr.errors import ConfigError
-from megatron_asvr.model.language import transformer_config
+from megatron_asvr.model.megatron_config import transformer_config
 from megatron_asvr.precision.fp8.policy import Linear, decide
 from tests.language_cases import CASES, one_rank
 from tests.run_cases import config

@@ -20,7 +20,7 @@ from megatron_asvr.hf.official import read_official, read_tokenizer
 from megatron_asvr.model.asvr import build_model
 from megatron_asvr.model.loss import official_loss
 from megatron_asvr.model.tokenizer import VisualTokenizer
-from megatron_asvr.train.assemble import load_sources
+from megatron_asvr.train.weight_sources import load_sources
 from tests import oracle
 from tests.language_cases import one_rank
 

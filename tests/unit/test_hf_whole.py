@@ -10,7 +10,7 @@ from megatron_asvr.config.schema import Config, InitConfig, LossConfig, TrainCon
 from megatron_asvr.errors import ConversionError
 from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.model.asvr import build_model
-from megatron_asvr.train.assemble import load_sources
+from megatron_asvr.train.weight_sources import load_sources
 from tests.language_cases import one_rank
 from tests.unit import hf_models
 from tests.unit.test_hf_import import stock_model

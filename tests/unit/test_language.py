@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from megatron_asvr import precision
 from megatron_asvr.errors import AsvrError
 from megatron_asvr.model import sharding
-from megatron_asvr.model.language import MASKED_LOGIT, padded_vocab_size, transformer_config
+from megatron_asvr.model.language import MASKED_LOGIT, padded_vocab_size
+from megatron_asvr.model.megatron_config import transformer_config
 from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.precision.local import DenseAttention, attention_rule
 from tests.language_cases import CASES, SMALL, build, hidden, one_rank, plain_batch, rule_batch

@@ -7,7 +7,7 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from torch.nn import functional as F
 
-from megatron_asvr.model.language import transformer_config
+from megatron_asvr.model.megatron_config import transformer_config
 from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.precision.local import DenseAttention, attention_rule
 from megatron_asvr.precision.nodes import gated, rotated

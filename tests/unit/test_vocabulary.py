@@ -19,7 +19,7 @@ from megatron_asvr.hf.export import export, finalize
 from megatron_asvr.hf.importer import read_folder
 from megatron_asvr.hf.run import import_weights
 from megatron_asvr.hf.vocabulary import EMBEDDING, TABLES, with_rows
-from megatron_asvr.train.assemble import open_source
+from megatron_asvr.train.weight_sources import open_source
 from tests.unit import hf_models, hub_folders
 
 

@@ -13,7 +13,7 @@ from megatron_asvr.config.load import to_dict
 from megatron_asvr.config.schema import LanguageConfig
 from megatron_asvr.errors import ConfigError, LaunchError
 from megatron_asvr.launch.local import run_ranks
-from megatron_asvr.model.language import transformer_config
+from megatron_asvr.model.megatron_config import transformer_config
 from megatron_asvr.parallel.collectives import gather_objects
 from megatron_asvr.parallel.plan import ParallelPlan
 from tests.run_data import make_files, run_config
