@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.machine import memory_mib, reset_peak
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
+TOLERANCE = {"fp32": 1e-5, "split": 1e-5, "bf16": 1e-3}
 
 
 class Stopwatch:
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="small sizes, one pair")
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--steps", type=int, default=4, help="of a process; the first warms up")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of ours")
+    parser.add_argument("--precision", choices=tuple(TOLERANCE), default="fp32", help="of ours")
     parser.add_argument("--json", type=Path, help="write all measurements here")
     parser.add_argument("--recompute", action="store_true", help="recompute our visual head")
     parser.add_argument("--no-kernels", action="store_true", help="ours by torch alone")

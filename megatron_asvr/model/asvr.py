@@ -44,7 +44,9 @@ from megatron_asvr.model.tokenizer import VisualTokenizer
 from megatron_asvr.model.vision import SiglipEncoder
 from megatron_asvr.model.visual_head import VisualHead
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.precision.fp8.product import multiply_by_ours
 from megatron_asvr.precision.fp8.watched import Watched
+from megatron_asvr.precision.matmul import split_products
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -368,12 +370,15 @@ def build_chunks(
     """
     kernels.use(config.precision.kernels)
     vpp = groups.plan.vpp
+    split_products(config.precision.split_fp32)
     chunks = [
         AsvrModel(config, groups=groups, tokenizer=tokenizer, vp_stage=number if vpp else None)
         for number in range(vpp or 1)
     ]
     for chunk in chunks:
         sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
+        if platforms.select()[0].name == "cpu":
+            multiply_by_ours(chunk)
         chunk.watched = in_8_bits(chunk, config, groups=groups, tokenizer=tokenizer)
         if config.train.cuda_graphs:
             chunk.images.graph()

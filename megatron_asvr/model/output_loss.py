@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from megatron_asvr.errors import AsvrError
+from megatron_asvr.precision.matmul import add_product, parts, transposed
 from megatron_asvr.precision.softmax import to_gradient
 
 CHUNK_BYTES = 2**26  # of fp32 logits that exist at a time
@@ -124,7 +124,7 @@ class _OutputLoss(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs = [with_grad and need for need in ctx.needs_input_grad]
-        grad_x = torch.zeros_like(x_DME) if needs[0] else None
+        grad_x = torch.zeros_like(x_DME, dtype=torch.float32) if needs[0] else None
         totals: list[_Total | None] = []
         grads: list[Tensor | None] = []  # those that wait for the backward pass
         for place, (p, need) in enumerate(zip(parameters, needs[6:], strict=True)):
@@ -146,7 +146,7 @@ class _OutputLoss(torch.autograd.Function):
             results.append(_one_depth(x_DME[d], layer, targets_MD[:, d], tp, memory, into))
         sum_D, top_D = (torch.stack(values) for values in zip(*results, strict=True))
         ctx.save_for_backward(grad_x, *grads)
-        ctx.scales = scales
+        ctx.scales, ctx.dtype = scales, x_DME.dtype
         ctx.dtypes = [None if p is None else p.dtype for p in parameters]
         ctx.mark_non_differentiable(top_D)
         return sum_D, top_D
@@ -159,7 +159,7 @@ class _OutputLoss(torch.autograd.Function):
                 grad_D = torch.zeros_like(grad_D)
             elif ctx.scales is not None:
                 check_scales(grad_D, ctx.scales)
-            grad_x = grad_x.mul_(grad_D[:, None, None])
+            grad_x = grad_x.mul_(grad_D[:, None, None]).to(ctx.dtype)
         # In place: they are as large as the weights. torch refuses a second backward pass.
         scaled = [
             None if grad is None else grad.mul_(grad_D[place // 2]).to(ctx.dtypes[place])
@@ -184,10 +184,13 @@ def _one_depth(
     grad_ME, total_KE, total_K = grads
     sum_ = x_ME.new_zeros((), dtype=torch.float32)
     num_top = torch.zeros_like(sum_, dtype=torch.int64)
+    weight = parts(weight_KE)
     for rows in chunks(len(x_ME), layer):
-        part_ME = x_ME[rows]
-        logits_MK = memory[: len(part_ME) * words].view(-1, words)
-        _linear(part_ME, weight_KE, bias_K, out=logits_MK)
+        part = parts(x_ME[rows])
+        logits_MK = memory[: (rows.stop - rows.start) * words].view(-1, words)
+        if bias_K is not None:
+            logits_MK.copy_(bias_K)
+        add_product(logits_MK, part, transposed(weight), keep=float(bias_K is not None))
         if layer.first >= layer.size:
             logits_MK.fill_(UNSEEN)
         columns_M = targets_M[rows] - layer.first
@@ -197,26 +200,9 @@ def _one_depth(
         if total_K is not None:
             summed_K = logits_MK.T @ logits_MK.new_ones(len(logits_MK))
             total_K.sum[:words].add_(summed_K, alpha=total_K.scale)
+        gradient = parts(gradient_MK)
         if grad_ME is not None:
-            torch.mm(gradient_MK, weight_KE, out=grad_ME[rows])
+            add_product(grad_ME[rows], gradient, weight, keep=0.0)
         if total_KE is not None:
-            _add_product(total_KE.sum[:words], gradient_MK.T, part_ME, total_KE.scale)
+            add_product(total_KE.sum[:words], transposed(gradient), part, scale=total_KE.scale)
     return sum_, num_top
-
-
-def _linear(x_ME: Tensor, weight_KE: Tensor, bias_K: Tensor | None, *, out: Tensor) -> None:
-    """Write fp32 logits to memory that is used again: new memory costs a tenth of the product."""
-    if x_ME.dtype != torch.float32:
-        out.copy_(F.linear(x_ME, weight_KE, bias_K))
-    elif bias_K is None:
-        torch.mm(x_ME, weight_KE.T, out=out)
-    else:
-        torch.addmm(bias_K, x_ME, weight_KE.T, out=out)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """Add ``scale a b`` to an fp32 total."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b, alpha=scale)
-    else:
-        total.add_(a @ b, alpha=scale)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from megatron_asvr.batch import MicroBatch
 from megatron_asvr.model.loss import LossSums, scales_of
 from megatron_asvr.parallel.groups import Groups
+from megatron_asvr.precision.products import into_buffers
 from megatron_asvr.precision.routing import balanced
 
 Chunks = Sequence[DistributedDataParallel]  # this rank's stage, or its virtual stages
@@ -111,6 +112,8 @@ def run_schedule(
 ) -> list[Part]:
     """``backward``, or with ``forward_only`` the same passes without gradients."""
     before_last: list[Part] = []
+    # megatron-core must see every gradient come when it sums them in the meantime.
+    adds_at_once = not forward_only and not chunks[0].ddp_config.overlap_grad_reduce
 
     def finish(sums: LossSums) -> tuple[Tensor, Tensor, Part]:
         # A triple (loss, number of tokens, report). With calculate_per_token_loss the schedule
@@ -122,9 +125,8 @@ def run_schedule(
     def forward(iterator: Iterator[MicroBatch], chunk: nn.Module) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator)
         # Known before the sums, so that gradients of output layers need not wait for them.
-        # megatron-core must see every gradient come when it sums them in the meantime.
         scales = None
-        if not forward_only and not chunk.ddp_config.overlap_grad_reduce:
+        if adds_at_once:
             scales = scales_of(
                 loss,
                 text_count=batch.num_text_targets,
@@ -143,16 +145,17 @@ def run_schedule(
         return output, finish
 
     rows, length = batches[0].document_BS.shape
-    return before_last + get_forward_backward_func()(
-        forward_step_func=forward,
-        data_iterator=[iter(batches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(batches),
-        # Stages send one another [S, B, H] of these sizes, less what cp and sp split.
-        seq_length=length,
-        micro_batch_size=rows,
-        forward_only=forward_only,
-    )
+    with into_buffers() if adds_at_once else contextlib.nullcontext():
+        return before_last + get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(batches) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            # Stages send one another [S, B, H] of these sizes, less what cp and sp split.
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
 
 
 def balancing(

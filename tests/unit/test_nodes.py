@@ -16,6 +16,8 @@ from megatron_asvr.precision.products import into_buffers, multiply, multiply_ea
 from megatron_asvr.precision.remake import kept_whole, remade
 from tests.language_cases import SMALL, one_rank, rule_batch
 
+SHAPES = ((4, 5, 6), (2, 3, 6), (2, 3), (4, 5, 6), (4, 7, 6))
+
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).requires_grad_()
@@ -121,18 +123,32 @@ def test_a_linear_behind_a_norm_keeps_nothing_and_computes_the_same_bits():
         assert torch.equal(a, b)
 
 
-def test_products_add_to_the_buffers_of_their_weights():
-    x, weight, bias = drawn(4, 5, 6), drawn(2, 3, 6, seed=1), drawn(2, 3, seed=2)
-    each = drawn(4, 7, 6, seed=3)
-    plain = multiply(x, weight, bias), multiply_each(x, each)
-    wanted = [grads(plain[0], [x, weight, bias]), grads(plain[1], [x, each])]
+def test_a_bf16_norm_is_that_of_fp32_rounded_once():
+    norm, x = RMSNorm(64, eps=1e-5), drawn(50, 64).detach().bfloat16().requires_grad_()
+    torch.nn.init.normal_(norm.weight)
+    exact = torch.nn.functional.rms_norm(x.double(), (64,), norm.weight.double(), 1e-5)
+    found = norm(x)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
+    leaves = [x, norm.weight]
+    for a, b in zip(grads(found, leaves), grads(exact, leaves), strict=True):
+        assert (a - b).norm() <= 2**-7 * b.norm()  # gradients are rounded on their way in
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_add_to_the_buffers_of_their_weights(dtype):
+    leaves = [drawn(*shape, seed=n) for n, shape in enumerate(SHAPES)]
+    x, weight, bias, each_x, each = (leaf.detach().to(dtype).requires_grad_() for leaf in leaves)
+    plain = multiply(x, weight, bias), multiply_each(each_x, each)
+    wanted = [grads(plain[0], [x, weight, bias]), grads(plain[1], [each_x, each])]
     for leaf in (weight, each):
-        leaf.main_grad = torch.ones_like(leaf)
+        leaf.main_grad = torch.ones_like(leaf, dtype=torch.float32)
     with into_buffers():
-        found = multiply(x, weight, bias), multiply_each(x, each)
-    got = [grads(found[0], [x, bias]), grads(found[1], [x])]
-    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got[0], (wanted[0][0], wanted[0][2]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got[1], wanted[1][:1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(weight.main_grad - 1, wanted[0][1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(each.main_grad - 1, wanted[1][1], rtol=1e-5, atol=1e-5)
+        found = multiply(x, weight, bias), multiply_each(each_x, each)
+    got = [grads(found[0], [x, bias]), grads(found[1], [each_x])]
+    bound = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(found, plain, **bound)
+    torch.testing.assert_close(got[0], (wanted[0][0], wanted[0][2]), **bound)
+    torch.testing.assert_close(got[1], wanted[1][:1], **bound)
+    for leaf, gradient in ((weight, wanted[0][1]), (each, wanted[1][1])):
+        torch.testing.assert_close(leaf.main_grad - 1, gradient.float(), **bound)

@@ -34,12 +34,10 @@ def fused(leaves, targets_MD, scales=None):
 
 
 def plain(leaves, targets_MD):
-    x_DME, *parameters = leaves
+    x_DME, *parameters = [x.float() for x in leaves]  # logits are never rounded to bf16
     biases = [*parameters[len(SIZES) :], None]
     logits = [F.linear(x, w, b) for x, w, b in zip(x_DME, parameters, biases, strict=False)]
-    sums = [
-        F.cross_entropy(x.float(), targets_MD[:, d], reduction="sum") for d, x in enumerate(logits)
-    ]
+    sums = [F.cross_entropy(x, targets_MD[:, d], reduction="sum") for d, x in enumerate(logits)]
     top = [  # ties count
         (x.gather(1, targets_MD[:, d : d + 1]) == x.amax(1, keepdim=True)).sum()
         for d, x in enumerate(logits)

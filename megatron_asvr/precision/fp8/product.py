@@ -9,16 +9,19 @@ or the order of micro-batches, changes no rounding.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from megatron_asvr.platforms import mcore  # noqa: F401  (prepares the process for megatron-core)
 
 import torch
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_asvr.config.schema import Fp8Config
 from megatron_asvr.precision.fp8 import quantize
@@ -158,8 +161,19 @@ def grouped_linear(x_DMK: Tensor, weight_DNK: Tensor, products: Sequence[Product
     return torch.stack([linear(x_MK, w_NK, None, product) for x_MK, w_NK, product in each])
 
 
+def multiply_by_ours(chunk: nn.Module) -> None:
+    """Let megatron-core's linears multiply as the others do, and so add to gradient buffers.
+
+    Args:
+        chunk: of the model, on a CPU. On a GPU megatron-core overlaps products and sums.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module._forward_impl = partial(parallel_linear, None)
+
+
 def parallel_linear(
-    product: Product,
+    product: Product | None,
     *,
     input: Tensor,
     weight: Tensor,
@@ -169,10 +183,10 @@ def parallel_linear(
     tp_group: Any,
     **_: Any,
 ) -> Tensor:
-    """What megatron-core's parallel linears compute (their ``_forward_impl``), in 8 bits.
+    """What megatron-core's parallel linears compute (their ``_forward_impl``).
 
     Args:
-        product: of the linear.
+        product: of the linear in 8 bits; None multiplies in the type of ``input``.
         input: this rank's part of the positions under sequence parallelism.
         weight: this rank's.
         bias: this rank's, or None.
