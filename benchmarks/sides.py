@@ -18,6 +18,7 @@ from torch import Tensor
 from benchmarks.machine import copy_gb_per_s, matmul_gflops, memory_mib
 from benchmarks.workload import BEFORE, LR, WORKLOADS, Sample, Workload, samples, useful_flops
 from megatron_asvr.batch import IGNORE, MicroBatch
+from megatron_asvr.config.schema import PrecisionConfig
 from megatron_asvr.model import sharding
 from megatron_asvr.model.asvr import AsvrModel, build_model
 from megatron_asvr.model.tokenizer import TokenizerConfig, VisualTokenizer
@@ -39,13 +40,13 @@ def run(args: argparse.Namespace, watch: Any) -> None:
         prepare(load, args)
         return
     libraries_mib = memory_mib("VmRSS")
-    if args.side == "ours":
+    if args.side == "plain":
+        step, static = plain(load, args, watch)
+        measured = timed_steps(load, args, step, watch)
+    else:
         with one_rank() as groups:
             step, static = ours(load, args, groups, watch)
             measured = timed_steps(load, args, step, watch)
-    else:
-        step, static = plain(load, args, watch)
-        measured = timed_steps(load, args, step, watch)
     measured["static_mib"] = static() / MIB
     measured["above_mib"] = measured["peak_mib"] - libraries_mib - measured["static_mib"]
     (args.folder / f"{args.side}.json").write_text(json.dumps(measured))
@@ -124,12 +125,9 @@ def ours(
     load: Workload, args: argparse.Namespace, groups: Groups, watch: Any
 ) -> tuple[Step, Callable[[], float]]:
     """A step of this project, and the bytes of weights, gradients and optimizer state."""
-    config = load.config(args.precision)
-    if args.recompute:
-        config = recomputed(config)
-    if args.no_kernels:
-        precision = dataclasses.replace(config.precision, kernels=False)
-        config = dataclasses.replace(config, precision=precision)
+    settings = {"torch": {"kernels": False}, "split": {"split_fp32": True}}.get(args.side, {})
+    config = load.config("bf16" if args.side == "bf16" else "fp32")
+    config = dataclasses.replace(config, precision=PrecisionConfig(**settings))
     tokenizer = VisualTokenizer.load(args.folder / "tokenizer")
     model = build_model(config, groups=groups, tokenizer=tokenizer)
     del tokenizer
@@ -160,13 +158,6 @@ def ours(
         return tensor_bytes(held) + state_bytes(optimizer)
 
     return step, static
-
-
-def recomputed(config: Any) -> Any:
-    """The configuration with the visual head's layers recomputed."""
-    return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, recompute_visual_head=True)
-    )
 
 
 def watch_parts(model: AsvrModel, watch: Any) -> None:

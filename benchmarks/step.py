@@ -1,12 +1,15 @@
 """A training step against a plain implementation (`benchmarks.plain`), and the machine's limit.
 
-    python -m benchmarks.step [--short] [--pairs 5] [--steps 4] [--precision fp32] [--no-kernels]
+    python -m benchmarks.step [--short] [--rounds 5] [--steps 4] [--ways torch,bf16] [--json FILE]
 
-Both sides train the same model on the same samples from the same weights, in processes of their
-own, one after the other in every pair; the order changes from pair to pair. The first step warms
-up: its losses are compared (1e-5 in fp32, 1e-3 in bf16), its time is not counted. Peak memory is
-that of the steps after the first. A step is forward, backward, clipping and AdamW. All figures are
-of one thread; CPU time stands beside wall time, which other processes on the machine lengthen.
+All sides train the same model on the same samples from the same weights, in processes of their
+own, one after the other in every round; the order changes from round to round. Ours run in one or
+more ways: by torch alone (fp32), with the C++ kernels (fp32, as a run does by default), with fp32
+products made of bf16 ones (`precision.split_fp32`), or in bf16. The first step warms up: its losses
+are compared (1e-5 in fp32, 1e-3 in bf16; ten times that for the norm of the gradients), its time is
+not counted. Peak memory is that of the steps after the first. A step is forward, backward, clipping
+and AdamW. All figures are of one thread; CPU time stands beside wall time, which other processes on
+the machine lengthen.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ import torch
 
 from benchmarks.machine import memory_mib, reset_peak
 
-TOLERANCE = {"fp32": 1e-5, "split": 1e-5, "bf16": 1e-3}
+TOLERANCE = {"torch": 1e-5, "kernels": 1e-5, "split": 1e-5, "bf16": 1e-3}  # of ways
 
 
 class Stopwatch:
@@ -66,14 +69,14 @@ class Stopwatch:
 def main() -> None:
     """Measure, or be one of the measured processes."""
     parser = argparse.ArgumentParser(description="A step against a plain implementation.")
-    parser.add_argument("--short", action="store_true", help="small sizes, one pair")
-    parser.add_argument("--pairs", type=int)
+    parser.add_argument("--short", action="store_true", help="small sizes, one round")
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--steps", type=int, default=4, help="of a process; the first warms up")
-    parser.add_argument("--precision", choices=tuple(TOLERANCE), default="fp32", help="of ours")
+    parser.add_argument(
+        "--ways", type=ways, default=list(TOLERANCE), help=f"of {','.join(TOLERANCE)}; all"
+    )
     parser.add_argument("--json", type=Path, help="write all measurements here")
-    parser.add_argument("--recompute", action="store_true", help="recompute our visual head")
-    parser.add_argument("--no-kernels", action="store_true", help="ours by torch alone")
-    parser.add_argument("--side", choices=("prepare", "ours", "plain"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -85,22 +88,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
         results = measure(args)
-    report(args, results)
+    report(results)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
 
 
+def ways(text: str) -> list[str]:
+    """Ways of ours from the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: one is unknown.
+    """
+    names = text.split(",")
+    if unknown := set(names) - set(TOLERANCE):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: use {', '.join(TOLERANCE)}")
+    return names
+
+
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What every process of every pair measured."""
+    """What every process of every round measured."""
     call(args, "prepare")
     results = []
-    for pair in range(args.pairs or (1 if args.short else 5)):
-        for side in ("plain", "ours") if pair % 2 == 0 else ("ours", "plain"):
+    for number in range(args.rounds or (1 if args.short else 5)):
+        sides = ["plain", *args.ways]
+        for side in sides if number % 2 == 0 else reversed(sides):
             call(args, side)
             result = json.loads((args.folder / f"{side}.json").read_text())
-            results.append({"pair": pair, "side": side, **result})
+            results.append({"round": number, "side": side, **result})
             wall = statistics.median(step["wall_s"] for step in result["steps"][1:])
-            print(f"pair {pair} {side}: {wall:.2f} s a step", file=sys.stderr)
+            print(f"round {number} {side}: {wall:.2f} s a step", file=sys.stderr)
     return results
 
 
@@ -108,68 +124,88 @@ def call(args: argparse.Namespace, side: str) -> None:
     """Run one process to its end."""
     command = [sys.executable, "-m", "benchmarks.step", "--side", side]
     command += ["--folder", str(args.folder), "--steps", str(args.steps)]
-    command += ["--precision", args.precision]
-    command += ["--short"] * args.short + ["--recompute"] * args.recompute
-    command += ["--no-kernels"] * args.no_kernels
+    command += ["--short"] * args.short
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ASVR_PLATFORM": "cpu"}
     subprocess.run(command, check=True, env=environment)
 
 
-def report(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+def report(results: list[dict[str, Any]]) -> None:
     """Print the comparison.
 
     Raises:
-        SystemExit: the two sides do not compute the same losses.
+        SystemExit: the sides do not compute the same losses.
     """
-    sides = {side: [r for r in results if r["side"] == side] for side in ("plain", "ours")}
-    worst = max(
-        abs(a - b) / max(1.0, abs(b))
-        for ours, plain in zip(sides["ours"], sides["plain"], strict=True)
-        for a, b in zip(ours["steps"][0]["losses"], plain["steps"][0]["losses"], strict=True)
-    )
-    names = list(dict.fromkeys(n for r in results for s in r["steps"] for n in s["parts"]))
-    print(f"{'':34s} {'CPU-seconds':>17s} {'peak MiB':>17s}")
-    print(f"{'part of a step':34s}" + 2 * f" {'plain':>8s} {'ours':>8s}")
-    for name in names:
-        values = {
-            (side, k): statistics.median(
-                s["parts"].get(name, [0.0, 0.0, 0.0])[k]
-                for r in sides[side]
-                for s in r["steps"][1:]
-            )
-            for k in (1, 2)
-            for side in sides
-        }
-        seconds, peaks = ([values[side, k] for side in sides] for k in (1, 2))
-        print(f"{name:34s}" + "".join(f" {x:8.3f}" for x in seconds), end="")
-        print("".join(f" {x:8.0f}" for x in peaks))
+    sides: dict[str, list[dict[str, Any]]] = {}
+    for result in sorted(results, key=lambda result: result["round"]):
+        sides.setdefault(result["side"], []).append(result)
+    sides = {"plain": sides.pop("plain"), **{way: sides[way] for way in TOLERANCE if way in sides}}
+    for title, k in (("CPU-seconds of a part", 1), ("peak MiB of a part", 2)):
+        _print_parts(title, k, sides)
+    print(f"{'whole steps':34s}" + "".join(f" {side:>24s}" for side in sides))
     for kind in ("cpu_s", "wall_s"):
-        lines = {side: per_pair(sides[side], kind) for side in sides}
-        ratios = [p / o for p, o in zip(lines["plain"], lines["ours"], strict=True)]
-        text = "  ".join(f"{side} {spread(lines[side])}" for side in sides)
-        print(f"{kind} of a step: {text}  plain / ours {spread(ratios)}")
-    for name in ("peak_mib", "above_mib"):
-        values = {side: statistics.median(r[name] for r in sides[side]) for side in sides}
-        print(
-            f"{name}: plain {values['plain']:.0f}  ours {values['ours']:.0f}  "
-            f"ours / plain {values['ours'] / values['plain']:.3f}"
+        lines = {side: per_round(found, kind) for side, found in sides.items()}
+        _print(f"{kind} of a step", map(spread, lines.values()))
+        shares = (
+            spread([p / o for p, o in zip(lines["plain"], line, strict=True)])
+            for line in lines.values()
         )
-    for side in sides:
-        rates = [
+        _print(f"plain / ours of {kind}", shares)
+    for name in ("peak_mib", "above_mib"):
+        values = [statistics.median(r[name] for r in found) for found in sides.values()]
+        _print(name, (f"{value:.0f}" for value in values))
+        _print(f"ours / plain of {name}", (f"{value / values[0]:.3f}" for value in values))
+    rates = (
+        [
             s["gflop"] / s["cpu_s"] / s["matmul_gflops"]
-            for r in sides[side]
-            for s in r["steps"][1:]
+            for result in found
+            for s in result["steps"][1:]
         ]
-        print(f"{side}: useful GFLOP/s over the matmul rate {spread(rates)}")
-    matmul = [s["matmul_gflops"] for r in results for s in r["steps"]]
-    copies = [r["copy_gb_per_s"] for r in results]
+        for found in sides.values()
+    )
+    _print("useful over the fp32 matmul rate", map(spread, rates))
+    matmul = [s["matmul_gflops"] for result in results for s in result["steps"]]
+    copies = [result["copy_gb_per_s"] for result in results]
     print(f"fp32 matmul GFLOP/s {spread(matmul)}  copy GB/s {spread(copies)}")
-    print(f"losses differ by at most {worst:.1e}")
-    if worst > TOLERANCE[args.precision]:
-        raise SystemExit(f"the losses differ by {worst:.1e}, above {TOLERANCE[args.precision]:g}")
+    far = {way: furthest(found, sides["plain"]) for way, found in sides.items()}
+    for place, name in enumerate(("losses", "norm of the gradients")):
+        _print(f"difference, {name}", (f"{x[place]:.1e}" for x in far.values()))
+    del far["plain"]
+    wrong = [way for way, (x, norm) in far.items() if not max(x, norm / 10) <= TOLERANCE[way]]
+    if wrong:
+        raise SystemExit(f"that is too much: {', '.join(wrong)}")
 
 
-def per_pair(results: list[dict[str, Any]], kind: str) -> list[float]:
+def _print(title: str, values: Iterable[str]) -> None:
+    print(f"{title:34s}" + "".join(f" {value:>24s}" for value in values))
+
+
+def _print_parts(title: str, k: int, sides: dict[str, list[dict[str, Any]]]) -> None:
+    """Medians of the k-th figure of each part of a step."""
+    every = [s["parts"] for found in sides.values() for result in found for s in result["steps"]]
+    print(f"{title:34s}" + "".join(f" {side:>9s}" for side in sides))
+    for name in dict.fromkeys(name for parts in every for name in parts):
+        values = (
+            statistics.median(
+                s["parts"].get(name, [0.0, 0.0, 0.0])[k]
+                for result in found
+                for s in result["steps"][1:]
+            )
+            for found in sides.values()
+        )
+        print(f"{name:34s}" + "".join(f" {x:9.{3 if k < 2 else 0}f}" for x in values))
+
+
+def furthest(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tuple[float, float]:
+    """The largest relative difference in the first steps: of losses, and of the gradient norm."""
+    pairs = zip(ours, plain, strict=True)
+    steps = [(one["steps"][0]["losses"], other["steps"][0]["losses"]) for one, other in pairs]
+    text, visual, norm = (
+        max(abs(a[k] - b[k]) / max(1.0, abs(b[k])) for a, b in steps) for k in range(3)
+    )
+    return max(text, visual), norm
+
+
+def per_round(results: list[dict[str, Any]], kind: str) -> list[float]:
     """Mean step of each process: all of its samples count, also the ones without an image."""
     return [statistics.mean(step[kind] for step in r["steps"][1:]) for r in results]
 

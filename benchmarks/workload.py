@@ -11,7 +11,6 @@ from megatron_asvr.config.schema import (
     LanguageConfig,
     ModelConfig,
     OptimConfig,
-    PrecisionConfig,
     TrainConfig,
     VisionConfig,
     VisualHeadConfig,
@@ -42,9 +41,8 @@ class Workload:
         """The run's configuration, with the batch of a step as its micro-batch."""
         return Config(
             model=self.model,
-            precision=PrecisionConfig(split_fp32=precision == "split"),
             train=TrainConfig(
-                precision="fp32" if precision == "split" else precision,
+                precision=precision,
                 global_batch=self.batch,
                 micro_batch=self.batch,
                 optim=OptimConfig(lr=LR),

@@ -14,6 +14,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_asvr.platforms import kernels
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -33,6 +35,11 @@ def parts(x: Tensor) -> Parts:
     """
     if x.dtype != torch.float32 or x.device.type != "cpu" or not splits():
         return (x,)
+    if kernels.fit(x):
+        x = x.contiguous()
+        high, low = (torch.empty_like(x, dtype=torch.bfloat16) for _ in range(2))
+        kernels.call("split", [x, high, low], x.numel())
+        return high, low
     high = x.bfloat16()
     return high, torch.sub(x, high).bfloat16()
 

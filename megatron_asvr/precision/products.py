@@ -21,10 +21,14 @@ _stores = False  # inside of into_buffers
 
 
 @contextlib.contextmanager
-def into_buffers() -> Iterator[None]:
-    """Inside, what is multiplied adds gradients to ``main_grad`` of its weights, and gives none."""
+def into_buffers(wanted: bool = True) -> Iterator[None]:
+    """Inside, what is multiplied adds gradients to ``main_grad`` of its weights, and gives none.
+
+    Args:
+        wanted: False for passes inside of others, whose gradients are asked for.
+    """
     global _stores
-    before, _stores = _stores, True
+    before, _stores = _stores, wanted
     try:
         yield
     finally:
@@ -62,7 +66,7 @@ def multiply_each(x_DMK: Tensor, weight_DNK: Tensor) -> Tensor:
 def _stored(weight: Tensor) -> bool:
     """Whether the gradient goes into a buffer; on a GPU that of fp32 weights alone."""
     known = weight.dtype == torch.float32 or weight.device.type == "cpu"
-    return _stores and weight.requires_grad and known
+    return _stores and weight.requires_grad and known and hasattr(weight, "main_grad")
 
 
 def _buffer(weight: Tensor) -> Tensor | None:

@@ -1,5 +1,7 @@
 """Products with fp32 results: of bf16 matrices, and of fp32 ones made of bf16 ones."""
 
+from megatron_asvr.platforms import kernels
+
 import pytest
 import torch
 
@@ -87,3 +89,15 @@ def test_without_the_setting_fp32_products_are_torchs(engine):
     wanted = torch.addmm(total, a, b, alpha=2.0)
     add_product(total, parts(a), parts(b), scale=2.0)
     assert torch.equal(total, wanted)
+
+
+def test_the_kernel_splits_as_torch_does(split):
+    x = torch.randn(5, 33, 7) * torch.logspace(-20, 20, 7)
+    x[0, 0] = float("nan")
+    with kernels.imagined(False):
+        wanted = parts(x)
+    if not kernels.use(True)[0]:
+        pytest.skip("no kernels here")
+    for a, b in zip(parts(x), wanted, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())

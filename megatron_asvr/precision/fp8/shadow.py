@@ -15,6 +15,7 @@ from megatron_asvr.precision.fp8.drift import KINDS, Drift
 from megatron_asvr.precision.fp8.product import Product
 from megatron_asvr.precision.fp8.quantize import Role
 from megatron_asvr.precision.fp8.shapes import pad_rows
+from megatron_asvr.precision.products import into_buffers
 
 Run = Callable[[Tensor, bool], Tensor]  # output of an input, in 8 bits if told so
 Region = Callable[[], AbstractContextManager[Any]]
@@ -137,7 +138,7 @@ def _gradients(
     ctx: Any, x: Tensor, needed: tuple[bool, ...], gradient: Tensor, in_8_bits: bool
 ) -> list[Tensor | None]:
     """Gradients of the input and of each weight; None where none is needed."""
-    with torch.enable_grad():
+    with torch.enable_grad(), into_buffers(False):
         x = x.detach().requires_grad_(needed[0])
         y = ctx.run(x, in_8_bits)
     wanted = [t for t, need in zip((x, *ctx.weights), needed, strict=True) if need]
