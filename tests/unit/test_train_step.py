@@ -146,7 +146,7 @@ def test_a_gradient_that_is_not_finite_is_an_error(clip_grad: float) -> None:
         batches = step_batches(run, 0, groups)
         agreement = agree(batches, stop=False, groups=groups)
         loss = loss_function(run.loss, agreement, num_micro_batches=2)
-        bench.model.projector.linear_1.weight.register_hook(lambda grad: grad * math.inf)
+        bench.model.projector.linear_1.bias.register_hook(lambda grad: grad * math.inf)
         before = bench.weights()
         with pytest.raises(AsvrError, match="step 3, rank 0: the losses are finite but"):
             train_step(bench.wrapped, bench.optimizer, batches, loss, step=3, groups=groups)
