@@ -26,12 +26,14 @@ inline float read(Bf16 x) {
 
 inline void write(float x, float* to) { *to = x; }
 
-inline void write(float x, Bf16* to) {  // to nearest, ties to even
+inline uint16_t rounded(float x) {  // to nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    to->bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    const uint32_t whole = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : whole);
 }
+
+inline void write(float x, Bf16* to) { to->bits = rounded(x); }
 
 // exp(x) for x <= 0 within 2 units in the last place; 0 where it is no normal number.
 // x = n log(2) + r; the polynomial is the Taylor series of exp on |r| <= log(2) / 2.
@@ -273,11 +275,13 @@ void norm_backward(const T* x, const T* grad, const T* weight, T* grad_x, float*
 
 extern "C" {
 
-void split_fp32(const float* x, Bf16* high, Bf16* low, int64_t size, int threads) {
+void split_fp32(const float* __restrict x, uint16_t* __restrict high, uint16_t* __restrict low,
+                int64_t size, int threads) {
 #pragma omp parallel for simd num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < size; ++i) {
-        write(x[i], high + i);
-        write(x[i] - read(high[i]), low + i);
+        const uint16_t bits = rounded(x[i]);
+        high[i] = bits;
+        low[i] = rounded(x[i] - read(Bf16{bits}));
     }
 }
 

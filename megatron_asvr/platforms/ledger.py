@@ -56,17 +56,23 @@ ROWS = (
     Row(
         name="gradients of weights",
         cuda="added up inside their product, where apex's kernel is there",
-        cpu="added up after it",
+        cpu="added up inside it by MKL or torch, all linears multiplying our way",
         why="megatron-core's own layers want an extension of apex",
-        places=("precision/__init__.py::fuse_gradients",),
-        contract="tests/unit/test_fp8_choice.py"
-        "::test_gradients_are_added_in_the_products_where_megatron_core_can",
+        places=(
+            "precision/__init__.py::fuse_gradients",
+            "model/asvr.py::build_chunks",
+            "precision/products.py::_stored",
+            "precision/products.py::_splits",
+            "precision/matmul.py::parts",
+            "precision/matmul.py::_add",
+        ),
+        contract="tests/unit/test_nodes.py::test_products_add_to_the_buffers_of_their_weights",
         probes=("fused_gradient",),
     ),
     Row(
         name="norm",
         cuda="inside Transformer Engine's linear, or torch's kernel",
-        cpu="one node of the graph in fp32, else torch's",
+        cpu="one node of the graph",
         why="torch has only single operations for the CPU",
         places=("precision/norm.py::forward",),
         contract="tests/unit/test_norm.py::test_output_and_gradients_are_those_of_torch",
