@@ -72,7 +72,7 @@ ROWS = (
     Row(
         name="norm",
         cuda="inside Transformer Engine's linear, or torch's kernel",
-        cpu="one node of the graph",
+        cpu="one node of the graph by a kernel, or without kernels in fp32; else torch's",
         why="torch has only single operations for the CPU",
         places=("precision/norm.py::forward",),
         contract="tests/unit/test_norm.py::test_output_and_gradients_are_those_of_torch",
