@@ -45,6 +45,8 @@ def test_a_machine_without_a_gpu_lacks_things_and_says_so(capsys, monkeypatch):
     assert lines["driver"]["found"] is None
     assert lines["torch"]["state"] == "ok"
     assert lines["declared packages"]["state"] == "ok"
+    assert lines["C++ kernels"]["state"] == "absent"
+    assert "no compiler" in lines["C++ kernels"]["note"]
     assert main(["env", "--gpu"]) == 1
     printed = capsys.readouterr()
     assert "driver" in printed.out
