@@ -98,6 +98,7 @@ test-torture: setup  ## kill 100 saves, fill 20 disks, flip 20 bits; no run may 
 
 bench: setup  ## a step against a plain one, scaling curves; packing, DALI against PIL, codes, waiting
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.products
 	$(BIN)/python -m benchmarks.once
 	$(BIN)/python -m benchmarks.curves
 	$(BIN)/python -m benchmarks.packing
@@ -106,6 +107,7 @@ bench: setup  ## a step against a plain one, scaling curves; packing, DALI again
 
 bench-short: setup  ## the same in seconds
 	$(BIN)/python -m benchmarks.step --short
+	$(BIN)/python -m benchmarks.products --short
 	$(BIN)/python -m benchmarks.once --short
 	$(BIN)/python -m benchmarks.curves --short --steps 2 --rounds 1
 	$(BIN)/python -m benchmarks.packing --batches 1

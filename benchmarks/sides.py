@@ -125,9 +125,8 @@ def ours(
     load: Workload, args: argparse.Namespace, groups: Groups, watch: Any
 ) -> tuple[Step, Callable[[], float]]:
     """A step of this project, and the bytes of weights, gradients and optimizer state."""
-    settings = {"torch": {"kernels": False}, "split": {"split_fp32": True}}.get(args.side, {})
     config = load.config("bf16" if args.side == "bf16" else "fp32")
-    config = dataclasses.replace(config, precision=PrecisionConfig(**settings))
+    config = dataclasses.replace(config, precision=PrecisionConfig(kernels=args.side != "torch"))
     tokenizer = VisualTokenizer.load(args.folder / "tokenizer")
     model = build_model(config, groups=groups, tokenizer=tokenizer)
     del tokenizer

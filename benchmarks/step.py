@@ -4,12 +4,11 @@
 
 All sides train the same model on the same samples from the same weights, in processes of their
 own, one after the other in every round; the order changes from round to round. Ours run in one or
-more ways: by torch alone (fp32), with the C++ kernels (fp32, as a run does by default), with fp32
-products made of bf16 ones (`precision.split_fp32`), or in bf16. The first step warms up: its losses
-are compared (1e-5 in fp32, 1e-3 in bf16; ten times that for the norm of the gradients), its time is
-not counted. Peak memory is that of the steps after the first. A step is forward, backward, clipping
-and AdamW. All figures are of one thread; CPU time stands beside wall time, which other processes on
-the machine lengthen.
+more ways: by torch alone (fp32), with the C++ kernels (fp32, as a run does by default), or in bf16,
+with kernels. The first step warms up: its losses are compared (1e-5 in fp32, 1e-3 in bf16; ten
+times that for the norm of the gradients), its time is not counted. Peak memory is that of the steps
+after the first. A step is forward, backward, clipping and AdamW. All figures are of one thread; CPU
+time stands beside wall time, which other processes on the machine lengthen.
 """
 
 import argparse
@@ -29,7 +28,7 @@ import torch
 
 from benchmarks.machine import memory_mib, reset_peak
 
-TOLERANCE = {"torch": 1e-5, "kernels": 1e-5, "split": 1e-5, "bf16": 1e-3}  # of ways
+TOLERANCE = {"torch": 1e-5, "kernels": 1e-5, "bf16": 1e-3}  # of ways
 
 
 class Stopwatch:

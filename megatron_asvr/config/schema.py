@@ -379,7 +379,6 @@ class PrecisionConfig:
 
     backend: Literal["auto", "te", "local"] = "auto"  # te: Transformer Engine, on CUDA only
     kernels: bool = True  # C++ kernels on the CPU where a compiler is found; false: torch's own
-    split_fp32: bool = False  # on CPUs with AMX: three bf16 products for one of fp32; error 1e-5
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
 

@@ -46,7 +46,6 @@ from megatron_asvr.model.visual_head import VisualHead
 from megatron_asvr.parallel.groups import Groups
 from megatron_asvr.precision.fp8.product import multiply_by_ours
 from megatron_asvr.precision.fp8.watched import Watched
-from megatron_asvr.precision.matmul import split_products
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -370,7 +369,6 @@ def build_chunks(
     """
     kernels.use(config.precision.kernels)
     vpp = groups.plan.vpp
-    split_products(config.precision.split_fp32)
     chunks = [
         AsvrModel(config, groups=groups, tokenizer=tokenizer, vp_stage=number if vpp else None)
         for number in range(vpp or 1)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_asvr.errors import AsvrError
-from megatron_asvr.precision.matmul import add_product, parts, transposed
+from megatron_asvr.precision.matmul import add_product
 from megatron_asvr.precision.softmax import to_gradient
 
 CHUNK_BYTES = 2**26  # of fp32 logits that exist at a time
@@ -184,13 +184,12 @@ def _one_depth(
     grad_ME, total_KE, total_K = grads
     sum_ = x_ME.new_zeros((), dtype=torch.float32)
     num_top = torch.zeros_like(sum_, dtype=torch.int64)
-    weight = parts(weight_KE)
     for rows in chunks(len(x_ME), layer):
-        part = parts(x_ME[rows])
-        logits_MK = memory[: (rows.stop - rows.start) * words].view(-1, words)
+        part_ME = x_ME[rows]
+        logits_MK = memory[: len(part_ME) * words].view(-1, words)
         if bias_K is not None:
             logits_MK.copy_(bias_K)
-        add_product(logits_MK, part, transposed(weight), keep=float(bias_K is not None))
+        add_product(logits_MK, part_ME, weight_KE.T, keep=float(bias_K is not None))
         if layer.first >= layer.size:
             logits_MK.fill_(UNSEEN)
         columns_M = targets_M[rows] - layer.first
@@ -200,9 +199,8 @@ def _one_depth(
         if total_K is not None:
             summed_K = logits_MK.T @ logits_MK.new_ones(len(logits_MK))
             total_K.sum[:words].add_(summed_K, alpha=total_K.scale)
-        gradient = parts(gradient_MK)
         if grad_ME is not None:
-            add_product(grad_ME[rows], gradient, weight, keep=0.0)
+            add_product(grad_ME[rows], gradient_MK, weight_KE, keep=0.0)
         if total_KE is not None:
-            add_product(total_KE.sum[:words], transposed(gradient), part, scale=total_KE.scale)
+            add_product(total_KE.sum[:words], gradient_MK.T, part_ME, scale=total_KE.scale)
     return sum_, num_top

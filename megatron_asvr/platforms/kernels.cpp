@@ -275,16 +275,6 @@ void norm_backward(const T* x, const T* grad, const T* weight, T* grad_x, float*
 
 extern "C" {
 
-void split_fp32(const float* __restrict x, uint16_t* __restrict high, uint16_t* __restrict low,
-                int64_t size, int threads) {
-#pragma omp parallel for simd num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < size; ++i) {
-        const uint16_t bits = rounded(x[i]);
-        high[i] = bits;
-        low[i] = rounded(x[i] - read(Bf16{bits}));
-    }
-}
-
 void attend_fp32(const float* packed, float* out, int64_t depth, int64_t positions, int64_t heads,
                  int64_t width, int threads) {
     attend(packed, out, depth, positions, heads, width, threads);

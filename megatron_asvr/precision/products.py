@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from megatron_asvr.precision.matmul import add_product, parts, splits, transposed
+from megatron_asvr.precision.matmul import add_product
 
 _stores = False  # inside of into_buffers
 
@@ -44,10 +44,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: as many numbers, or None.
     """
     weight_NK, bias_N = weight.flatten(0, -2), None if bias is None else bias.flatten()
-    if not (_stored(weight) or _splits(weight)):
+    if not _stored(weight):
         return F.linear(x, weight_NK, bias_N)
     x_1MK, bias_1N = x.flatten(0, -2)[None], None if bias_N is None else bias_N[None]
-    y_1MN = _Multiply.apply(x_1MK, weight_NK[None], bias_1N, _buffer(weight))
+    y_1MN = _Multiply.apply(x_1MK, weight_NK[None], bias_1N, weight.main_grad)
     return y_1MN.view(*x.shape[:-1], len(weight_NK))
 
 
@@ -58,9 +58,9 @@ def multiply_each(x_DMK: Tensor, weight_DNK: Tensor) -> Tensor:
         x_DMK: inputs.
         weight_DNK: weights.
     """
-    if not (_stored(weight_DNK) or _splits(weight_DNK)):
+    if not _stored(weight_DNK):
         return torch.bmm(x_DMK, weight_DNK.mT)
-    return _Multiply.apply(x_DMK, weight_DNK, None, _buffer(weight_DNK))
+    return _Multiply.apply(x_DMK, weight_DNK, None, weight_DNK.main_grad)
 
 
 def _stored(weight: Tensor) -> bool:
@@ -69,51 +69,21 @@ def _stored(weight: Tensor) -> bool:
     return _stores and weight.requires_grad and known and hasattr(weight, "main_grad")
 
 
-def _buffer(weight: Tensor) -> Tensor | None:
-    return weight.main_grad if _stored(weight) else None
-
-
-def _splits(weight: Tensor) -> bool:
-    """Whether products of the matrix are made of bf16 ones."""
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and splits()
-
-
 class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_DMK: Tensor,
-        weight_DNK: Tensor,
-        bias_DN: Tensor | None,
-        main_grad: Tensor | None,
+        ctx: Any, x_DMK: Tensor, weight_DNK: Tensor, bias_DN: Tensor | None, main_grad: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x_DMK, weight_DNK)
         ctx.main_grad = main_grad
-        y_DMN = _product(x_DMK, weight_DNK.mT)
+        y_DMN = torch.bmm(x_DMK, weight_DNK.mT)
         return y_DMN if bias_DN is None else y_DMN.add_(bias_DN[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_DMN: Tensor) -> tuple[Tensor | None, ...]:
         x_DMK, weight_DNK = ctx.saved_tensors
-        grad_x = _product(grad_DMN, weight_DNK) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.main_grad is not None:
-            total_DNK = ctx.main_grad.view_as(weight_DNK)
-            if _splits(weight_DNK) or weight_DNK.dtype != torch.float32:
-                add_product(total_DNK, transposed(parts(grad_DMN)), parts(x_DMK))
-            else:
-                total_DNK.baddbmm_(grad_DMN.mT, x_DMK)
-        elif ctx.needs_input_grad[1]:
-            grad_weight = _product(grad_DMN.mT, x_DMK)
+        grad_x = torch.bmm(grad_DMN, weight_DNK) if ctx.needs_input_grad[0] else None
+        add_product(ctx.main_grad.view_as(weight_DNK), grad_DMN.mT, x_DMK)
         grad_bias = grad_DMN.sum(1) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _product(a_DMK: Tensor, b_DKN: Tensor) -> Tensor:
-    """The products of two stacks of matrices, in their type."""
-    if not _splits(a_DMK):
-        return torch.bmm(a_DMK, b_DKN)
-    y_DMN = a_DMK.new_empty(len(a_DMK), a_DMK.shape[1], b_DKN.shape[2])
-    add_product(y_DMN, parts(a_DMK), parts(b_DKN), keep=0.0)
-    return y_DMN
+        return grad_x, None, grad_bias, None

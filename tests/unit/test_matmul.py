@@ -1,12 +1,10 @@
-"""Products with fp32 results: of bf16 matrices, and of fp32 ones made of bf16 ones."""
-
-from megatron_asvr.platforms import kernels
+"""Products with fp32 results, of bf16 and of fp32 matrices."""
 
 import pytest
 import torch
 
 from megatron_asvr.precision import matmul
-from megatron_asvr.precision.matmul import add_product, parts, split_products, transposed
+from megatron_asvr.precision.matmul import add_product
 
 
 @pytest.fixture(params=["MKL", "torch"])
@@ -16,15 +14,6 @@ def engine(request, monkeypatch):
         monkeypatch.setattr(matmul, "_mkl", lambda: None)
     elif matmul._mkl() is None:
         pytest.skip("torch has no MKL here")
-
-
-@pytest.fixture
-def split(monkeypatch):
-    """fp32 products are made of bf16 ones, as on a CPU with AMX."""
-    monkeypatch.setattr(matmul, "split_reason", lambda: (True, "for a test"))
-    split_products(True)
-    yield
-    split_products(False)
 
 
 def matrices(m, n, k, dtype):
@@ -44,7 +33,7 @@ def test_bf16_products_are_added_in_fp32(engine, sizes, turned):
     total, a, b = matrices(*sizes, torch.bfloat16)
     wanted = 0.5 * total.double() + 3.0 * (a.double() @ b.double())
     operands = [x.mT.contiguous().mT if n in turned else x for n, x in enumerate((a, b))]
-    add_product(total, *map(parts, operands), scale=3.0, keep=0.5)
+    add_product(total, *operands, scale=3.0, keep=0.5)
     assert error(total, wanted) < 1e-6
 
 
@@ -52,7 +41,7 @@ def test_parts_of_larger_matrices_are_read_and_written_where_they_lie(engine):
     total, a, b = matrices(6, 8, 10, torch.bfloat16)
     wanted = total.double()
     wanted[1:4, 2:7] = a[2:5, ::2].double() @ b[:5, 2:7].double()
-    add_product(total[1:4, 2:7], parts(a[2:5, ::2]), parts(b[:5, 2:7]), keep=0.0)
+    add_product(total[1:4, 2:7], a[2:5, ::2], b[:5, 2:7], keep=0.0)
     assert error(total, wanted) < 1e-6
 
 
@@ -60,44 +49,22 @@ def test_parts_of_larger_matrices_are_read_and_written_where_they_lie(engine):
 def test_stacks_and_empty_sums(engine, dtype):
     total = torch.full((2, 3, 4), float("nan"))
     a, b = torch.randn(2, 3, 5).to(dtype), torch.randn(2, 4, 5).to(dtype)
-    add_product(total, parts(a), transposed(parts(b)), keep=0.0)
+    add_product(total, a, b.mT, keep=0.0)
     assert error(total, a.double() @ b.double().mT) < 1e-6
-    add_product(total, parts(a[..., :0]), transposed(parts(b[..., :0])), keep=0.0)
+    add_product(total, a[..., :0], b[..., :0].mT, keep=0.0)
     assert total.eq(0).all()
-    add_product(total[:, :0], parts(a[:, :0]), transposed(parts(b)))
+    add_product(total[:, :0], a[:, :0], b.mT)
 
 
 def test_what_is_no_number_stays_none(engine):
     total, a, b = matrices(4, 4, 4, torch.bfloat16)
     a[2, 1] = float("nan")
-    add_product(total, parts(a), parts(b))
+    add_product(total, a, b)
     assert total.isnan().any(1).tolist() == [False, False, True, False]
 
 
-def test_three_products_of_halves_lose_less_than_a_millionth(engine, split):
-    total, a, b = matrices(64, 96, 512, torch.float32)
-    wanted = a.double() @ b.double()
-    assert [part.dtype for part in parts(a)] == [torch.bfloat16] * 2
-    add_product(total, parts(a), parts(b), keep=0.0)
-    assert 1e-7 < error(total, wanted) < 1e-5  # measured 4e-6
-    rounded = a.bfloat16().double() @ b.bfloat16().double()
-    assert error(rounded, wanted) > 1e-3
-
-
-def test_without_the_setting_fp32_products_are_torchs(engine):
+def test_fp32_products_are_torchs(engine):
     total, a, b = matrices(5, 7, 33, torch.float32)
     wanted = torch.addmm(total, a, b, alpha=2.0)
-    add_product(total, parts(a), parts(b), scale=2.0)
+    add_product(total, a, b, scale=2.0)
     assert torch.equal(total, wanted)
-
-
-def test_the_kernel_splits_as_torch_does(split):
-    x = torch.randn(5, 33, 7) * torch.logspace(-20, 20, 7)
-    x[0, 0] = float("nan")
-    with kernels.imagined(False):
-        wanted = parts(x)
-    if not kernels.use(True)[0]:
-        pytest.skip("no kernels here")
-    for a, b in zip(parts(x), wanted, strict=True):
-        assert torch.equal(a.isnan(), b.isnan())
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
