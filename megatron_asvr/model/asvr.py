@@ -375,7 +375,7 @@ def build_chunks(
     ]
     for chunk in chunks:
         sharding.seeded_init(chunk, config.run.seed, groups=groups, std=chunk.init_std)
-        if platforms.select()[0].name == "cpu":
+        if groups.plan.tp == 1 and platforms.select()[0].name == "cpu":
             multiply_by_ours(chunk)
         chunk.watched = in_8_bits(chunk, config, groups=groups, tokenizer=tokenizer)
         if config.train.cuda_graphs:

@@ -165,7 +165,8 @@ def multiply_by_ours(chunk: nn.Module) -> None:
     """Let megatron-core's linears multiply as the others do, and so add to gradient buffers.
 
     Args:
-        chunk: of the model, on a CPU. On a GPU megatron-core overlaps products and sums.
+        chunk: of the model, on a CPU and whole. Under tensor parallelism, and on a GPU,
+            megatron-core overlaps products and sums, and keeps only this rank's positions.
     """
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
