@@ -5,14 +5,18 @@ every code, the tokenizer (an encoder of its own) run in every step, AdamW as to
 loss is the exact one, so both sides can be compared to the last digits.
 """
 
+import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.workload import BEFORE, Sample, Workload
+from benchmarks.processes import Step, state_bytes, tensor_bytes
+from benchmarks.workload import BEFORE, LR, Sample, Workload, samples
 from megatron_asvr.batch import IGNORE
 from megatron_asvr.config.schema import VisionConfig
 from megatron_asvr.hf import tables
@@ -176,6 +180,35 @@ class PlainModel(nn.Module):
             losses = [F.cross_entropy(x, codes_MD[:, d]) for d, x in enumerate(all_logits)]
             visual = torch.stack(losses).mean()
         return text, visual
+
+
+def side(load: Workload, args: argparse.Namespace, watch: Any) -> tuple[Step, Callable[[], float]]:
+    """A step, and the bytes of weights, gradients and optimizer state."""
+    state = load_file(args.folder / "tokenizer" / "tokenizer.safetensors")
+    books = [state.pop(f"codebooks.{d}").clone() for d in range(len(load.codebook_sizes))]
+    model = PlainModel(load, books, watch.part)
+    model.load_ours(load_file(args.folder / "weights.safetensors"), state)
+    state.clear()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+
+    def step(number: int) -> list[float]:
+        text, visual = model(samples(load, number))
+        watch.lap("other, forward")
+        model.hidden.register_hook(lambda _: watch.lap("heads, backward"))
+        (text + visual).backward()
+        watch.lap("rest, backward")
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.hidden = None
+        return [text.item(), visual.item(), norm.item()]
+
+    def static() -> float:
+        held = [*model.parameters(), *books, *trained]  # trained twice: its gradients
+        return tensor_bytes(held) + state_bytes(optimizer)
+
+    return step, static
 
 
 HEAD_PROJECTOR = "visual_head.projector."

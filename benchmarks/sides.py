@@ -1,9 +1,8 @@
-"""The measured processes of `benchmarks.step`: weights and codes once, then either side."""
+"""Our side of `benchmarks.step`, and the weights and codes that both sides start from."""
 
 import argparse
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +14,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.machine import copy_gb_per_s, matmul_gflops, memory_mib
-from benchmarks.workload import BEFORE, LR, WORKLOADS, Sample, Workload, samples, useful_flops
+from benchmarks.processes import Step, state_bytes, tensor_bytes
+from benchmarks.workload import BEFORE, Sample, Workload, samples
 from megatron_asvr.batch import IGNORE, MicroBatch
 from megatron_asvr.config.schema import PrecisionConfig
 from megatron_asvr.model import sharding
@@ -28,51 +27,6 @@ from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.train import step as train_steps
 from megatron_asvr.train.optim import make_optimizer, wrap
 from megatron_asvr.train.step import agree, loss_function, train_step
-
-MIB = 2**20
-Step = Callable[[int], list[float]]  # number of a step to its text and visual loss
-
-
-def run(args: argparse.Namespace, watch: Any) -> None:
-    """Be one process."""
-    load = WORKLOADS["short" if args.short else "mid"]
-    if args.side == "prepare":
-        prepare(load, args)
-        return
-    libraries_mib = memory_mib("VmRSS")
-    if args.side == "plain":
-        step, static = plain(load, args, watch)
-        measured = timed_steps(load, args, step, watch)
-    else:
-        with one_rank() as groups:
-            step, static = ours(load, args, groups, watch)
-            measured = timed_steps(load, args, step, watch)
-    measured["static_mib"] = static() / MIB
-    measured["above_mib"] = measured["peak_mib"] - libraries_mib - measured["static_mib"]
-    (args.folder / f"{args.side}.json").write_text(json.dumps(measured))
-
-
-def timed_steps(load: Workload, args: argparse.Namespace, step: Step, watch: Any) -> dict[str, Any]:
-    """Time of every step by part, and the peak memory of all but the first."""
-    steps = []
-    for number in range(args.steps):
-        watch.start()
-        losses = step(number)
-        watch.lap("optimizer")
-        parts = watch.spent
-        steps.append(
-            {
-                "losses": losses,
-                "parts": parts,
-                "wall_s": sum(part[0] for part in parts.values()),
-                "cpu_s": sum(part[1] for part in parts.values()),
-                "peak_mib": max(part[2] for part in parts.values()),
-                "gflop": 1e-9 * sum(useful_flops(load, samples(load, number)).values()),
-            }
-        )
-        steps[-1]["matmul_gflops"] = matmul_gflops(256 if args.short else 1536)
-    peak = max(step["peak_mib"] for step in steps[1:])
-    return {"steps": steps, "peak_mib": peak, "copy_gb_per_s": copy_gb_per_s()}
 
 
 @contextlib.contextmanager
@@ -240,50 +194,3 @@ def packed(batch: MicroBatch) -> MicroBatch:
         **{name: places[getattr(batch, name)] for name in flat},
         index_BS=torch.arange(int(is_real_BS.sum()))[None],
     )
-
-
-def plain(load: Workload, args: argparse.Namespace, watch: Any) -> tuple[Step, Callable[[], float]]:
-    """A step of the plain implementation, and the bytes of its weights, gradients and state."""
-    from benchmarks.plain import PlainModel
-
-    state = load_file(args.folder / "tokenizer" / "tokenizer.safetensors")
-    books = [state.pop(f"codebooks.{d}").clone() for d in range(len(load.codebook_sizes))]
-    model = PlainModel(load, books, watch.part)
-    model.load_ours(load_file(args.folder / "weights.safetensors"), state)
-    state.clear()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
-
-    def step(number: int) -> list[float]:
-        text, visual = model(samples(load, number))
-        watch.lap("other, forward")
-        model.hidden.register_hook(lambda _: watch.lap("heads, backward"))
-        (text + visual).backward()
-        watch.lap("rest, backward")
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        model.hidden = None
-        return [text.item(), visual.item(), norm.item()]
-
-    def static() -> float:
-        held = [*model.parameters(), *books, *trained]  # trained twice: its gradients
-        return tensor_bytes(held) + state_bytes(optimizer)
-
-    return step, static
-
-
-def tensor_bytes(tensors: list[Tensor]) -> float:
-    """Bytes of the tensors together."""
-    return float(sum(x.numel() * x.element_size() for x in tensors))
-
-
-def state_bytes(optimizer: Any) -> float:
-    """Bytes of all tensors of an optimizer's state, and of the weights it keeps of its own."""
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    found = 0.0
-    for one in inner:
-        one = getattr(one, "optimizer", one)
-        for values in one.state.values():
-            found += tensor_bytes([x for x in values.values() if isinstance(x, Tensor)])
-    return found

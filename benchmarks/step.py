@@ -1,6 +1,6 @@
 """A training step against a plain implementation (`benchmarks.plain`), and the machine's limit.
 
-    python -m benchmarks.step [--short] [--rounds 5] [--steps 4] [--ways torch,bf16] [--json FILE]
+    python -m benchmarks.step [--short] [--rounds 5] [--steps 3] [--ways torch,bf16] [--json FILE]
 
 All sides train the same model on the same samples from the same weights, in processes of their
 own, one after the other in every round; the order changes from round to round. Ours run in one or
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A step against a plain implementation.")
     parser.add_argument("--short", action="store_true", help="small sizes, one round")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--steps", type=int, default=4, help="of a process; the first warms up")
+    parser.add_argument("--steps", type=int, default=3, help="of a process; the first warms up")
     parser.add_argument(
         "--ways", type=ways, default=list(TOLERANCE), help=f"of {','.join(TOLERANCE)}; all"
     )
@@ -79,10 +79,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        from benchmarks import sides
+        from benchmarks import processes
 
         torch.set_num_threads(1)
-        sides.run(args, Stopwatch())
+        processes.run(args, Stopwatch())
         return
     with tempfile.TemporaryDirectory() as folder:
         args.folder = Path(folder)
@@ -164,7 +164,8 @@ def report(results: list[dict[str, Any]]) -> None:
     _print("useful over the fp32 matmul rate", map(spread, rates))
     matmul = [s["matmul_gflops"] for result in results for s in result["steps"]]
     copies = [result["copy_gb_per_s"] for result in results]
-    print(f"fp32 matmul GFLOP/s {spread(matmul)}  copy GB/s {spread(copies)}")
+    amx = "has" if torch.cpu._is_amx_tile_supported() else "has no"
+    print(f"fp32 matmul GFLOP/s {spread(matmul)}  copy GB/s {spread(copies)}  the CPU {amx} amx")
     far = {way: furthest(found, sides["plain"]) for way, found in sides.items()}
     for place, name in enumerate(("losses", "norm of the gradients")):
         _print(f"difference, {name}", (f"{x[place]:.1e}" for x in far.values()))
