@@ -56,6 +56,8 @@ _ENGINE = (
     "precision.kernels",
     "precision.fp8.emulate",
     "precision.fp8.weights",
+    "train.compile",
+    "train.cuda_graphs",
 )
 _NO_FACT = _FREE | _BY_CONTENT | {*_ENGINE}
 _PLAIN = SourceConfig(path="")

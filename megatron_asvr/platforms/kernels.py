@@ -1,8 +1,9 @@
 """Small kernels in C++ for the CPU, built where a compiler is found, and torch's way where not.
 
-``kernels.cpp`` is compiled when it is first wanted, to a file in ``~/.cache/megatron_asvr`` whose
-name tells source, compiler and CPU, and whose end is a checksum of the rest. It is written beside
-and then renamed, so any number of ranks may start at once. Every kernel has a twin in torch, in
+``kernels.cpp`` is compiled when it is first wanted, to a file in ``~/.cache/megatron_asvr/kernels``
+whose name tells source, compiler and CPU, and whose end is a checksum of the rest. It is written
+beside and then renamed, so any number of ranks may start at once. Only what nobody else could have
+written is loaded. Every kernel has a twin in torch, in
 the module that calls it, which is used for all else: other devices and types, and where
 ``use`` said why there are none.
 """
@@ -109,19 +110,30 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, f"no compiler: none of {', '.join(COMPILERS)} is on PATH"
     try:
-        path = _folder() / f"kernels-{_fingerprint(compiler)}.so"
+        folder = _folder()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_ours(folder):
+            return None, f"others may write to {folder}; remove it, or run chmod go-w on it"
+        path = folder / f"kernels-{_fingerprint(compiler)}.so"
         if not _is_whole(path):
             _build(compiler, path)
         return ctypes.CDLL(str(path)), f"built by {compiler}, {path}"
     except subprocess.CalledProcessError as error:
         words = (error.stderr or error.stdout or "").strip().splitlines() or ["without a word"]
         return None, f"{compiler} failed: {words[0]}"
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return None, f"they cannot be built or loaded: {error}"
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_asvr"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "megatron_asvr" / "kernels"
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether this user alone can have written to a file or a folder."""
+    found = path.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _fingerprint(compiler: str) -> str:
@@ -142,20 +154,20 @@ def _cpu() -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is there and ends with its checksum; a damaged library may kill us."""
-    if not path.exists():
+    """Whether a file of ours ends with its checksum; a damaged library may kill us."""
+    if not (path.exists() and _is_ours(path)):
         return False
     found = path.read_bytes()
     return hashlib.sha256(found[:-_CHECKSUM]).digest() == found[-_CHECKSUM:]
 
 
 def _build(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         _run([compiler, *FLAGS, str(SOURCE), "-o", str(made)])
         with made.open("ab") as file:
             file.write(hashlib.sha256(made.read_bytes()).digest())
+        made.chmod(0o700)
         made.replace(path)
 
 

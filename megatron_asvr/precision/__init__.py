@@ -123,17 +123,17 @@ def megatron_settings(
 
 
 def fuse_gradients(platform: Platform) -> tuple[bool, str]:
-    """Whether gradients of weights are added up inside their matrix product, and why.
+    """Whether megatron-core's linears add up gradients of weights in their product, and why.
 
-    megatron-core and Transformer Engine have one switch for it. Transformer Engine needs nothing
-    more, but megatron-core's own output layer wants an extension of apex, and refuses to be built
-    without it.
+    megatron-core and Transformer Engine have one switch for it; on a CPU the products are ours.
+    Transformer Engine needs nothing more, but megatron-core's own output layer wants an extension
+    of apex, and refuses to be built without it.
 
     Args:
         platform: what ``platforms.select()`` returned.
     """
     if platform.name != "cuda":
-        return False, f"the platform is {platform.name}"
+        return False, "on a CPU our own products do so, where no tensor parallelism splits them"
     usable, found = apex.detect()
     if not usable or not apex.compiled_parts()[apex.FUSED]:
         return False, f"megatron-core needs apex's {apex.FUSED} for it; apex: {found}"

@@ -27,6 +27,7 @@ def attend_depths(packed_DMF: Tensor, num_heads: int) -> Tensor:
     """
     if not kernels.fit(packed_DMF):
         return twin(packed_DMF, num_heads)
+    packed_DMF = packed_DMF.contiguous()
     kept = packed_DMF.detach()
     return remember(_Attend.apply(packed_DMF, num_heads), lambda: _attend(kept, num_heads))
 
@@ -50,7 +51,6 @@ def _attend(packed_DMF: Tensor, num_heads: int) -> Tensor:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed_DMF: Tensor, num_heads: int) -> Tensor:
-        packed_DMF = packed_DMF.contiguous()
         ctx.save_for_backward(packed_DMF)
         ctx.num_heads = num_heads
         return _attend(packed_DMF, num_heads)

@@ -40,8 +40,9 @@ def add_product(
     elif a_MK.dtype == torch.float32:
         total_MN.addmm_(a_MK, b_KN, beta=keep, alpha=scale)
     elif total_MN.device.type != "cpu":
-        product = (a_MK @ b_KN).mul_(scale)
-        total_MN.copy_(product) if keep == 0 else total_MN.mul_(keep).add_(product)
+        if keep != 1.0:
+            total_MN.mul_(keep) if keep else total_MN.zero_()
+        total_MN.add_(a_MK @ b_KN, alpha=scale)
     elif _mkl() is None:
         total_MN.addmm_(a_MK.float(), b_KN.float(), beta=keep, alpha=scale)
     elif total_MN.numel() and not isinstance(total_MN, FakeTensor):  # the planner's have no memory
@@ -64,12 +65,13 @@ def _by_mkl(total: Tensor, a: Tensor, b: Tensor, scale: float, keep: float) -> N
 
 def _layout(x: Tensor) -> tuple[Tensor, int, int]:
     """The matrix as MKL can read it, whether it is to be transposed, and the step of its rows."""
-    rows, columns = x.shape
-    if x.stride(1) != 1 and columns > 1 and x.stride(0) != 1 and rows > 1:
-        x = x.contiguous()
-    if x.stride(1) == 1 or columns <= 1:
-        return x, _PLAIN, max(x.stride(0), columns, 1)
-    return x, _TRANSPOSED, max(x.stride(1), rows, 1)
+    for turned, code in ((x, _PLAIN), (x.T, _TRANSPOSED)):
+        (rows, columns), (step, one) = turned.shape, turned.stride()
+        if one == 1 and step >= columns:
+            return x, code, max(step, 1)
+        if rows == 1 and one == 1:
+            return x, code, max(columns, 1)
+    return (x := x.contiguous()), _PLAIN, max(x.shape[1], 1)
 
 
 @functools.cache

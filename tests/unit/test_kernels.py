@@ -242,4 +242,25 @@ def test_processes_that_build_at_once_do_not_disturb_one_another(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
     assert [process.wait(100) for process in started] == [0, 0]
-    assert len(list((tmp_path / "megatron_asvr").iterdir())) == 1
+    assert len(list((tmp_path / "megatron_asvr" / "kernels").iterdir())) == 1
+
+
+def test_what_others_may_have_written_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "FLAGS", QUICK)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kernels.load()[0] is not None
+    (path,) = tmp_path.rglob("kernels-*.so")
+    path.chmod(0o722)
+    written = path.stat().st_mtime_ns
+    assert kernels.load()[0] is not None
+    assert path.stat().st_mtime_ns != written  # built again
+    path.parent.chmod(0o777)
+    library, why = kernels.load()
+    assert library is None
+    assert why.startswith(f"others may write to {path.parent}; ")
+
+
+def test_without_a_home_torch_does_it(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert kernels.load() == (None, "they cannot be built or loaded: no home")

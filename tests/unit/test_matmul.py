@@ -56,6 +56,31 @@ def test_stacks_and_empty_sums(engine, dtype):
     add_product(total[:, :0], a[:, :0], b.mT)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x[:1].expand(5, 7),
+        lambda x: x[:, :1].expand(5, 7),
+        lambda x: x[:1, :1].expand(5, 7),
+        lambda x: x.flatten().as_strided((5, 7), (1, 1)),
+        lambda x: x[:, ::2].repeat_interleave(2, 1)[:, :7],
+    ],
+    ids=["a row", "a column", "a number", "overlapping", "copied"],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_matrices_that_repeat_numbers_are_read_as_they_are(engine, make, turned):
+    repeated = make(torch.randn(5, 7).bfloat16())
+    other, total = torch.randn(7, 6).bfloat16(), torch.zeros(5, 6)
+    wanted = repeated.double() @ other.double()
+    if turned:
+        total = torch.zeros(6, 5)
+        add_product(total, other.mT, repeated.mT)
+        total = total.mT
+    else:
+        add_product(total, repeated, other)
+    assert error(total, wanted) < 1e-6
+
+
 def test_what_is_no_number_stays_none(engine):
     total, a, b = matrices(4, 4, 4, torch.bfloat16)
     a[2, 1] = float("nan")
