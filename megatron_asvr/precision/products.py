@@ -63,10 +63,40 @@ def multiply_each(x_DMK: Tensor, weight_DNK: Tensor) -> Tensor:
     return _Multiply.apply(x_DMK, weight_DNK, None, weight_DNK.main_grad)
 
 
+def look_up(weight_VH: Tensor, ids: Tensor) -> Tensor:
+    """Rows of a table, [..., H].
+
+    Args:
+        weight_VH: the table.
+        ids: int64, of any shape.
+    """
+    if not _stored(weight_VH):
+        return F.embedding(ids, weight_VH)
+    return _LookUp.apply(ids, weight_VH, weight_VH.main_grad)
+
+
 def _stored(weight: Tensor) -> bool:
     """Whether the gradient goes into a buffer; on a GPU that of fp32 weights alone."""
     known = weight.dtype == torch.float32 or weight.device.type == "cpu"
     return _stores and weight.requires_grad and known and hasattr(weight, "main_grad")
+
+
+class _LookUp(torch.autograd.Function):
+    """A gradient as large as the table, nearly all zeros, is never made."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight_VH: Tensor, main_grad: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.main_grad = main_grad
+        return F.embedding(ids, weight_VH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1]).to(ctx.main_grad.dtype)
+        ctx.main_grad.index_add_(0, ids.flatten(), rows)
+        return None, None, None
 
 
 class _Multiply(torch.autograd.Function):

@@ -12,7 +12,7 @@ from megatron_asvr.parallel.plan import ParallelPlan
 from megatron_asvr.precision.local import DenseAttention, attention_rule
 from megatron_asvr.precision.nodes import gated, rotated
 from megatron_asvr.precision.norm import RMSNorm
-from megatron_asvr.precision.products import into_buffers, multiply, multiply_each
+from megatron_asvr.precision.products import into_buffers, look_up, multiply, multiply_each
 from megatron_asvr.precision.remake import kept_whole, remade
 from tests.language_cases import SMALL, one_rank, rule_batch
 
@@ -140,3 +140,15 @@ def test_products_add_to_the_buffers_of_their_weights(dtype):
     torch.testing.assert_close(got[1], wanted[1][:1], **bound)
     for leaf, gradient in ((weight, wanted[0][1]), (each, wanted[1][1])):
         torch.testing.assert_close(leaf.main_grad - 1, gradient.float(), **bound)
+
+
+def test_an_embedding_adds_to_its_buffer():
+    table, ids = drawn(9, 4), torch.tensor([[3, 0, 3], [8, 3, 1]])
+    (wanted,) = grads(look_up(table, ids), [table])
+    table.main_grad = torch.ones_like(table)
+    with into_buffers():
+        found = look_up(table, ids)
+    assert torch.equal(found, look_up(table, ids))
+    (found.float() * drawn(*found.shape, seed=9).detach()).sum().backward()
+    assert table.grad is None
+    torch.testing.assert_close(table.main_grad - 1, wanted, rtol=1e-6, atol=1e-6)

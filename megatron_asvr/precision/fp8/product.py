@@ -18,6 +18,7 @@ import torch
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
+    VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -28,7 +29,7 @@ from megatron_asvr.precision.fp8 import quantize
 from megatron_asvr.precision.fp8.drift import Drift
 from megatron_asvr.precision.fp8.quantize import BLOCK, E4M3, E5M2, ROLES, Quantized, Role
 from megatron_asvr.precision.fp8.shapes import check_product, pad_rows
-from megatron_asvr.precision.products import multiply
+from megatron_asvr.precision.products import look_up, multiply
 
 Axis = Literal[0, 1]
 Operand = tuple[Tensor, Role, Axis]  # the axis that is summed over
@@ -162,7 +163,7 @@ def grouped_linear(x_DMK: Tensor, weight_DNK: Tensor, products: Sequence[Product
 
 
 def multiply_by_ours(chunk: nn.Module) -> None:
-    """Let megatron-core's linears multiply as the others do, and so add to gradient buffers.
+    """Let megatron-core's linears and embedding add to gradient buffers as ours do.
 
     Args:
         chunk: of the model, on a CPU and whole. Under tensor parallelism, and on a GPU,
@@ -171,6 +172,12 @@ def multiply_by_ours(chunk: nn.Module) -> None:
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module._forward_impl = partial(parallel_linear, None)
+        elif isinstance(module, VocabParallelEmbedding):
+            module.forward = partial(_embedded, module)
+
+
+def _embedded(module: nn.Module, ids: Tensor) -> Tensor:
+    return look_up(module.weight, ids)
 
 
 def parallel_linear(
