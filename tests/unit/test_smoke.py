@@ -29,7 +29,7 @@ UNFIT = {
     "te_linear": "Transformer Engine needs CUDA",
     "te_attention": "Transformer Engine needs CUDA",
     "fp8_linear": "Transformer Engine needs CUDA",
-    "fused_gradient": "the platform is cpu",
+    "fused_gradient": "on a CPU our own products do so",
 }
 
 
