@@ -78,6 +78,7 @@ CLOCKED = (
     "data_wait",
     "rank_wait",
     "bubble",
+    "mfu",
     "tflops",
     "eval_s",
     "save_s",

@@ -1,11 +1,15 @@
-"""What a GPU can do in a second, by its data sheet: products of dense matrices, and NVLink.
+"""What a device can do in a second: products of dense matrices, and NVLink.
 
-A run's log takes its share of the products (MFU; 8-bit runs are held against bf16's rate), a
-smoke holds what it measures against both.
+By a GPU's data sheet, or measured where there is none. A run's log takes its share of the products
+(MFU; 8-bit runs are held against bf16's rate), a smoke holds what it measures against data sheets.
 
 Source: NVIDIA's data sheets (A100 80GB, H100, H200, L40S, HGX B200), without sparsity; fp32 without
 TF32, which torch does not use by itself.
 """
+
+import time
+
+from megatron_asvr.platforms.base import Platform
 
 import torch
 
@@ -33,6 +37,25 @@ def peak_flops(name: str, dtype: torch.dtype) -> float | None:
         if part in name:
             return bf16 if dtype == torch.bfloat16 else fp32
     return None
+
+
+def measured_flops(platform: Platform, dtype: torch.dtype, *, size: int = 1024) -> float:
+    """Operations per second of the best of a few square products, in this process now.
+
+    Args:
+        platform: of the device.
+        dtype: of the matrices.
+        size: of their sides; 1024 takes some 10 ms of a CPU core for each product.
+    """
+    x = torch.ones(size, size, dtype=dtype, device=platform.device)
+    best_s = float("inf")
+    for _ in range(4):
+        platform.synchronize()
+        start = time.perf_counter()
+        x @ x
+        platform.synchronize()
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2.0 * size**3 / best_s
 
 
 # GB/s that a GPU sends over NVLink where all of a node's are connected: half of the data sheets'

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_asvr.platforms import select
+from megatron_asvr.platforms.peaks import measured_flops
 
 import torch
 
@@ -47,7 +48,8 @@ class Work:
         self._rates, self._groups = useful_rates(config, tokenizer, joined=joined), groups
         self._sliding_window = config.model.language.sliding_window
         self._drawn_share = config.loss.visual_positions
-        self._peak = select()[0].peak_flops(DTYPES[config.train.precision])
+        platform, dtype = select()[0], DTYPES[config.train.precision]
+        self._peak = platform.peak_flops(dtype) or measured_flops(platform, dtype)
 
     def counts(self, batches: Sequence[MicroBatch]) -> list[int]:
         """This rank's part of sums over the world.
@@ -95,7 +97,7 @@ class Work:
         idle = [1 - s * stages / ranks / window.passes_s for s in busy_s] if stages > 1 else []
         return {
             "tflops": flops / 1e12,
-            **({"mfu": flops / self._peak} if self._peak else {}),
+            "mfu": flops / self._peak,
             **{f"tflop_{part}": x / window.steps / 1e12 for part, x in parts.items() if x},
             "padding": 1 - window.num_tokens / slots,
             "rank_wait": waited_s / ranks / window.train_s,
