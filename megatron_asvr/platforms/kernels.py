@@ -40,29 +40,32 @@ BUILD_TIMEOUT_S = 120
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _CHECKSUM = hashlib.sha256().digest_size
 _library: ctypes.CDLL | None = None
-_are_used = False
+_are_used, _reason = False, "nothing asked for them"
 
 
 def use(wanted: bool) -> tuple[bool, str]:
-    """Whether kernels are used in this process from here on, and why, which is logged.
+    """Whether kernels are used in this process from here on, and why; a warning where none can be.
 
     Args:
         wanted: ``precision.kernels``; they are built if need be.
     """
-    global _library, _are_used
+    global _library, _are_used, _reason
     platform = select()[0].name
     if not wanted:
-        _library, reason = None, "precision.kernels=false"
+        _library, _reason = None, "precision.kernels=false"
     elif platform != "cpu":
-        _library, reason = None, f"the platform is {platform}"
+        _library, _reason = None, f"the platform is {platform}"
     else:
-        _library, reason = load()
+        _library, _reason = load()
     _are_used = _library is not None
     if wanted and platform == "cpu" and not _are_used:
-        logger.warning("no C++ kernels, torch's own operations instead: %s", reason)
-    else:
-        logger.info("C++ kernels: %s (%s)", "yes" if _are_used else "no", reason)
-    return _are_used, reason
+        logger.warning("no C++ kernels, torch's own operations instead: %s", _reason)
+    return _are_used, _reason
+
+
+def decided() -> tuple[bool, str]:
+    """What the last ``use`` came to."""
+    return _are_used, _reason
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from megatron_asvr.platforms import mcore, select  # noqa: F401  (mcore prepares the process)
+from megatron_asvr.platforms import kernels, mcore, select  # noqa: F401  (mcore prepares)
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -330,6 +330,8 @@ def _announce(run: Run, origins: Mapping[str, str]) -> None:
     logger.info("layers %s (%s)", backend.backend, backend.backend_reason)
     fused, reason = fuse_gradients(platform)
     logger.info("gradients added in the products: %s (%s)", "yes" if fused else "no", reason)
+    are_used, reason = kernels.decided()
+    logger.info("C++ kernels: %s (%s)", "yes" if are_used else "no", reason)
     for name in idle_settings(run.config.train):
         logger.warning("train.%s=true has no effect: the platform is %s", name, platform.name)
     for part, origin in origins.items():
