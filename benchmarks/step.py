@@ -1,6 +1,6 @@
 """A training step against a plain implementation (`benchmarks.plain`), and the machine's limit.
 
-    python -m benchmarks.step [--short] [--rounds 5] [--steps 3] [--ways torch,bf16] [--json FILE]
+    python -m benchmarks.step [--short] [--rounds 5] [--steps 5] [--ways torch,bf16] [--json FILE]
 
 All sides train the same model on the same samples from the same weights, in processes of their
 own, one after the other in every round; the order changes from round to round. Ours run in one or
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A step against a plain implementation.")
     parser.add_argument("--short", action="store_true", help="small sizes, one round")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--steps", type=int, default=3, help="of a process; the first warms up")
+    parser.add_argument("--steps", type=int, default=5, help="of a process; the first warms up")
     parser.add_argument(
         "--ways", type=ways, default=list(TOLERANCE), help=f"of {','.join(TOLERANCE)}; all"
     )
